@@ -1,0 +1,51 @@
+# make demo | test | test-full | lint | clean. Everything is installed into .venv; a second run installs nothing again.
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_ARGS ?= -n 2
+
+BIN := $(VENV)/bin
+SOURCES := setup.py pyproject.toml MANIFEST.in $(wildcard csrc/*.h csrc/*.cpp)
+
+.PHONY: help demo test test-full lint format clean
+.DELETE_ON_ERROR:
+
+help:
+	@sed -n '1s/^# //p' Makefile
+
+demo: $(VENV)/.installed-demo
+	$(BIN)/python -m relprop.demo
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest tests -m "not full" $(PYTEST_ARGS)
+
+test-full: $(VENV)/.installed-test
+	$(BIN)/python -m pytest tests $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy relprop
+	$(BIN)/clang-format --dry-run -Werror csrc/*.h csrc/*.cpp
+
+format: $(VENV)/.installed-test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i csrc/*.h csrc/*.cpp
+
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "relprop: expected Python 3.10 or newer, got $$($(PYTHON) --version 2>&1) as $(PYTHON); choose one with make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
+	  { echo "relprop: $(PYTHON) lacks the venv module; install it (Debian, Ubuntu: apt-get install python3-venv)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.installed-demo: EXTRAS = demo,images
+# The lint tools come along: installing them on their own would compile the kernels once more.
+$(VENV)/.installed-test: EXTRAS = test,dev
+$(VENV)/.installed-%: $(VENV)/.created $(SOURCES)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable ".[$(EXTRAS)]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist demo-output .pytest_cache .mypy_cache .ruff_cache relprop.egg-info relprop/_C.*.so

@@ -1,0 +1,17 @@
+// Epsilon rule of a fan-out (one value read by several operations): R_in = x * sum_i(r_i / stab(x)).
+// Where the stabiliser is exact this is the plain sum of the r_i; Chefer et al.'s code divides by x + 1e-9.
+#pragma once
+
+#include <cstdint>
+
+#include "stabiliser.h"
+
+namespace relprop {
+
+template <typename T>
+void fanout_epsilon(T* out,                      // [targets, size]; may be one of the relevances itself
+                    const T* const* relevances,  // [count] pointers, each to [targets, size]
+                    const T* x,                  // [size]
+                    int64_t count, int64_t targets, int64_t size, Stabiliser stabiliser, int threads);
+
+}  // namespace relprop

@@ -1,0 +1,1 @@
+"""Triton kernels, one file per rule; shipped and imported as ``relprop.kernels``."""

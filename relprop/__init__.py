@@ -1,0 +1,40 @@
+"""relprop: relevance propagation for Transformers, compiled.
+
+    import relprop
+    explanation = relprop.explain(model, images, target=class_index)
+    explanation.relevance   # [B, N], one value per token
+"""
+
+from relprop.backends import backends
+from relprop.composites import Composite, Entry, composites, entry, register_composite
+from relprop.engine import Engine, compile, explain
+from relprop.errors import RelpropError
+from relprop.explanation import Explanation
+from relprop.ledger import Ledger, LedgerEntry
+from relprop.methods import methods
+from relprop.program import Program
+from relprop.rules import Call, Rule, Stabiliser, register_rule
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Call",
+    "Composite",
+    "Engine",
+    "Entry",
+    "Explanation",
+    "Ledger",
+    "LedgerEntry",
+    "Program",
+    "RelpropError",
+    "Rule",
+    "Stabiliser",
+    "backends",
+    "compile",
+    "composites",
+    "entry",
+    "explain",
+    "methods",
+    "register_composite",
+    "register_rule",
+]

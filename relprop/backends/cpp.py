@@ -1,0 +1,132 @@
+"""The C++ backend: fused CPU kernels for the rules on the hot path, matrix products by torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from relprop import native
+from relprop.graph import Node, Value
+from relprop.rules import AddNormalised, AttentionComposed, Call, FanoutEpsilon, LinearAlphaBeta, MatmulHalf
+from relprop.rules import Relevances, Rule, SoftmaxIdentity
+from relprop.rules.attention_composed import heads
+from relprop.rules.linear_map import apply, bias_of, multiply, preactivation, transpose, weight_of
+
+DTYPES = (torch.float32, torch.float64)
+
+
+def available() -> tuple[bool, str]:
+    """Whether the compiled kernels can be used here, and why not."""
+    return native.available()
+
+
+def reasons_against(dtype: torch.dtype, device: torch.device) -> list[str]:
+    """Every reason why no kernel of this backend can run streams of a dtype on a device."""
+    usable, reason = native.available()
+    reasons = [] if usable else [reason]
+    if device.type != "cpu":
+        reasons.append(f"its kernels run on the CPU, not on {device}")
+    if dtype not in DTYPES:
+        reasons.append(f"its kernels take {', '.join(str(d) for d in DTYPES)}, not {dtype}")
+    return reasons
+
+
+def kernel_reasons(node: Node, rule: Rule) -> list[str]:
+    """Why the kernel for a rule does not take this node; empty where it does."""
+    reasons: list[str] = []
+    if isinstance(rule, LinearAlphaBeta):
+        if node.kind != "linear":
+            reasons.append("the kernel is for linear layers")
+        if rule.bias or not rule.joint:
+            reasons.append("the kernel has no bias share and one denominator")
+    if isinstance(rule, AddNormalised):
+        sample = node.outputs[0].sample
+        if sample is None or sample.axis != 0:
+            reasons.append("the kernel wants samples on the first axis")
+        shapes = [a.shape if isinstance(a, Value) else () for a in node.args[:2]]
+        if any([str(s) for s in shape[1:]] != [str(s) for s in node.outputs[0].shape[1:]] for shape in shapes):
+            reasons.append("the kernel wants summands of one shape, but for the batch")
+        if node.kwargs or node.target is not torch.ops.aten.add.Tensor:
+            reasons.append("the kernel adds without a factor")
+    if isinstance(rule, FanoutEpsilon) and rule.stabiliser.is_exact:
+        reasons.append("a plain sum needs no kernel")
+    if isinstance(rule, AttentionComposed):
+        parts = (rule.qk, rule.softmax, rule.av)
+        if not (isinstance(parts[0], MatmulHalf) and isinstance(parts[2], MatmulHalf)):
+            reasons.append("the kernel is for the rule half in both products")
+        if not isinstance(parts[1], SoftmaxIdentity):
+            reasons.append("the kernel is for the softmax rule identity")
+    return reasons
+
+
+def linear_alpha_beta(rule: Any, call: Call, relevance: Tensor) -> Relevances:
+    """z+ shares in one pass over memory, the selection in another. relevance: [T, ..., N] -> [T, ..., K]"""
+    x, weight, magnitude = call.x, weight_of(call), weight_of(call, "abs")
+    absolute = apply(call, x.abs(), magnitude)
+    stored = call.tensors.get(call.node.outputs[0].index)
+    y, bias = (stored, bias_of(call)) if stored is not None and stored.dtype == call.dtype else (preactivation(call), None)
+    p1, p2 = native.share_out(
+        relevance, y, bias, absolute, alpha=rule.alpha, beta=rule.beta, stabiliser=rule.stabiliser.code
+    )
+    c1 = transpose(call, p1, weight)
+    return native.select(x, c1, transpose(call, p2, magnitude), out=c1), None, None
+
+
+def add_normalised(rule: Any, call: Call, relevance: Tensor) -> Relevances:
+    """Sums and shares in two passes over memory. relevance: [T, B, ...] -> two of them"""
+    a, b = (call.tensor(v) for v in call.node.args[:2])
+    parts = call.node.outputs[0].sample
+    assert parts is not None
+    batch = relevance.shape[1] // parts.factor
+    shapes = [(1 if t.shape[0] == 1 and relevance.shape[1] > 1 else batch, -1) for t in (a, b)]
+    flat = relevance.reshape(relevance.shape[0], batch, -1)
+    first, second = a.reshape(shapes[0]), b.reshape(shapes[1])
+    swapped = first.shape[0] < second.shape[0]
+    if swapped:
+        first, second = second, first
+    ra, rb = native.add_normalised(flat, first, second, stabiliser=rule.stabiliser.code)
+    if swapped:
+        ra, rb = rb, ra
+    results: list[Tensor | None] = []
+    for value, part in zip(call.node.args[:2], (ra, rb), strict=True):
+        results.append(part.reshape(relevance.shape) if value.carrying else None)
+    return tuple(results)
+
+
+def fanout_epsilon(rule: Any, call: Call, relevance: Any) -> Relevances:
+    """All uses gathered in one pass. relevance: one [T, ...] per use"""
+    parts = [part for part in relevance if part is not None]
+    return (native.fanout_epsilon(parts, call.x, stabiliser=rule.stabiliser.code),)
+
+
+def attention_composed(rule: Any, call: Call, relevance: Tensor) -> Relevances:
+    """Shares of both products between the matrix products in one pass. relevance: [T, ..., H, Nq, dv]"""
+    at = heads(call)
+    stored = call.tensors.get(call.node.outputs[0].index)
+    output = stored if stored is not None and stored.dtype == call.dtype else multiply(call, at.probabilities, at.v)
+    s = rule.av.stabiliser.share(relevance, output)
+    value = at.v * multiply(call, at.probabilities.mT, s) / 2 if call.wanted[2] else None
+    weighted = multiply(call, s, at.v.mT)
+    query = key = None
+    if call.wanted[0] or call.wanted[1]:
+        shares, map_relevance = native.attention_shares(
+            at.probabilities, weighted, at.dots, stabiliser=rule.qk.stabiliser.code, want_relevance=True
+        )
+        query = at.q * multiply(call, shares, at.k) / 2 if call.wanted[0] else None
+        key = at.k * multiply(call, shares.mT, at.q) / 2 if call.wanted[1] else None
+        assert map_relevance is not None
+    else:
+        map_relevance = weighted * (at.probabilities / 2)
+    call.maps["relevance"] = map_relevance
+    return query, at.fold(key), at.fold(value), None
+
+
+KERNELS: dict[type[Rule], Callable[[Any, Call, Any], Relevances]] = {
+    LinearAlphaBeta: linear_alpha_beta,
+    AddNormalised: add_normalised,
+    FanoutEpsilon: fanout_epsilon,
+    AttentionComposed: attention_composed,
+}

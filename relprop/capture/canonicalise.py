@@ -1,0 +1,337 @@
+"""Rewrite a captured graph so that each operation of the model is one node of one kind.
+
+Dropout, aliases and assertions vanish; attention spelled as matmul, scale, mask, softmax, matmul becomes
+`ops.attention`; a norm or an activation spelled in several ops becomes one `ops.Region`; `select` is split into a
+gather and a `row_select`. Nothing here looks at module names or classes.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+from relprop.capture import ops
+from relprop.capture.export import Captured, module_path, source_line
+from relprop.errors import OptionError
+
+aten = torch.ops.aten
+
+
+def is_tensor(node: Any) -> bool:
+    return isinstance(node, fx.Node) and isinstance(node.meta.get("val"), Tensor)
+
+
+def explained_inputs(captured: Captured) -> list[str]:
+    """Placeholders whose relevance is asked for: floating-point inputs and the ids of the largest vocabulary."""
+    names = [spec.placeholder for spec in captured.inputs if spec.dtype.is_floating_point]
+    ids = {spec.placeholder for spec in captured.inputs if spec.is_token_ids}
+    tables: dict[str, int] = {}
+    for node in captured.graph.nodes:
+        if node.target is aten.embedding.default and isinstance(node.args[1], fx.Node) and node.args[1].name in ids:
+            tables[node.args[1].name] = int(node.args[0].meta["val"].shape[0])
+    if tables:
+        names.append(max(tables, key=lambda name: tables[name]))
+    return names
+
+
+def mark_carrying(captured: Captured) -> None:
+    """meta["carrying"]: the value depends on an explained input through floating-point operations."""
+    explained = set(explained_inputs(captured))
+    for node in captured.graph.nodes:
+        value = node.meta.get("val")
+        if node.op == "placeholder":
+            node.meta["carrying"] = node.name in explained and value.dtype.is_floating_point
+            continue
+        parents = node.all_input_nodes
+        carrying = any(p.meta.get("carrying", False) for p in parents)
+        if node.target is aten.embedding.default:
+            carrying = carrying or (isinstance(node.args[1], fx.Node) and node.args[1].name in explained)
+        if isinstance(value, Tensor):
+            carrying = carrying and value.dtype.is_floating_point
+        elif not isinstance(value, (list, tuple)):
+            carrying = False
+        if carrying and node.target in (aten.zeros_like.default, aten.ones_like.default, aten.new_zeros.default):
+            carrying = False
+        node.meta["carrying"] = carrying
+
+
+def canonicalise(captured: Captured) -> None:
+    """Run every pass in order, in place."""
+    graph = captured.graph
+    output = next(n for n in graph.nodes if n.op == "output")
+    output.args = ((captured.output,),)
+    output.meta = {}
+    remove_identities(captured)
+    mark_carrying(captured)
+    fold_products(graph)
+    join_attention(graph)
+    mark_carrying(captured)
+    join_regions(graph)
+    mark_carrying(captured)
+    split_selects(graph)
+    graph.eliminate_dead_code()
+    mark_carrying(captured)
+    captured.output = output.args[0][0]
+    if not captured.output.meta["carrying"]:
+        raise OptionError(
+            "expected an output that depends on a floating-point input or on embedded token ids, got"
+            f" {captured.output.name}, which depends on neither"
+        )
+
+
+def _is_noop(node: fx.Node) -> bool:
+    source = node.args[0] if node.args else None
+    if not (is_tensor(source) and is_tensor(node)):
+        return False
+    assert isinstance(source, fx.Node)
+    before, after = source.meta["val"], node.meta["val"]
+    if node.target in (aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten._to_copy.default, aten.type_as.default):
+        return before.dtype == after.dtype and before.device == after.device
+    if node.target in (aten.slice.Tensor, aten.expand.default, aten.expand_as.default):
+        return len(before.shape) == len(after.shape) and all(
+            guard_or_false(a == b) for a, b in zip(before.shape, after.shape, strict=True)
+        )
+    return False
+
+
+def remove_identities(captured: Captured) -> None:
+    """Drop evaluation-mode dropout, aliases, assertions, copies and no-op slices and casts."""
+    for node in list(captured.graph.nodes):
+        if node.op != "call_function":
+            continue
+        if node.target in ops.ASSERTIONS:
+            captured.graph.erase_node(node)
+        elif node.target in ops.IDENTITIES or _is_noop(node):
+            node.replace_all_uses_with(node.args[0])
+            if captured.output is node:
+                captured.output = node.args[0]
+            captured.graph.erase_node(node)
+    captured.graph.eliminate_dead_code()
+
+
+def insert(graph: fx.Graph, before: fx.Node, target: Callable[..., Any], args: tuple[Any, ...], like: fx.Node) -> fx.Node:
+    """A new node before another, with its shape and the provenance of `like`."""
+    with graph.inserting_before(before):
+        node = graph.call_function(target, args)
+    node.meta = {k: like.meta[k] for k in ("nn_module_stack", "stack_trace") if k in like.meta}
+    infer(node)
+    node.meta["carrying"] = any(p.meta.get("carrying", False) for p in node.all_input_nodes)
+    return node
+
+
+def infer(node: fx.Node) -> None:
+    """Recompute a node's shape from its inputs' shapes."""
+    values = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    fake = next(n.meta["val"].fake_mode for n in node.all_input_nodes if is_tensor(n))
+    with fake, torch.no_grad():
+        node.meta["val"] = node.target(*values[0], **values[1])  # type: ignore[operator]
+
+
+def fold_products(graph: fx.Graph) -> None:
+    """addmm, mm and matmul with a constant right operand become linear."""
+    for node in list(graph.nodes):
+        if node.target in (aten.mm.default, aten.matmul.default):
+            x, w, bias = node.args[0], node.args[1], None
+        elif node.target is aten.addmm.default and not node.kwargs:
+            bias, x, w = node.args
+        else:
+            continue
+        if not node.meta["carrying"]:
+            continue
+        plain = bias is None or (len(bias.meta["val"].shape) == 1 and not bias.meta["carrying"])
+        if not plain or w.meta["carrying"] or not x.meta["carrying"] or w.meta["val"].ndim != 2:
+            if node.target is aten.addmm.default:
+                product = insert(graph, node, aten.mm.default, (x, w), node)
+                node.target, node.args = aten.add.Tensor, (product, bias)
+            continue
+        weight = insert(graph, node, aten.t.default, (w,), node)
+        node.target = aten.linear.default
+        node.args = (x, weight) if bias is None else (x, weight, bias)
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def join_attention(graph: fx.Graph) -> None:
+    """Every spelling of attention becomes ops.attention(q, k, v, mask, scale, causal, grouped)."""
+    for node in list(graph.nodes):
+        if node.target is aten.scaled_dot_product_attention.default:
+            _from_sdpa(graph, node)
+        elif node.target in (aten.softmax.int, aten._softmax.default) and node.meta["carrying"]:
+            _from_softmax(graph, node)
+    graph.eliminate_dead_code()
+
+
+def _from_sdpa(graph: fx.Graph, node: fx.Node) -> None:
+    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+    values = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    scale = values.get("scale")
+    if scale is None:
+        scale = ops.default_scale(int(values["query"].meta["val"].shape[-1]))
+    args = (values["query"], values["key"], values["value"], values.get("attn_mask"), scale)
+    args = (*args, bool(values.get("is_causal", False)), bool(values.get("enable_gqa", False)))
+    node.target, node.args, node.kwargs = ops.attention, args, {}
+
+
+def _from_softmax(graph: fx.Graph, softmax: fx.Node) -> None:
+    rank = softmax.meta["val"].ndim
+    if softmax.args[1] not in (-1, rank - 1):
+        return
+    # Down: casts to the product with the values.
+    probabilities: fx.Node = softmax
+    product = _only_user(softmax)
+    while product is not None and product.target in (aten.to.dtype, aten.expand.default, aten.view.default):
+        if [*product.meta["val"].shape] != [*softmax.meta["val"].shape]:
+            return
+        probabilities, product = product, _only_user(product)
+    if product is None or product.target not in (aten.matmul.default, aten.bmm.default, aten.mm.default):
+        return
+    if product.args[0] is not probabilities or not product.args[1].meta["carrying"]:
+        return
+    # Up: casts, scalar factors and masks to the product of queries and keys.
+    scale, masks, step = 1.0, [], softmax.args[0]
+    while step.target not in (aten.matmul.default, aten.bmm.default, aten.mm.default, aten.baddbmm.default):
+        if step.op != "call_function" or len(step.users) != 1:
+            return
+        operands = step.args
+        other = operands[1] if len(operands) > 1 else None
+        if step.target is aten.to.dtype:
+            pass
+        elif step.target is aten.mul.Tensor and isinstance(other, (int, float)):
+            scale *= other
+        elif step.target is aten.div.Tensor and isinstance(other, (int, float)):
+            scale /= other
+        elif step.target is aten.add.Tensor and is_tensor(other) and not other.meta["carrying"] and scale == 1.0:
+            masks.append(other)  # above it nothing may scale the scores again
+        elif step.target is aten.masked_fill.Scalar and scale == 1.0 and float(operands[2]) < -1e4:
+            seen = insert(graph, softmax, aten.logical_not.default, (other,), step)
+            masks.append(seen)
+        else:
+            return
+        if step.target is aten.add.Tensor and not operands[0].meta["carrying"]:
+            return
+        step = operands[0]
+    if step.target is aten.baddbmm.default or len(step.users) != 1 or len(masks) > 1:
+        return
+    q, transposed = step.args
+    if not (q.meta["carrying"] and transposed.meta["carrying"]):
+        return
+    key = insert(graph, product, aten.transpose.int, (transposed, -2, -1), step)
+    args = (q, key, product.args[1], masks[0] if masks else None, float(scale), False, False)
+    if q.meta["val"].ndim < 3:
+        return
+    joined = insert(graph, product, ops.attention, args, product)
+    product.replace_all_uses_with(joined)
+
+
+def _constant_operand(node: fx.Node) -> bool:
+    return len([p for p in node.all_input_nodes if p.meta.get("carrying")]) == 1
+
+
+def join_regions(graph: fx.Graph) -> None:
+    """Join f(x) spelled in several ops around one value: x * sigmoid(a x) is an activation, x * rsqrt(mean(x^2)) a norm.
+
+    A binary op whose two carrying operands both come from one value through pointwise ops (and, for a norm,
+    reductions that keep their axis) closes a region, if nothing inside is used elsewhere.
+    """
+    for node in list(graph.nodes):
+        if node.target not in ops.BINARY or not node.meta["carrying"]:
+            continue
+        carrying = [a for a in node.args[:2] if is_tensor(a) and a.meta["carrying"]]
+        if len(carrying) != 2:
+            continue
+        paths = [_chain(a) for a in carrying]
+        source = next((n for n in paths[0] if n in paths[1]), None)
+        if source is None:
+            continue
+        inside = [n for path in paths for n in path[: path.index(source)]]
+        inside = sorted(set(inside), key=list(graph.nodes).index)
+        members = {*inside, node}
+        if not inside or any(user not in members for n in inside for user in n.users):
+            continue
+        reduced = [n for n in inside if n.target in ops.REDUCTIONS]
+        _close_region(graph, node, source, inside, "norm" if reduced else "activation")
+
+
+def _chain(node: fx.Node) -> list[fx.Node]:
+    """The values that a value depends on pointwise (or through kept reductions), from itself upwards."""
+    chain = [node]
+    while True:
+        at = chain[-1]
+        if at.op != "call_function" or not _passes(at):
+            return chain
+        parents = [p for p in at.all_input_nodes if p.meta.get("carrying")]
+        if len(parents) != 1:
+            return chain
+        chain.append(parents[0])
+
+
+def _passes(node: fx.Node) -> bool:
+    target = node.target
+    if target in ops.REDUCTIONS:
+        source = node.all_input_nodes[0].meta["val"]
+        return node.meta["val"].ndim == source.ndim and source.ndim > 2
+    if target in ops.BINARY or isinstance(target, ops.Region):
+        return True
+    return target in ops.POINTWISE or target in (aten.to.dtype, aten.neg.default, aten.pow.Tensor_Tensor)
+
+
+def _close_region(graph: fx.Graph, node: fx.Node, source: fx.Node, inside: list[fx.Node], name: str) -> None:
+    members = [*inside, node]
+    constants = dict.fromkeys(p for m in members for p in m.all_input_nodes if p is not source and p not in members)
+    body = fx.Graph()
+    environment: dict[fx.Node, fx.Node] = {source: body.placeholder("x")}
+    for constant in constants:
+        environment[constant] = body.placeholder(constant.name)
+    statistics: set[str] = set()
+    for member in members:
+        environment[member] = body.node_copy(member, lambda n: environment[n])
+        if member.target in ops.REDUCTIONS:
+            statistics.add(environment[member].name)
+    body.output(environment[node])
+    region = ops.Region(name, fx.GraphModule(torch.nn.Module(), body), frozenset(statistics))
+    joined = insert(graph, node, region, (source, *constants), node)
+    node.replace_all_uses_with(joined)
+    graph.erase_node(node)
+    for member in reversed(inside):
+        if not member.users:
+            graph.erase_node(member)
+
+
+def split_selects(graph: fx.Graph) -> None:
+    """select(x, axis, i) becomes row_select(slice(x, axis, i, i + 1), axis); a full set of selects is an unbind."""
+    for node in list(graph.nodes):
+        if node.target is not aten.select.int or not node.meta["carrying"] or node.users is None:
+            continue
+        source, axis, index = node.args
+        axis = axis % source.meta["val"].ndim
+        length = source.meta["val"].shape[axis]
+        siblings = [
+            u
+            for u in source.users
+            if u.target is aten.select.int and u.args[1] % source.meta["val"].ndim == axis and u.args[0] is source
+        ]
+        if isinstance(length, int) and len({s.args[2] % length for s in siblings}) == length > 1:
+            unbound = insert(graph, siblings[0], aten.unbind.int, (source, axis), node)
+            for sibling in siblings:
+                part = insert(graph, sibling, operator.getitem, (unbound, sibling.args[2] % length), sibling)
+                sibling.replace_all_uses_with(part)
+                sibling.target, sibling.args = aten.alias.default, (part,)
+            continue
+        stop = index + 1 if index != -1 else 2**63 - 1
+        row = insert(graph, node, aten.slice.Tensor, (source, axis, index, stop), node)
+        picked = insert(graph, node, ops.row_select, (row, axis), node)
+        node.replace_all_uses_with(picked)
+        graph.erase_node(node)
+
+
+def describe(node: fx.Node) -> str:
+    """One line that names a node for an error: op, name, module path, source line."""
+    place = " ".join(part for part in (module_path(node), source_line(node)) if part)
+    return f"{node.target} ({node.name})" + (f" at {place}" if place else "")

@@ -1,0 +1,265 @@
+"""From the canonicalised fx graph to relprop's own Graph: roles, sample axes and explicit fan-out."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from relprop.capture import ops
+from relprop.capture.canonicalise import canonicalise, explained_inputs
+from relprop.capture.export import Captured, module_path, source_line
+from relprop.capture.hoist import hoist_rows
+from relprop.graph import Graph, Node, SampleAxis, Value, leaves
+
+aten = torch.ops.aten
+
+
+def alias(x: Tensor) -> Tensor:
+    """Forward of an explicit fan-out: every output is the input itself."""
+    return x
+
+
+def lower(captured: Captured) -> Graph:
+    """Canonicalise a captured graph, hoist its row slices and lower it.
+
+    Returns:
+        The graph; nodes of unknown kinds have kind "unknown" and are refused when rules are assigned.
+    """
+    canonicalise(captured)
+    hoist_rows(captured.graph)
+    captured.output = next(n for n in captured.graph.nodes if n.op == "output").args[0][0]
+    lowering = _Lowering(captured)
+    lowering.run()
+    graph = lowering.graph
+    _assign_roles(graph)
+    _make_fanout_explicit(graph)
+    return graph
+
+
+class _Lowering:
+    def __init__(self, captured: Captured) -> None:
+        self.captured = captured
+        self.values: list[Value] = []
+        self.of: dict[fx.Node, Any] = {}
+        self.nodes: list[Node] = []
+        self.graph: Graph
+
+    def value(self, name: str, fake: Any, carrying: bool) -> Value:
+        shape = tuple(fake.shape) if isinstance(fake, Tensor) else ()
+        dtype = fake.dtype if isinstance(fake, Tensor) else torch.int64
+        made = Value(len(self.values), name, shape, dtype, carrying, self.sample_axis(shape) if carrying else None)
+        self.values.append(made)
+        return made
+
+    def sample_axis(self, shape: tuple[Any, ...]) -> SampleAxis | None:
+        symbols = self.captured.batch_symbols
+        found = []
+        for axis, size in enumerate(shape):
+            expr = size.node.expr if isinstance(size, torch.SymInt) else None
+            if expr is not None and expr.free_symbols & symbols:
+                factor = expr.subs({s: 1 for s in expr.free_symbols & symbols})
+                found.append(SampleAxis(axis, int(factor) if factor.is_Integer else 0))
+        return found[0] if len(found) == 1 and found[0].factor else None
+
+    def run(self) -> None:
+        inputs: dict[str, Value] = {}
+        parameters: dict[int, str] = {}
+        constants: dict[int, Tensor] = {}
+        explained_names = set(explained_inputs(self.captured))
+        for node in self.captured.graph.nodes:
+            if node.op == "placeholder":
+                if not node.users:
+                    continue
+                made = self.value(node.name, node.meta["val"], node.meta["carrying"])
+                self.of[node] = made
+                if node.name in self.captured.parameters:
+                    parameters[made.index] = self.captured.parameters[node.name]
+                elif node.name in self.captured.constants:
+                    constants[made.index] = self.captured.constants[node.name]
+                else:
+                    inputs[node.name] = made
+            elif node.op == "call_function" and self._is_part(node):
+                self.of[node] = self.of[node.args[0]][node.args[1]]
+            elif node.op == "call_function":
+                self._lower_call(node)
+        explained = [inputs[name] for name in inputs if name in explained_names]
+        output = self.of[self.captured.output]
+        self.graph = Graph(self.nodes, self.values, inputs, parameters, constants, explained, output)
+
+    def _is_part(self, node: fx.Node) -> bool:
+        return node.target is operator.getitem and isinstance(self.of.get(node.args[0]), tuple)  # type: ignore[arg-type]
+
+    def _lower_call(self, node: fx.Node) -> None:
+        args = fx.map_arg(node.args, lambda n: self.of[n])
+        kwargs = fx.map_arg(node.kwargs, lambda n: self.of[n])
+        fake = node.meta.get("val")
+        carrying = bool(node.meta.get("carrying"))
+        if isinstance(fake, (list, tuple)):
+            outputs = tuple(self.value(f"{node.name}.{i}", f, carrying) for i, f in enumerate(fake))
+            self.of[node] = outputs
+        else:
+            outputs = (self.value(node.name, fake, carrying),)
+            self.of[node] = outputs[0]
+        kind = ops.kind_of(node.target) if carrying else "constant"  # type: ignore[arg-type]
+        made = Node(
+            name=node.name,
+            kind=kind or "unknown",
+            target=node.target,  # type: ignore[arg-type]
+            args=tuple(_plain(args)),
+            kwargs=dict(_plain(kwargs)),
+            operands=(),
+            outputs=outputs,
+            module=module_path(node),
+            source=source_line(node),
+        )
+        if "query_rows" in node.meta:
+            made.attributes["query_rows"] = node.meta["query_rows"]
+        for i, out in enumerate(outputs):
+            out.producer, out.output = made, i
+        made.operands = _operands(made)
+        self.nodes.append(made)
+
+
+def _plain(structure: Any) -> Any:
+    """fx's immutable containers as ordinary ones."""
+    if isinstance(structure, dict):
+        return {k: _plain(v) for k, v in structure.items()}
+    if isinstance(structure, (list, tuple)) and not isinstance(structure, torch.Size):
+        items = [_plain(v) for v in structure]
+        return tuple(items) if isinstance(structure, tuple) else items
+    return structure
+
+
+def _operands(node: Node) -> tuple[Value | None, ...]:
+    if node.kind in ("linear", "conv"):
+        args = (*node.args, None, None)[:3]
+        return tuple(a if isinstance(a, Value) else None for a in args)
+    if node.kind == "attention":
+        return tuple(a if isinstance(a, Value) else None for a in node.args[:4])
+    return tuple(leaves((node.args, node.kwargs)))
+
+
+def _assign_roles(graph: Graph) -> None:
+    """Name what structure shows: residual and rope adds, positional and bias operands, gates, first layers."""
+    explained = {v.index for v in graph.explained}
+    for node in graph.nodes:
+        if not node.carrying:
+            continue
+        carrying = [v for v in node.operands if v is not None and v.carrying]
+        if node.kind == "add":
+            node.role = _add_role(graph, node, carrying)
+        elif node.kind == "mul":
+            node.role = "gate" if len(carrying) > 1 else "scale"
+        elif node.kind in ("linear", "conv") and carrying and carrying[0].index in explained:
+            node.role = "input"
+
+
+def _add_role(graph: Graph, node: Node, carrying: list[Value]) -> str:
+    if len(carrying) == 2:
+        return "rope" if _is_rope(carrying) else "residual"
+    others = [v for v in node.operands if v is not None and not v.carrying]
+    if not others:
+        return "offset"
+    other = others[0]
+    if other.dtype == torch.bool or _depends_on_input(graph, other):
+        return "mask"
+    extent = [s for s in other.shape if not (isinstance(s, int) and s == 1)]
+    return "bias" if len(extent) <= 1 else "positional"
+
+
+def _depends_on_input(graph: Graph, value: Value) -> bool:
+    inputs = {v.index for v in graph.inputs.values()}
+    stack, seen = [value], set()
+    while stack:
+        at = stack.pop()
+        if at.index in inputs:
+            return True
+        if at.index in seen or at.producer is None:
+            continue
+        seen.add(at.index)
+        # Sizes are read off the inputs everywhere; only values count.
+        if at.producer.target is not aten.sym_size.int:
+            stack.extend(leaves((at.producer.args, at.producer.kwargs)))
+    return False
+
+
+def _is_rope(operands: list[Value]) -> bool:
+    """x * cos + rotated(x) * sin: both operands are products with a constant of movements of one value."""
+    sources = []
+    for value in operands:
+        node = value.producer
+        if node is None or node.kind != "mul" or node.role != "scale":
+            return False
+        at = next(v for v in node.operands if v is not None and v.carrying)
+        seen = {at.index}
+        while at.producer is not None and (at.producer.kind == "movement" or at.producer.target is aten.neg.default):
+            parents = [v for v in leaves(at.producer.args) if v.carrying]
+            at = parents[0]
+            seen.add(at.index)
+        sources.append(seen)
+    return bool(sources[0] & sources[1])
+
+
+def _make_fanout_explicit(graph: Graph) -> None:
+    """A carrying value with several carrying consumers goes through a node of kind "fanout", one output per use."""
+    uses: dict[int, list[tuple[Node, int]]] = {}
+    for node in graph.nodes:
+        if node.carrying:
+            for at, value in enumerate(leaves((node.args, node.kwargs))):
+                if value.carrying:
+                    uses.setdefault(value.index, []).append((node, at))
+    made: dict[int, Node] = {}
+    for value in list(graph.values):
+        places = uses.get(value.index, [])
+        if len(places) < 2:
+            continue
+        outputs = []
+        for i in range(len(places)):
+            copy = Value(len(graph.values), f"{value.name}~{i}", value.shape, value.dtype, True, value.sample)
+            graph.values.append(copy)
+            outputs.append(copy)
+        origin = value.producer
+        node = Node(
+            name=f"{value.name}_fanout",
+            kind="fanout",
+            target=alias,
+            args=(value,),
+            kwargs={},
+            operands=(value,),
+            outputs=tuple(outputs),
+            module=origin.module if origin else "",
+            source=origin.source if origin else "",
+        )
+        for i, out in enumerate(outputs):
+            out.producer, out.output = node, i
+        made[value.index] = node
+    _rewire(graph, made)
+
+
+def _rewire(graph: Graph, made: dict[int, Node]) -> None:
+    taken: dict[int, int] = dict.fromkeys(made, 0)
+    ordered: list[Node] = [made[v.index] for v in graph.inputs.values() if v.index in made]
+
+    def use(structure: Any) -> Any:
+        if isinstance(structure, Value):
+            if structure.index not in made:
+                return structure
+            at = taken[structure.index]
+            taken[structure.index] += 1
+            return made[structure.index].outputs[at]
+        if isinstance(structure, (list, tuple)):
+            return type(structure)(use(item) for item in structure)
+        if isinstance(structure, dict):
+            return {k: use(v) for k, v in structure.items()}
+        return structure
+
+    for node in graph.nodes:
+        if node.carrying:
+            node.args, node.kwargs = use(node.args), use(node.kwargs)
+            node.operands = _operands(node)
+        ordered.append(node)
+        ordered.extend(made[v.index] for v in node.outputs if v.index in made)
+    graph.nodes = ordered

@@ -1,0 +1,237 @@
+"""Running a program: one forward pass that keeps what the plan names, one reverse sweep over its steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from relprop.graph import Node, Value, substitute
+from relprop.ledger import Ledger, LedgerEntry, book
+from relprop.methods.base import Reader, Reading
+from relprop.program import Program, ReverseStep, StreamStep
+from relprop.rules import Absorbed, Call
+from relprop.weights import DerivedWeights
+
+Streams = dict[int, Tensor]
+
+
+@dataclass
+class Forward:
+    """What a forward pass leaves behind: tensors by value index, and the shapes of all values."""
+
+    tensors: dict[int, Any]
+    shapes: dict[int, torch.Size]
+
+    @property
+    def device(self) -> torch.device:
+        return next(t.device for t in self.tensors.values() if isinstance(t, Tensor))
+
+
+@dataclass
+class Trace:
+    """Streams at every value and maps at every attention layer, for looking inside; see `Engine.trace`."""
+
+    streams: dict[tuple[str, str], Tensor] = field(default_factory=dict)  # (value, stream) -> [T, *shape]
+    maps: dict[tuple[str, str], Tensor] = field(default_factory=dict)  # (module, map) -> [T, B, H, Nq, Nk]
+
+
+def run_forward(
+    program: Program, bound: dict[int, Any], move: Callable[[Value, Tensor], Tensor] | None = None
+) -> Forward:
+    """The model's forward pass, step by step.
+
+    Args:
+        bound: inputs, parameters and constants by value index.
+        move: applied to every input and every embedding, for the trust check.
+    """
+    tensors: dict[int, Any] = dict(bound)
+    if move is not None:
+        for value in program.graph.inputs.values():
+            if value.index in tensors:
+                tensors[value.index] = move(value, tensors[value.index])
+    shapes: dict[int, torch.Size] = {i: t.shape for i, t in bound.items() if isinstance(t, Tensor)}
+    for step in program.forward:
+        node = step.node
+        if node.kind == "fanout":
+            source = node.operands[0]
+            assert source is not None
+            result: Any = tensors[source.index]
+            for value in node.outputs:
+                tensors[value.index], shapes[value.index] = result, result.shape
+        else:
+            result = node.target(*_bind(node.args, tensors), **_bind(node.kwargs, tensors))
+            if len(node.outputs) == 1 and not isinstance(result, (list, tuple)):
+                index = node.outputs[0].index
+                if move is not None and node.kind == "embedding":
+                    result = move(node.outputs[0], result)
+                tensors[index] = result
+                if isinstance(result, Tensor):
+                    shapes[index] = result.shape
+            else:
+                for value, part in zip(node.outputs, result, strict=True):
+                    tensors[value.index], shapes[value.index] = part, part.shape
+        for index in step.frees:
+            tensors.pop(index, None)
+    return Forward(tensors, shapes)
+
+
+def _bind(structure: Any, tensors: dict[int, Any]) -> Any:
+    return substitute(structure, lambda value: tensors[value.index])
+
+
+class Sweep:
+    """One reverse sweep: named streams walk down the graph; a reader takes the attention maps on the way."""
+
+    def __init__(
+        self,
+        program: Program,
+        forward: Forward,
+        derived: DerivedWeights,
+        reading: Reading,
+        reader: Reader,
+        dtype: torch.dtype,
+        precision: str,
+        ledger: bool,
+        trace: Trace | None = None,
+    ) -> None:
+        self.program, self.forward, self.derived = program, forward, derived
+        self.reading, self.reader = reading, reader
+        self.dtype, self.precision = dtype, precision
+        self.trace = trace
+        self.streams: dict[str, Streams] = {name: {} for name in program.seeds}
+        self.entries: list[LedgerEntry] | None = [] if ledger else None
+        self.wanted_values = set(program.requirements.values)
+
+    def run(self, seed: Tensor) -> Ledger | None:
+        """Seed every stream at the output and walk.
+
+        Args:
+            seed: [T, *output shape]
+        """
+        output = self.program.graph.output
+        for name in self.program.seeds:
+            self._arrive(name, output, seed)
+        for step in self.program.reverse:
+            self._step(step)
+        self._collect()
+        if self.entries is None:
+            return None
+        total = output.per_sample(seed).sum(-1, dtype=torch.float64)
+        frontier = torch.zeros_like(total)
+        for value in self.program.frontier.get("relevance", ()):
+            arrived = self.streams["relevance"].get(value.index)
+            if arrived is not None:
+                frontier = frontier + value.per_sample(arrived).sum(-1, dtype=torch.float64)
+        return Ledger(total, frontier, self.entries)
+
+    def _collect(self) -> None:
+        for value, name in self.wanted_values:
+            found = self.streams[name].get(value.index)
+            if found is None:
+                shape = self.forward.shapes[value.index]
+                found = torch.zeros(self.reading.targets, *shape, dtype=self.dtype, device=self.forward.device)
+            self.reading.streams[value, name] = found
+
+    def _arrive(self, name: str, value: Value, tensor: Tensor) -> None:
+        self.streams[name][value.index] = tensor
+        if self.trace is not None:
+            self.trace.streams[value.name, name] = tensor
+
+    def _derive(self, value: Value, tensor: Tensor, transform: str, dtype: torch.dtype) -> Tensor:
+        name = self.program.graph.parameters.get(value.index)
+        if name is not None and (transform or tensor.dtype != dtype) and not torch.is_grad_enabled():
+            return self.derived.get(name, tensor, transform, dtype)
+        cast = tensor if tensor.dtype == dtype else tensor.to(dtype)
+        if not transform:
+            return cast
+        return cast.abs() if transform == "abs" else cast.clamp(min=0) if transform == "positive" else cast.clamp(max=0)
+
+    def _step(self, step: ReverseStep) -> None:
+        node = step.node
+        call: Call | None = None
+        for stream in step.streams:
+            arrived = self._take(stream, node)
+            if arrived is None:
+                continue
+            booked = Absorbed() if self.entries is not None and stream.stream == "relevance" else None
+            wanted = stream.wanted
+            if booked is not None:
+                wanted = tuple(v is not None and v.carrying for v in node.operands)
+            if call is None:
+                call = self._call(node, wanted)
+            call.wanted, call.absorbed = wanted, booked
+            kernel = None if booked is not None else stream.kernel
+            passed = stream.rule.propagate(call, arrived) if kernel is None else kernel(stream.rule, call, arrived)
+            for value, part in zip(node.operands, passed, strict=False):
+                if value is not None and value.carrying and part is not None:
+                    self._arrive(stream.stream, value, part)
+            if booked is not None:
+                self._book(node, stream, arrived, passed, booked)
+        if step.maps:
+            self._read(step, call or self._call(node, ()))
+        for index in step.frees:
+            if index not in self.program.graph.parameters:
+                self.forward.tensors.pop(index, None)
+
+    def _call(self, node: Node, wanted: tuple[bool, ...]) -> Call:
+        return Call(
+            node,
+            self.forward.tensors,
+            self.forward.shapes,
+            wanted,
+            self.dtype,
+            self._derive,
+            precision=self.precision,
+        )
+
+    def _take(self, stream: StreamStep, node: Node) -> Any:
+        streams = self.streams[stream.stream]
+        kept = {v.index for v, name in self.wanted_values if name == stream.stream}
+        parts = tuple(
+            streams.get(v.index) if v.index in kept else streams.pop(v.index, None) for v in node.outputs
+        )
+        if all(part is None for part in parts):
+            return None
+        return parts if len(node.outputs) > 1 else parts[0]
+
+    def _read(self, step: ReverseStep, call: Call) -> None:
+        if "attention" in step.maps and "attention" not in call.maps:
+            from relprop.rules.attention_composed import heads
+
+            heads(call)
+        shape = next((m.shape for m in call.maps.values()), None)
+        for name in step.maps - set(call.maps):
+            assert shape is not None
+            call.maps[name] = torch.zeros(self.reading.targets, *shape[1:], dtype=self.dtype, device=self.forward.device)
+        if self.trace is not None:
+            for name, found in call.maps.items():
+                self.trace.maps[step.node.module, name] = found
+        self.reader.visit(step.node, {name: call.maps[name] for name in step.maps}, self.reading)
+
+    def _book(self, node: Node, stream: StreamStep, arrived: Any, passed: Any, booked: Absorbed) -> None:
+        assert self.entries is not None
+        outputs = arrived if isinstance(arrived, tuple) else (arrived,)
+
+        def sums(values: Any, tensors: Any) -> list[tuple[Tensor, Tensor]]:
+            return [
+                (flat.sum(-1, dtype=torch.float64), flat.abs().sum(-1, dtype=torch.float64))
+                for value, tensor in zip(values, tensors, strict=False)
+                if tensor is not None and value is not None and value.carrying
+                for flat in (value.per_sample(tensor),)
+            ]
+
+        rule = stream.rule
+        self.entries.append(
+            book(
+                node,
+                rule.describe(),
+                bool(rule.conserves),
+                sums(node.outputs, outputs),
+                sums(node.operands, passed),
+                booked.causes,
+            )
+        )

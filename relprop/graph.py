@@ -1,0 +1,123 @@
+"""The canonical graph: nodes of known kinds, explicit fan-out, roles, and which values carry relevance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SampleAxis:
+    """Where a value keeps its samples: `axis` has size batch * factor, samples outermost."""
+
+    axis: int
+    factor: int
+
+
+@dataclass(eq=False)
+class Value:
+    """A tensor of the graph. Sizes that depend on the batch or the sequence length are SymInts."""
+
+    index: int
+    name: str
+    shape: tuple[Any, ...]
+    dtype: torch.dtype
+    carrying: bool
+    sample: SampleAxis | None
+    producer: Node | None = None
+    output: int = 0  # which of the producer's outputs
+
+    @property
+    def rank(self) -> int:
+        return len(self.shape)
+
+    def describe(self) -> str:
+        return f"[{', '.join(str(s) for s in self.shape)}]"
+
+    def per_sample(self, tensor: Tensor) -> Tensor:
+        """Bring a stream's tensor [T, *shape] to [T, B, rest]."""
+        assert self.sample is not None
+        lead = tensor.movedim(self.sample.axis + 1, 1)
+        return lead.reshape(lead.shape[0], lead.shape[1] // self.sample.factor, -1)
+
+
+@dataclass(eq=False)
+class Node:
+    """One operation. `operands` are its tensor inputs in order, as rules see them (None where one is absent)."""
+
+    name: str
+    kind: str
+    target: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    operands: tuple[Value | None, ...]
+    outputs: tuple[Value, ...]
+    role: str = ""
+    module: str = ""
+    source: str = ""
+    attributes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def carrying(self) -> bool:
+        return any(v.carrying for v in self.outputs)
+
+    @property
+    def is_residual(self) -> bool:
+        return self.role == "residual"
+
+    def describe(self) -> str:
+        op = getattr(self.target, "__name__", str(self.target))
+        place = " ".join(part for part in (self.module, self.source) if part)
+        return f"{op} ({self.name})" + (f" at {place}" if place else "")
+
+
+@dataclass
+class Graph:
+    """Nodes in execution order, with the values that come from outside."""
+
+    nodes: list[Node]
+    values: list[Value]
+    inputs: dict[str, Value]  # placeholder -> value
+    parameters: dict[int, str]  # value index -> qualified name in the model
+    constants: dict[int, Tensor]
+    explained: list[Value]  # inputs whose relevance is asked for
+    output: Value
+
+    def consumers(self) -> dict[int, list[Node]]:
+        uses: dict[int, list[Node]] = {}
+        for node in self.nodes:
+            for value in leaves((node.args, node.kwargs)):
+                uses.setdefault(value.index, []).append(node)
+        return uses
+
+    def attention_sites(self) -> list[Node]:
+        return [node for node in self.nodes if node.kind == "attention" and node.carrying]
+
+
+def leaves(structure: Any) -> Iterator[Value]:
+    """Every Value inside nested arguments."""
+    if isinstance(structure, Value):
+        yield structure
+    elif isinstance(structure, (list, tuple)):
+        for item in structure:
+            yield from leaves(item)
+    elif isinstance(structure, dict):
+        for item in structure.values():
+            yield from leaves(item)
+
+
+def substitute(structure: Any, replace: Callable[[Value], Any]) -> Any:
+    """Nested arguments with every Value replaced."""
+    if isinstance(structure, Value):
+        return replace(structure)
+    if isinstance(structure, list):
+        return [substitute(item, replace) for item in structure]
+    if isinstance(structure, tuple):
+        return tuple(substitute(item, replace) for item in structure)
+    if isinstance(structure, dict):
+        return {key: substitute(item, replace) for key, item in structure.items()}
+    return structure

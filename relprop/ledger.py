@@ -1,0 +1,109 @@
+"""The ledger: what each step of the relevance pass received, handed on and kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from relprop.graph import Node
+
+
+@dataclass(frozen=True)
+class LedgerEntry:
+    """One step, per target and sample; all tensors [T, B], float64, in units of the explained score.
+
+    Attributes:
+        step, kind, rule, module: which step it was.
+        arriving: relevance at the operation's output.
+        passed: relevance handed on towards the input.
+        absorbed: relevance kept, by cause: "bias", "epsilon", "constant" (class token, position embedding), "rule"
+            (rules that do not conserve).
+        amplification: sum |passed on| / sum |arriving|.
+    """
+
+    step: str
+    kind: str
+    rule: str
+    module: str
+    arriving: Tensor
+    passed: Tensor
+    absorbed: dict[str, Tensor]
+    amplification: Tensor
+
+    @property
+    def rounding(self) -> Tensor:
+        """What the sums of the step miss. [T, B]"""
+        return self.arriving - self.passed - sum(self.absorbed.values(), torch.zeros_like(self.arriving))
+
+
+@dataclass
+class Ledger:
+    """The books of one relevance pass.
+
+    Attributes:
+        seed: relevance that the pass started with. [T, B]
+        frontier: relevance where the pass ended: the first attention map for a row walk, the pixels for `full`. [T, B]
+        entries: one per step, from the output down.
+    """
+
+    seed: Tensor
+    frontier: Tensor
+    entries: list[LedgerEntry] = field(default_factory=list)
+
+    @property
+    def absorbed(self) -> dict[str, Tensor]:
+        """Everything kept along the way, by cause. Each [T, B]"""
+        total: dict[str, Tensor] = {}
+        for entry in self.entries:
+            for cause, amount in entry.absorbed.items():
+                total[cause] = total[cause] + amount if cause in total else amount
+        return total
+
+    @property
+    def imbalance(self) -> Tensor:
+        """seed - frontier - absorbed: zero up to rounding. [T, B]"""
+        return self.seed - self.frontier - sum(self.absorbed.values(), torch.zeros_like(self.seed))
+
+    def worst(self, count: int = 5) -> list[LedgerEntry]:
+        """The steps that amplified most, where conditioning was lost."""
+        return sorted(self.entries, key=lambda e: -float(e.amplification.max()))[:count]
+
+    def __str__(self) -> str:
+        rows = [f"{'step':<28} {'rule':<26} {'arriving':>12} {'passed':>12} {'absorbed':>12} {'amplified':>10}  module"]
+        for e in self.entries:
+            kept = sum(e.absorbed.values(), torch.zeros_like(e.arriving))
+            cells = (float(t.mean()) for t in (e.arriving, e.passed, kept, e.amplification))
+            rows.append("{:<28} {:<26} {:>12.5g} {:>12.5g} {:>12.5g} {:>10.4g}  {}".format(
+                e.step[:28], e.rule[:26], *cells, e.module
+            ))
+        causes = ", ".join(f"{cause} {float(amount.mean()):.4g}" for cause, amount in self.absorbed.items()) or "nothing"
+        rows.append(
+            f"seed {float(self.seed.mean()):.6g} = frontier {float(self.frontier.mean()):.6g} + absorbed ({causes});"
+            f" imbalance {float(self.imbalance.abs().max()):.2g} (means over targets and samples)"
+        )
+        return "\n".join(rows)
+
+
+def book(
+    node: Node,
+    rule: str,
+    conserves: bool,
+    arriving: list[tuple[Tensor, Tensor]],
+    passed: list[tuple[Tensor, Tensor]],
+    absorbed: dict[str, Tensor],
+) -> LedgerEntry:
+    """An entry from (sum, sum of magnitudes) pairs [T, B] at the outputs and the inputs of a step."""
+    total_in = sum((pair[0] for pair in arriving), torch.zeros(1, 1, dtype=torch.float64, device=arriving[0][0].device))
+    total_out = sum((pair[0] for pair in passed), torch.zeros_like(total_in))
+    size_in = sum((pair[1] for pair in arriving), torch.zeros_like(total_in))
+    size_out = sum((pair[1] for pair in passed), torch.zeros_like(total_in))
+    causes = dict(absorbed)
+    if not conserves:
+        rest = total_in - total_out - sum(causes.values(), torch.zeros_like(total_in))
+        causes["rule"] = causes.get("rule", torch.zeros_like(rest)) + rest
+    amplification = torch.where(size_in > 0, size_out / torch.where(size_in > 0, size_in, 1.0), 0.0)
+    return LedgerEntry(
+        node.name, node.kind, rule, node.module, total_in, total_out.expand_as(total_in), causes, amplification
+    )

@@ -1,0 +1,127 @@
+"""Methods by name. One reverse sweep serves them all; they differ in rules and in what is read out."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from relprop.methods.attention_maps import GradCam, LayerRow, RowWalk
+from relprop.methods.base import METHODS, Method, Reading, Requirements, find_method, methods, register_method
+from relprop.methods.input_maps import InputMap
+
+_CHEFER = "Chefer et al., CVPR 2021"
+
+register_method(
+    Method(
+        "transformer_attribution",
+        "class-specific relevance per token: positive gradient x relevance of every attention map, walked through"
+        " the layers",
+        f"{_CHEFER}, eq. 13-14",
+        "chefer",
+        partial(RowWalk, "gradient_x_relevance", "transformer_attribution"),
+        {"start_layer": 0},
+    )
+)
+register_method(
+    Method(
+        "relevance_rollout",
+        "rollout of the attention maps' positive relevance, without gradients",
+        f"{_CHEFER}, code (rollout)",
+        "chefer",
+        partial(RowWalk, "relevance", "relevance_rollout"),
+        {"start_layer": 0},
+    )
+)
+register_method(
+    Method(
+        "full",
+        "relevance of every pixel (or token embedding), propagated down to the input",
+        f"{_CHEFER}, code (full)",
+        "chefer",
+        partial(InputMap, "relevance", "full"),
+        output="input",
+    )
+)
+register_method(
+    Method(
+        "last_layer",
+        "relevance of the last attention map",
+        f"{_CHEFER}, code (last_layer)",
+        "chefer",
+        partial(LayerRow, "relevance", "last_layer", -1),
+        {"gradient_weighted": False},
+    )
+)
+register_method(
+    Method(
+        "second_layer",
+        "relevance of the second attention map",
+        f"{_CHEFER}, code (second_layer)",
+        "chefer",
+        partial(LayerRow, "relevance", "second_layer", 1),
+        {"gradient_weighted": False},
+    )
+)
+register_method(
+    Method(
+        "last_layer_attention",
+        "the last attention map itself",
+        f"{_CHEFER}, code (last_layer_attn)",
+        "chefer",
+        partial(LayerRow, "attention", "last_layer_attention", -1),
+        uses_target=False,
+    )
+)
+register_method(
+    Method(
+        "raw_attention",
+        "one layer's attention map itself, the last by default",
+        "common baseline",
+        "chefer",
+        partial(LayerRow, "attention", "raw_attention"),
+        {"layer": -1},
+        uses_target=False,
+    )
+)
+register_method(
+    Method(
+        "attention_rollout",
+        "product of all attention maps with the identity added; does not depend on the target",
+        "Abnar and Zuidema, ACL 2020",
+        "chefer",
+        partial(RowWalk, "attention", "attention_rollout", normalise=True),
+        {"start_layer": 0},
+        uses_target=False,
+    )
+)
+register_method(
+    Method(
+        "attention_gradcam",
+        "Grad-CAM on the last attention map",
+        f"Selvaraju et al., ICCV 2017; {_CHEFER}, code (cam_attn)",
+        "chefer",
+        partial(GradCam, "attention_gradcam"),
+        {"normalise": True},
+    )
+)
+register_method(
+    Method(
+        "generic_attention",
+        "positive gradient x attention of every layer, walked through the layers; needs no relevance rules",
+        "Chefer, Gur and Wolf, ICCV 2021, eq. 5-6",
+        "chefer",
+        partial(RowWalk, "gradient_x_attention", "generic_attention"),
+        {"start_layer": 0},
+    )
+)
+register_method(
+    Method(
+        "gradient_x_input",
+        "gradient times input, summed over channels",
+        "Shrikumar et al. 2016",
+        "chefer",
+        partial(InputMap, "gradient", "gradient_x_input"),
+        output="input",
+    )
+)
+
+__all__ = ["METHODS", "Method", "Reading", "Requirements", "find_method", "methods", "register_method"]

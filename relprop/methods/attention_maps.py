@@ -1,0 +1,185 @@
+"""Read-outs of attention maps: the row walk through all layers, one layer's row, and attention Grad-CAM."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from relprop import native
+from relprop.errors import OptionError, UnsupportedTopologyError
+from relprop.graph import Graph, Node
+from relprop.methods.base import Maps, Reader, Reading, Readout, Requirements
+from relprop.methods.topology import by_head, query_rows, self_attention_sites
+
+# What one entry of a layer's token-to-token matrix is made of, before the mean over heads.
+EDGES: dict[str, frozenset[str]] = {
+    "gradient_x_relevance": frozenset({"gradient", "relevance"}),
+    "gradient_x_attention": frozenset({"gradient", "attention"}),
+    "relevance": frozenset({"relevance"}),
+    "attention": frozenset({"attention"}),
+}
+
+
+def edge_matrix(edge: str, site: Node, maps: Maps, backend: str) -> Tensor:
+    """Mean over heads of a layer's map; products and relevance are cut at zero first. [T, B, Nq, Nk]"""
+    parts = [by_head(site, maps[name]) for name in sorted(EDGES[edge])]
+    if edge == "attention":
+        return parts[0].mean(2)
+    if len(parts) == 2:
+        if backend == "cpp" and parts[0].shape == parts[1].shape:
+            return native.rollout_matrix(*parts)
+        return (parts[0] * parts[1]).clamp(min=0).mean(2)
+    return parts[0].clamp(min=0).mean(2)
+
+
+@dataclass(frozen=True)
+class RowWalk(Readout):
+    """The read-out row of (I + E_B) ... (I + E_1), from the last layer to `start_layer`.
+
+    Args:
+        edge: what E is made of, a name of `EDGES`.
+        start_layer: first layer of the product.
+        normalise: divide each row of I + E by its sum.
+        method: for messages.
+    """
+
+    edge: str
+    method: str
+    start_layer: int = 0
+    normalise: bool = False
+
+    def require(self, graph: Graph) -> Requirements:
+        """Maps of every layer from `start_layer` on."""
+        sites = self_attention_sites(graph, self.method)
+        if isinstance(self.start_layer, bool) or not isinstance(self.start_layer, int):
+            raise OptionError(f"start_layer: expected an int, got {self.start_layer!r}")
+        if not -len(sites) <= self.start_layer < len(sites):
+            raise OptionError(f"start_layer: expected one of {len(sites)} attention layers, got {self.start_layer}")
+        walked = sites[self.start_layer % len(sites) :]
+        return Requirements({site: EDGES[self.edge] for site in walked}, profile=True)
+
+    def reader(self) -> Reader:
+        """A walk from the rows that the output reads."""
+        return _Walk(self.edge, self.normalise)
+
+
+class _Walk(Reader):
+    def __init__(self, edge: str, normalise: bool) -> None:
+        self.edge, self.normalise = edge, normalise
+        self.row: Tensor | None = None  # [T or 1, B, N]
+
+    def visit(self, site: Node, maps: Maps, reading: Reading) -> None:
+        matrix = edge_matrix(self.edge, site, maps, reading.backend)
+        assert reading.profile is not None
+        row = reading.profile.to(matrix.dtype)[None] if self.row is None else self.row
+        rows = query_rows(site, matrix.shape[-1])
+        queried = row[..., rows]
+        if self.normalise:
+            queried = queried / (1 + matrix.sum(-1))
+            kept = torch.zeros_like(row).expand(queried.shape[0], -1, -1).clone()
+            kept[..., rows] = queried
+            row = kept
+        self.row = row + (queried.unsqueeze(-2) @ matrix).squeeze(-2)
+
+    def finish(self, reading: Reading) -> Tensor:
+        assert self.row is not None
+        return self.row
+
+
+@dataclass(frozen=True)
+class LayerRow(Readout):
+    """The read-out row of one layer's matrix E.
+
+    Args:
+        edge: what E is made of; `gradient_weighted` multiplies relevance with the gradient.
+        layer: which layer; negative counts from the last.
+        method: for messages.
+    """
+
+    edge: str
+    method: str
+    layer: int = -1
+    gradient_weighted: bool = False
+
+    def _edge(self) -> str:
+        return "gradient_x_relevance" if self.gradient_weighted and self.edge == "relevance" else self.edge
+
+    def require(self, graph: Graph) -> Requirements:
+        """Maps of that layer alone."""
+        sites = self_attention_sites(graph, self.method)
+        if not -len(sites) <= self.layer < len(sites):
+            raise UnsupportedTopologyError(
+                f"method {self.method!r}: expected a model with attention layer {self.layer}, got {len(sites)} layer(s)"
+            )
+        return Requirements({sites[self.layer]: EDGES[self._edge()]}, profile=True)
+
+    def reader(self) -> Reader:
+        """A reader of one row."""
+        return _Row(self._edge())
+
+
+class _Row(Reader):
+    def __init__(self, edge: str) -> None:
+        self.edge = edge
+        self.row: Tensor | None = None
+
+    def visit(self, site: Node, maps: Maps, reading: Reading) -> None:
+        maps = {name: by_head(site, m).clamp(min=0) if name == "attention" else m for name, m in maps.items()}
+        matrix = edge_matrix(self.edge, site, maps, reading.backend)
+        assert reading.profile is not None
+        profile = reading.profile.to(matrix.dtype)[:, query_rows(site, matrix.shape[-1])]
+        self.row = (profile.unsqueeze(-2) @ matrix).squeeze(-2)
+
+    def finish(self, reading: Reading) -> Tensor:
+        assert self.row is not None
+        return self.row
+
+
+@dataclass(frozen=True)
+class GradCam(Readout):
+    """Grad-CAM on the last attention map: heads weighted by their mean gradient over the explained tokens.
+
+    Args:
+        normalise: stretch each sample's map to [0, 1]; a constant map becomes zeros.
+        method: for messages.
+    """
+
+    method: str
+    normalise: bool = True
+
+    def require(self, graph: Graph) -> Requirements:
+        """The last layer's attention and its gradient."""
+        sites = self_attention_sites(graph, self.method)
+        return Requirements({sites[-1]: EDGES["gradient_x_attention"]}, profile=True)
+
+    def reader(self) -> Reader:
+        """A reader of the last layer."""
+        return _Cam(self.normalise)
+
+
+class _Cam(Reader):
+    def __init__(self, normalise: bool) -> None:
+        self.normalise = normalise
+        self.cam: Tensor | None = None
+
+    def visit(self, site: Node, maps: Maps, reading: Reading) -> None:
+        attention, gradient = by_head(site, maps["attention"]), by_head(site, maps["gradient"])
+        assert reading.profile is not None
+        profile = reading.profile.to(gradient.dtype)[:, query_rows(site, gradient.shape[-1])]
+        attention, gradient = ((profile[:, None, None] @ m).squeeze(-2) for m in (attention, gradient))
+        explained = reading.explained_tokens
+        if explained is None:
+            explained = torch.ones(gradient.shape[-1], dtype=torch.bool, device=gradient.device)
+        weight = gradient[..., explained].mean(-1, keepdim=True)
+        cam = (attention * weight).mean(2).clamp(min=0)
+        if self.normalise:
+            seen = cam[..., explained]
+            low, high = seen.amin(-1, keepdim=True), seen.amax(-1, keepdim=True)
+            cam = torch.where(high > low, (cam - low) / torch.where(high > low, high - low, 1.0), 0.0)
+        self.cam = torch.where(explained, cam, 0.0)
+
+    def finish(self, reading: Reading) -> Tensor:
+        assert self.cam is not None
+        return self.cam

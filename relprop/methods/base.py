@@ -1,0 +1,140 @@
+"""What a method is: a default composite, the streams it needs and a read-out that turns them into one map."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from relprop.errors import OptionError, unknown_name
+from relprop.graph import Graph, Node, Value
+
+Maps = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Requirements:
+    """What the reverse sweep must bring to a read-out.
+
+    Attributes:
+        maps: per attention layer, which of its maps: "attention", "gradient", "relevance".
+        values: streams at values: (value, "gradient" or "relevance").
+        profile: whether the read-out asks which tokens the output reads.
+    """
+
+    maps: dict[Node, frozenset[str]] = field(default_factory=dict)
+    values: tuple[tuple[Value, str], ...] = ()
+    profile: bool = False
+
+
+@dataclass
+class Reading:
+    """What one run offers to its read-out.
+
+    Attributes:
+        batch, targets: sizes B and T.
+        profile: how much the output reads of each token after the last attention layer. [B, N]
+        explained_tokens: for each token whether it comes from an explained input (not a class or register token). [N]
+        streams: (value, stream name) -> tensor [T, *shape].
+        inputs: value -> the tensor it had in the forward pass.
+        backend: that the run's kernels come from.
+    """
+
+    batch: int
+    targets: int
+    profile: Tensor | None = None
+    explained_tokens: Tensor | None = None
+    streams: dict[tuple[Value, str], Tensor] = field(default_factory=dict)
+    inputs: dict[Value, Tensor] = field(default_factory=dict)
+    backend: str = "torch"
+
+
+class Reader:
+    """The state of one read-out during one reverse sweep."""
+
+    def visit(self, site: Node, maps: Maps, reading: Reading) -> None:
+        """Take what is needed of one attention layer's maps [T, B, H, Nq, Nk]; layers come last first."""
+
+    def finish(self, reading: Reading) -> Tensor:
+        """The relevance map. [T or 1, B, ...]"""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Readout:
+    """Says what it needs of a graph and makes a reader for each run."""
+
+    def require(self, graph: Graph) -> Requirements:
+        """Requirements for a graph.
+
+        Raises:
+            UnsupportedTopologyError: the model's structure is not one the read-out is defined for.
+        """
+        raise NotImplementedError
+
+    def reader(self) -> Reader:
+        """A fresh reader."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Method:
+    """A named way to explain.
+
+    Attributes:
+        name, summary, source: for people.
+        composite: the default rules of the relevance stream.
+        readout: from options to a read-out.
+        options: names and defaults of `method_options`.
+        output: "tokens" ([B, N]) or "input" (one value per pixel or token).
+        uses_target: whether the answer depends on the target.
+    """
+
+    name: str
+    summary: str
+    source: str
+    composite: str
+    readout: Callable[..., Readout]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    output: str = "tokens"
+    uses_target: bool = True
+
+    def make_readout(self, options: Mapping[str, Any] | None) -> Readout:
+        """The read-out with these options.
+
+        Raises:
+            OptionError: an option that the method does not have.
+        """
+        given = dict(options or {})
+        unknown = sorted(set(given) - set(self.options))
+        if unknown:
+            known = ", ".join(sorted(self.options)) or "no options"
+            raise OptionError(f"method_options of {self.name}: expected {known}, got {', '.join(unknown)}")
+        return self.readout(**{**self.options, **given})
+
+
+METHODS: dict[str, Method] = {}
+
+
+def register_method(method: Method) -> Method:
+    """Make a method known by its name."""
+    METHODS[method.name] = method
+    return method
+
+
+def find_method(name: str) -> Method:
+    """A method by name.
+
+    Raises:
+        UnknownNameError: no method has that name; the nearest is suggested.
+    """
+    if name not in METHODS:
+        raise unknown_name("method", name, METHODS)
+    return METHODS[name]
+
+
+def methods() -> dict[str, str]:
+    """Every method's name and what it answers."""
+    return {name: method.summary for name, method in METHODS.items()}

@@ -1,0 +1,323 @@
+"""The plan of a pass: forward steps, reverse steps, what each keeps, when it is freed, which rule and backend runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+from relprop import cost
+from relprop.composites import Composite
+from relprop.graph import Graph, Node, Value, leaves
+from relprop.methods.base import Method, Readout, Requirements
+from relprop.methods.topology import profile_nodes
+from relprop.rules import Call, Relevances, Rule, make_rule
+
+Kernel = Callable[[Rule, Call, Any], Relevances]
+ChooseBackend = Callable[[Node, Rule], tuple[str, Kernel | None]]
+
+
+@dataclass(frozen=True)
+class StreamStep:
+    """One stream through one operation.
+
+    Attributes:
+        stream: "gradient" or "relevance".
+        rule: what it does there.
+        backend: "torch" for the rule itself, else the kernel's backend.
+        kernel: the backend's function, None for the rule itself.
+        wanted: which operands receive anything.
+    """
+
+    stream: str
+    rule: Rule
+    backend: str
+    kernel: Kernel | None
+    wanted: tuple[bool, ...]
+
+
+@dataclass(frozen=True)
+class ReverseStep:
+    """One operation on the way back: its streams, the read-out's maps, and what is freed after it."""
+
+    node: Node
+    streams: tuple[StreamStep, ...]
+    maps: frozenset[str]
+    tensors: tuple[int, ...]  # values that the step reads
+    frees: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ForwardStep:
+    """One operation of the forward pass, and the values that are dead after it."""
+
+    node: Node
+    frees: tuple[int, ...]
+
+
+@dataclass
+class Program:
+    """An explicit plan: run the forward steps in order, seed the streams, run the reverse steps in order.
+
+    Attributes:
+        graph, method, composite: what it was built from.
+        readout, requirements: the read-out and what it asked for.
+        forward, reverse: the steps.
+        seeds: streams that start at the output.
+        batch_symbols: sizes that stand for the batch.
+    """
+
+    graph: Graph
+    method: Method
+    composite: Composite
+    readout: Readout
+    requirements: Requirements
+    forward: tuple[ForwardStep, ...]
+    reverse: tuple[ReverseStep, ...]
+    seeds: tuple[str, ...]
+    batch_symbols: frozenset[Any]
+    frontier: Mapping[str, tuple[Value, ...]] = field(default_factory=dict)
+
+    @property
+    def kept(self) -> tuple[Value, ...]:
+        """Values that live on after their last use in the forward pass."""
+        indices = {i for step in self.reverse for i in step.tensors}
+        return tuple(v for v in self.graph.values if v.index in indices and v.carrying)
+
+    def flops(self) -> dict[str, float]:
+        """Matrix-product operations of one sample, forward and reverse."""
+        forward = sum(cost.forward_flops(step.node, self.batch_symbols) for step in self.forward)
+        reverse = sum(
+            cost.forward_flops(step.node, self.batch_symbols) * cost.products(step.node, s.rule, s.stream, s.wanted)
+            for step in self.reverse
+            for s in step.streams
+        )
+        return {"forward": float(forward), "reverse": float(reverse)}
+
+    def __str__(self) -> str:
+        return "\n".join(
+            [
+                f"method {self.method.name}, composite {self.composite.name}; sizes for one sample",
+                "",
+                "forward",
+                _table(("step", "op", "module", "kept", "rows", "MFLOP", "kB"), self._forward_rows()),
+                "",
+                "reverse",
+                _table(
+                    ("step", "op", "module", "stream", "rule", "backend", "kept tensors", "rows", "MFLOP", "kB"),
+                    self._reverse_rows(),
+                ),
+                "",
+                self._summary(),
+            ]
+        )
+
+    def _summary(self) -> str:
+        flops = self.flops()
+        forward, reverse = flops["forward"], flops["reverse"]
+        ratio = f"{(forward + reverse) / forward:.2f}" if forward else "-"
+        return (
+            f"matrix products: forward {forward / 1e9:.4g} GFLOP, reverse {reverse / 1e9:.4g} GFLOP, total {ratio} x"
+            f" forward; kept between them {cost.nbytes(_distinct(self.kept), self.batch_symbols) / 1e6:.4g} MB"
+        )
+
+    def _rows_of(self, value: Value) -> str:
+        if value.rank < 2 or not value.carrying:
+            return "-"
+        shape = cost.sizes(value, self.batch_symbols)
+        return str(shape[-2]) if value.rank > 2 else "1"
+
+    def _forward_rows(self) -> list[tuple[str, ...]]:
+        kept = {v.index for v in self.kept}
+        rows = []
+        for i, step in enumerate(self.forward):
+            node = step.node
+            moved = [v for v in (*node.operands, *node.outputs) if v is not None]
+            rows.append(
+                (
+                    str(i),
+                    node.kind + (f" ({node.role})" if node.role else ""),
+                    node.module,
+                    ", ".join(v.name for v in node.outputs if v.index in kept),
+                    self._rows_of(node.outputs[0]),
+                    f"{cost.forward_flops(node, self.batch_symbols) / 1e6:.4g}",
+                    f"{cost.nbytes(moved, self.batch_symbols) / 1e3:.4g}",
+                )
+            )
+        return rows
+
+    def _reverse_rows(self) -> list[tuple[str, ...]]:
+        rows = []
+        for i, step in enumerate(self.reverse):
+            node = step.node
+            names = {v.index: v.name for v in (*node.operands, *node.outputs) if v is not None}
+            tensors = ", ".join(names[t] for t in step.tensors if t in names)
+            size = cost.nbytes([v for v in (*node.operands, *node.outputs) if v is not None], self.batch_symbols)
+            for stream in step.streams or (None,):
+                share = cost.products(node, stream.rule, stream.stream, stream.wanted) if stream else 0
+                rows.append(
+                    (
+                        str(i),
+                        node.kind + (f" ({node.role})" if node.role else ""),
+                        node.module,
+                        stream.stream if stream else "map",
+                        stream.rule.describe() if stream else "-",
+                        stream.backend if stream else "torch",
+                        tensors,
+                        self._rows_of(node.outputs[0]),
+                        f"{share * cost.forward_flops(node, self.batch_symbols) / 1e6:.4g}",
+                        f"{size / 1e3:.4g}",
+                    )
+                )
+        return rows
+
+
+def _distinct(values: tuple[Value, ...]) -> list[Value]:
+    """Values that own memory: outputs of movement and fan-out share their input's."""
+    return [v for v in values if v.producer is None or v.producer.kind not in ("movement", "fanout", "select")]
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    rows = [tuple(cell if len(cell) <= 44 else f"{cell[:20]}...{cell[-21:]}" for cell in row) for row in rows]
+    widths = [max(len(cell) for cell in column) for column in zip(head, *rows, strict=True)]
+    numeric = [name in ("step", "rows", "MFLOP", "kB") for name in head]
+
+    def line(cells: tuple[str, ...]) -> str:
+        parts = (c.rjust(w) if n else c.ljust(w) for c, w, n in zip(cells, widths, numeric, strict=True))
+        return "  ".join(parts).rstrip()
+
+    return "\n".join([line(head), line(tuple("-" * w for w in widths)), *(line(row) for row in rows)])
+
+
+def build_program(
+    graph: Graph,
+    method: Method,
+    options: Mapping[str, Any] | None,
+    composite: Composite,
+    choose: ChooseBackend,
+    batch_symbols: frozenset[Any],
+    everything: bool = False,
+) -> Program:
+    """Plan a method on a graph.
+
+    Args:
+        choose: the backend of a rule at a node.
+        everything: run every step of every stream down to the inputs (for tracing).
+    Raises:
+        UnsupportedOpError: operations without a rule; all are named.
+        UnsupportedTopologyError: the method does not apply to this structure.
+    """
+    readout = method.make_readout(options)
+    requirements = readout.require(graph)
+    streams: dict[str, dict[Node, Rule]] = {}
+    gradient = make_rule("any", "gradient")
+    if _uses(requirements, "gradient"):
+        streams["gradient"] = {node: gradient for node in graph.nodes if node.carrying}
+    if _uses(requirements, "relevance"):
+        streams["relevance"] = composite.assign(graph)
+    reached = {name: _reached(graph, requirements, name, everything) for name in streams}
+    reverse: list[tuple[Node, tuple[StreamStep, ...], frozenset[str]]] = []
+    frontier: dict[str, list[Value]] = {name: [] for name in streams}
+    live = {name: {graph.output.index} for name in streams}
+    for node in reversed(graph.nodes):
+        if not node.carrying:
+            continue
+        maps = requirements.maps.get(node, frozenset())
+        steps = []
+        for name, rules in streams.items():
+            if not any(v.index in live[name] for v in node.outputs):
+                continue
+            source = not any(v is not None and v.carrying for v in node.operands)
+            if source or not any(v.index in reached[name] for v in node.outputs):
+                frontier[name].extend(v for v in node.outputs if v.index in live[name])
+                continue
+            wanted = tuple(v is not None and v.carrying and v.index in reached[name] for v in node.operands)
+            live[name].update(v.index for v in node.operands if v is not None and v.carrying)
+            backend, kernel = choose(node, rules[node])
+            steps.append(StreamStep(name, rules[node], backend, kernel, wanted))
+        if steps or maps:
+            reverse.append((node, tuple(steps), maps))
+    for name in streams:
+        frontier[name].extend(v for v in graph.explained if v.index in live[name])
+    return Program(
+        graph=graph,
+        method=method,
+        composite=composite,
+        readout=readout,
+        requirements=requirements,
+        forward=_forward_steps(graph, reverse, requirements),
+        reverse=_reverse_steps(reverse),
+        seeds=tuple(streams),
+        batch_symbols=batch_symbols,
+        frontier={name: tuple(values) for name, values in frontier.items()},
+    )
+
+
+def _uses(requirements: Requirements, stream: str) -> bool:
+    return any(stream in maps for maps in requirements.maps.values()) or any(
+        name == stream for _, name in requirements.values
+    )
+
+
+def _reached(graph: Graph, requirements: Requirements, stream: str, everything: bool) -> set[int]:
+    """Values at which a stream is needed: below each lies something that is read out."""
+    wanted = {value.index for value, name in requirements.values if name == stream}
+    if everything:
+        wanted |= {v.index for v in graph.explained}
+        wanted |= {node.outputs[0].index for node in graph.nodes if node.kind == "embedding" and node.carrying}
+    found = set(wanted)
+    for node in graph.nodes:
+        if not node.carrying:
+            continue
+        below = any(v is not None and v.index in found for v in node.operands)
+        if below or stream in requirements.maps.get(node, ()):
+            found |= {v.index for v in node.outputs}
+    return found
+
+
+def _needed(node: Node, steps: tuple[StreamStep, ...], maps: frozenset[str]) -> list[int]:
+    """Values that a reverse step reads."""
+    inputs = output = False
+    for step in steps:
+        needs = step.rule.needs(node)
+        inputs, output = inputs or needs[0], output or needs[1]
+    if maps and not steps:
+        inputs = True
+    found = [v.index for v in node.operands if v is not None and (inputs or not v.carrying)]
+    if output:
+        found += [v.index for v in node.outputs]
+    return list(dict.fromkeys(found))
+
+
+def _reverse_steps(plan: list[tuple[Node, tuple[StreamStep, ...], frozenset[str]]]) -> tuple[ReverseStep, ...]:
+    last: dict[int, int] = {}
+    needed = [_needed(*item) for item in plan]
+    for i, indices in enumerate(needed):
+        last.update(dict.fromkeys(indices, i))
+    return tuple(
+        ReverseStep(node, steps, maps, tuple(needed[i]), tuple(v for v in needed[i] if last[v] == i))
+        for i, (node, steps, maps) in enumerate(plan)
+    )
+
+
+def _forward_steps(
+    graph: Graph, plan: list[tuple[Node, tuple[StreamStep, ...], frozenset[str]]], requirements: Requirements
+) -> tuple[ForwardStep, ...]:
+    kept = {index for item in plan for index in _needed(*item)}
+    kept |= {graph.output.index} | {v.index for v, _ in requirements.values}
+    if requirements.profile:
+        kept |= {v.index for node in profile_nodes(graph) for v in node.operands if v is not None and not v.carrying}
+    outside = {v.index for v in graph.inputs.values()} | set(graph.parameters) | set(graph.constants)
+    last: dict[int, int] = {}
+    for i, node in enumerate(graph.nodes):
+        for value in (*leaves((node.args, node.kwargs)), *node.outputs):
+            last[value.index] = i
+    dying: dict[int, list[int]] = {}
+    for index, i in last.items():
+        if index not in kept and index not in outside:
+            dying.setdefault(i, []).append(index)
+    return tuple(ForwardStep(node, tuple(dying.get(i, ()))) for i, node in enumerate(graph.nodes))
+
+
+__all__ = ["ForwardStep", "Program", "ReverseStep", "StreamStep", "build_program"]

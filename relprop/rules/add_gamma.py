@@ -1,0 +1,42 @@
+"""Residual add that prefers the summand of the sum's sign."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from relprop.rules.add_epsilon import hand_out, summands
+from relprop.rules.base import Call, Relevances, Rule, register_rule
+from relprop.rules.stabiliser import Stabiliser
+
+
+@register_rule
+class AddGamma(Rule):
+    """R_a = a'' R / stab(a'' + b''), a'' = (1 + gamma [sign a = sign(a + b)]) a, b'' likewise.
+
+    One add amplifies by at most 1 + 2 / gamma, where plain shares have no bound.
+
+    Args:
+        gamma: preference for the summand of the sum's sign.
+        stabiliser: of the share-out.
+    Conservation:
+        sum(R_a) + sum(R_b) = sum(R_out) - epsilon leak, per sample.
+    Source: Berend et al. 2026 (ResLRP), eq. 3.
+    """
+
+    kind: ClassVar = "add"
+    name: ClassVar = "gamma"
+    needs_output: ClassVar = False
+    gamma: float = 1.0
+    stabiliser: Stabiliser = Stabiliser()
+
+    def propagate(self, call: Call, relevance: Tensor) -> Relevances:
+        """relevance: [T, ...] -> ([T, ...], [T, ...])."""
+        a, b = summands(call)
+        total = a + b
+        a = torch.where(a * total > 0, (1 + self.gamma) * a, a)
+        b = torch.where(b * total > 0, (1 + self.gamma) * b, b)
+        s = call.share(self.stabiliser, relevance, a + b)
+        return hand_out(call, a * s, b * s)

@@ -1,0 +1,53 @@
+"""z-box rule for a first layer whose inputs lie between known bounds."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from relprop.rules.base import Call, Relevances, Rule, register_rule
+from relprop.rules.linear_map import apply, preactivation, transpose, weight_of
+from relprop.rules.stabiliser import Stabiliser
+
+
+@register_rule
+class LinearZBox(Rule):
+    """R_in = x (s w) - l (s w+) - h (s w-), s = R / stab(x w - l w+ - h w-).
+
+    Args:
+        low, high: bounds of the input; None takes each sample's own minimum and maximum.
+        stabiliser: of the share-out.
+    Conservation:
+        sum(R_in) = sum(R_out) - epsilon leak, per sample; the bias takes no share.
+    Source: Montavon et al., Pattern Recognition 2017; Chefer et al., CVPR 2021 (first convolution).
+    """
+
+    kind: ClassVar = ("linear", "conv")
+    name: ClassVar = "z_box"
+    low: float | None = None
+    high: float | None = None
+    stabiliser: Stabiliser = Stabiliser()
+
+    def propagate(self, call: Call, relevance: Tensor) -> Relevances:
+        """relevance: [T, ..., N] -> ([T, ..., K], None, None)."""
+        x, weight = call.x, weight_of(call)
+        positive, negative = weight_of(call, "positive"), weight_of(call, "negative")
+        low, high = self._bound(call, x, self.low, "amin"), self._bound(call, x, self.high, "amax")
+        z = preactivation(call) - apply(call, low, positive) - apply(call, high, negative)
+        s = call.share(self.stabiliser, relevance, z)
+        back = x * transpose(call, s, weight) - low * transpose(call, s, positive) - high * transpose(call, s, negative)
+        return back, None, None
+
+    @staticmethod
+    def _bound(call: Call, x: Tensor, bound: float | None, extreme: str) -> Tensor:
+        if bound is not None:
+            return torch.full_like(x, bound)
+        value = call.node.operands[0]
+        assert value is not None
+        flat = getattr(value.per_sample(x[None])[0], extreme)(-1)
+        shape = [1] * x.ndim
+        assert value.sample is not None
+        shape[value.sample.axis] = -1
+        return flat.repeat_interleave(value.sample.factor).reshape(shape).expand_as(x).contiguous()

@@ -1,0 +1,50 @@
+"""A product of two activations: each operand gets half, in proportion to the elementwise products."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor
+
+from relprop.rules.base import Call, Relevances, Rule, register_rule, unbroadcast
+from relprop.rules.linear_map import multiply
+from relprop.rules.stabiliser import Stabiliser
+
+
+@register_rule
+class MatmulHalf(Rule):
+    """s = R / stab(A B); R_A = A * (s B^T) / 2, R_B = B * (A^T s) / 2.
+
+    Args:
+        stabiliser: of the share-out.
+    Conservation:
+        sum(R_A) + sum(R_B) = sum(R_out) - epsilon leak, per sample.
+    Source: Chefer et al., CVPR 2021, section 3; Achtibat et al., ICML 2024, prop. 3.3.
+    """
+
+    kind: ClassVar = "matmul"
+    name: ClassVar = "half"
+    stabiliser: Stabiliser = Stabiliser()
+
+    def propagate(self, call: Call, relevance: Tensor) -> Relevances:
+        """relevance: [T, ..., M, N] -> ([T, ..., M, K], [T, ..., K, N])."""
+        a, b = call.x, call.operand(1)
+        assert b is not None
+        s = call.share(self.stabiliser, relevance, multiply(call, a, b))
+        left, right = self.back(call, s, a, b, call.wanted)
+        return (
+            None if left is None else unbroadcast(left, a.shape),
+            None if right is None else unbroadcast(right, b.shape),
+        )
+
+    def denominator(self, call: Call, a: Tensor, b: Tensor, product: Tensor) -> Tensor:
+        """z of the share-out, from the product A B. [..., M, N]"""
+        return product
+
+    def back(
+        self, call: Call, s: Tensor, a: Tensor, b: Tensor, wanted: tuple[bool, ...]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Both operands' relevance from the shares s. [T, ..., M, N] -> [T, ..., M, K], [T, ..., K, N]"""
+        left = a * multiply(call, s, b.mT) / 2 if wanted[0] else None
+        right = b * multiply(call, a.mT, s) / 2 if wanted[1] else None
+        return left, right

@@ -1,0 +1,203 @@
+"""Data movement: relevance moves back to where the data came from, by the exact adjoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+
+from relprop.rules.base import Call, Relevances, Rule, register_rule, unbroadcast
+from relprop.rules.gradient import vjp
+
+aten = torch.ops.aten
+
+
+@register_rule
+class MovementAdjoint(Rule):
+    """R_in = P^T R_out for y = P x with P a selection, permutation or repetition of elements.
+
+    Conservation:
+        exact; what moves back to a constant (a class token in a `cat`) is absorbed.
+    Source: the chain rule of a linear map with entries 0 and 1.
+    """
+
+    kind: ClassVar = "movement"
+    name: ClassVar = "adjoint"
+    needs_output: ClassVar = False
+
+    @property
+    def needs_inputs(self) -> bool:  # type: ignore[override]
+        return False
+
+    def propagate(self, call: Call, relevance: Any) -> Relevances:
+        """relevance: [T, *output shape], or one per output -> [T, *operand shape] per operand."""
+        return adjoint(call, relevance)
+
+
+def adjoint(call: Call, relevance: Any) -> Relevances:
+    """The adjoint of a movement node; by a closed form for the common ops, else by automatic differentiation."""
+    found = _ADJOINTS.get(call.node.target)
+    return found(call, relevance) if found is not None else vjp(call, relevance)
+
+
+def _one(call: Call, back: Tensor) -> Relevances:
+    return (back, *[None] * (len(call.node.operands) - 1))
+
+
+def _axis(axis: int, rank: int) -> int:
+    """An axis of a tensor as an axis of its stream, which has the targets in front."""
+    return axis % rank + 1
+
+
+def _reshape(call: Call, relevance: Tensor) -> Relevances:
+    return _one(call, relevance.reshape(relevance.shape[0], *call.shape(0)))
+
+
+def _permute(call: Call, relevance: Tensor) -> Relevances:
+    order = call.node.args[1]
+    rank = len(order)
+    inverse = [0] * (rank + 1)
+    for i, axis in enumerate(order):
+        inverse[axis % rank + 1] = i + 1
+    return _one(call, relevance.permute(inverse))
+
+
+def _transpose(call: Call, relevance: Tensor) -> Relevances:
+    rank = len(call.shape(0))
+    a, b = call.node.args[1:3] if len(call.node.args) > 2 else (-2, -1)
+    return _one(call, relevance.transpose(_axis(a, rank), _axis(b, rank)))
+
+
+def _t(call: Call, relevance: Tensor) -> Relevances:
+    return _one(call, relevance.transpose(-2, -1) if relevance.ndim > 2 else relevance)
+
+
+def _slice(call: Call, relevance: Tensor) -> Relevances:
+    shape = call.shape(0)
+    axis, start, stop, step = (*call.node.args[1:], *(0, None, None, 1)[len(call.node.args) - 1 :])
+    if not all(item is None or isinstance(item, int) for item in (axis, start, stop, step)):
+        return vjp(call, relevance)
+    back = relevance.new_zeros(relevance.shape[0], *shape)
+    index = [slice(None)] * back.ndim
+    index[_axis(axis, len(shape))] = slice(start, stop, step)
+    back[tuple(index)] = relevance
+    return _one(call, back)
+
+
+def _select(call: Call, relevance: Tensor) -> Relevances:
+    shape = call.shape(0)
+    axis, index = call.node.args[1:3]
+    back = relevance.new_zeros(relevance.shape[0], *shape)
+    back.select(_axis(axis, len(shape)), index).copy_(relevance)
+    return _one(call, back)
+
+
+def _cat(call: Call, relevance: Tensor) -> Relevances:
+    tensors = call.node.args[0]
+    axis = call.node.args[1] if len(call.node.args) > 1 else call.node.kwargs.get("dim", 0)
+    at, start = _axis(axis, relevance.ndim - 1), 0
+    parts: list[Tensor | None] = []
+    for value in tensors:
+        size = call.shapes[value.index][axis]
+        part = relevance.narrow(at, start, size)
+        start += size
+        parts.append(part if value.carrying else None)
+        if not value.carrying and call.absorbed is not None:
+            _absorb_along(call, part, at)
+    return tuple(parts)
+
+
+def _absorb_along(call: Call, part: Tensor, at: int) -> None:
+    sample = call.node.outputs[0].sample
+    assert sample is not None
+    if at != sample.axis + 1:
+        call.absorb("constant", part)
+
+
+def _stack(call: Call, relevance: Tensor) -> Relevances:
+    axis = call.node.args[1] if len(call.node.args) > 1 else 0
+    parts = relevance.unbind(_axis(axis, relevance.ndim - 1))
+    carrying = [value.carrying for value in call.node.args[0]]
+    for part, kept in zip(parts, carrying, strict=True):
+        if not kept and call.absorbed is not None:
+            call.absorb("constant", part.unsqueeze(_axis(axis, relevance.ndim - 1)))
+    return tuple(part if kept else None for part, kept in zip(parts, carrying, strict=True))
+
+
+def _several(relevance: Any) -> tuple[Tensor | None, ...]:
+    return relevance if isinstance(relevance, tuple) else (relevance,)
+
+
+def _filled(call: Call, relevance: Any) -> list[Tensor]:
+    """One stream per output, zeros where nothing arrived."""
+    parts = _several(relevance)
+    given = next(part for part in parts if part is not None)
+    return [
+        given.new_zeros(given.shape[0], *call.shapes[value.index]) if part is None else part
+        for part, value in zip(parts, call.node.outputs, strict=True)
+    ]
+
+
+def _unbind(call: Call, relevance: Any) -> Relevances:
+    axis = call.node.args[1] if len(call.node.args) > 1 else 0
+    return _one(call, torch.stack(_filled(call, relevance), _axis(axis, len(call.shape(0)))))
+
+
+def _split(call: Call, relevance: Any) -> Relevances:
+    axis = call.node.args[2] if len(call.node.args) > 2 else call.node.kwargs.get("dim", 0)
+    return _one(call, torch.cat(_filled(call, relevance), _axis(axis, len(call.shape(0)))))
+
+
+def _expand(call: Call, relevance: Tensor) -> Relevances:
+    return _one(call, unbroadcast(relevance, call.shape(0)))
+
+
+def _same(call: Call, relevance: Tensor) -> Relevances:
+    return _one(call, relevance)
+
+
+def _roll(call: Call, relevance: Tensor) -> Relevances:
+    shifts, axes = call.node.args[1], (*call.node.args[2:], ())[0]
+    if not axes:
+        return vjp(call, relevance)
+    shifts = [shifts] if isinstance(shifts, int) else shifts
+    axes = [axes] if isinstance(axes, int) else axes
+    rank = relevance.ndim - 1
+    return _one(call, relevance.roll([-s for s in shifts], [_axis(a, rank) for a in axes]))
+
+
+def _flip(call: Call, relevance: Tensor) -> Relevances:
+    return _one(call, relevance.flip([_axis(a, relevance.ndim - 1) for a in call.node.args[1]]))
+
+
+_FORMS: dict[Callable[[Call, Any], Relevances], str] = {
+    _reshape: "view reshape flatten.using_ints unflatten.int _unsafe_view squeeze squeeze.dim squeeze.dims unsqueeze"
+    " view_as",
+    _permute: "permute",
+    _transpose: "transpose.int swapaxes mT",
+    _t: "t",
+    _slice: "slice.Tensor",
+    _select: "select.int",
+    _cat: "cat concat",
+    _stack: "stack",
+    _unbind: "unbind.int",
+    _split: "split.Tensor split_with_sizes split.sizes chunk",
+    _expand: "expand expand_as broadcast_to",
+    _same: "to.dtype to.device to.dtype_layout _to_copy contiguous clone alias type_as",
+    _roll: "roll",
+    _flip: "flip",
+}
+
+
+def _table() -> dict[Any, Callable[[Call, Any], Relevances]]:
+    from relprop.capture.ops import overloads
+
+    return {op: form for form, names in _FORMS.items() for op in overloads(names)}
+
+
+_ADJOINTS = _table()
+
+

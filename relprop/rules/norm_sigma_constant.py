@@ -1,0 +1,64 @@
+"""Normalisation layers as linear maps: their statistics' spread is held constant."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from relprop.capture.ops import Region
+from relprop.errors import UnsupportedOpError
+from relprop.rules.base import Call, Relevances, Rule, register_rule
+from relprop.rules.stabiliser import Stabiliser
+
+aten = torch.ops.aten
+
+
+@register_rule
+class NormSigmaConstant(Rule):
+    """R_in = x * J^T s, s = R / stab(y), with J the Jacobian in which 1 / sigma is a constant.
+
+    A layer norm's mean still depends on the input, and its bias takes its share.
+
+    Args:
+        stabiliser: of the share-out.
+    Conservation:
+        the bias's share is absorbed; the ledger books it under "rule".
+    Source: Achtibat et al., ICML 2024, prop. 3.4, in the form of its authors' efficient implementation.
+    """
+
+    kind: ClassVar = "norm"
+    name: ClassVar = "sigma_constant"
+    conserves: ClassVar = False
+    stabiliser: Stabiliser = Stabiliser(1e-10)
+
+    def propagate(self, call: Call, relevance: Tensor) -> Relevances:
+        """relevance: [T, ...] -> ([T, ...], None, ...)."""
+        x = call.x
+        s = self.stabiliser.share(relevance, call.y)
+        return (x * self.linearised(call, x, s), *[None] * (len(call.node.operands) - 1))
+
+    def linearised(self, call: Call, x: Tensor, s: Tensor) -> Tensor:
+        """J^T s with 1 / sigma constant. [T, *shape of x]"""
+        node = call.node
+        if node.target is aten.layer_norm.default:
+            shape, weight, _, eps = (*node.args[1:5], None, None, 1e-5)[:4]
+            axes = tuple(range(-len(shape), 0))
+            inverse = torch.rsqrt(x.var(axes, unbiased=False, keepdim=True) + eps)
+            scaled = s * inverse if weight is None else s * call.tensor(weight) * inverse
+            return scaled - scaled.mean(axes, keepdim=True)
+        if node.target is aten.rms_norm.default:
+            shape, weight, eps = (*node.args[1:4], None, None)[:3]
+            axes = tuple(range(-len(shape), 0))
+            eps = torch.finfo(x.dtype).eps if eps is None else eps
+            inverse = torch.rsqrt(x.square().mean(axes, keepdim=True) + eps)
+            return s * inverse if weight is None else s * call.tensor(weight) * inverse
+        if isinstance(node.target, Region):
+            constants = [call.tensors[v.index] for v in node.operands[1:] if v is not None]
+            with torch.enable_grad():
+                leaf = x if x.requires_grad else x.detach().requires_grad_()
+                y = node.target.with_constant_statistics(leaf, *constants)
+                rows = [torch.autograd.grad(y, leaf, g, retain_graph=True, create_graph=x.requires_grad) for g in s]
+            return torch.stack([row[0] for row in rows])
+        raise UnsupportedOpError(f"norm rule sigma_constant: expected a layer norm or RMS norm, got {node.describe()}")

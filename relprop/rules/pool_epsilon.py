@@ -1,0 +1,34 @@
+"""Pooling in proportion to what was pooled."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor
+
+from relprop.rules.base import Call, Relevances, Rule, register_rule
+from relprop.rules.gradient import vjp
+from relprop.rules.stabiliser import Stabiliser
+
+
+@register_rule
+class PoolEpsilon(Rule):
+    """R_in = x * J^T s, s = R / stab(y): shares of a mean or sum, winner takes all for a maximum.
+
+    Args:
+        stabiliser: of the share-out.
+    Conservation:
+        sum(R_in) = sum(R_out) - epsilon leak, per sample.
+    Source: Chefer et al., CVPR 2021, code (pooling layers).
+    """
+
+    kind: ClassVar = "pool"
+    name: ClassVar = "epsilon"
+    stabiliser: Stabiliser = Stabiliser()
+
+    def propagate(self, call: Call, relevance: Tensor) -> Relevances:
+        """relevance: [T, *pooled] -> ([T, *shape],)."""
+        s = call.share(self.stabiliser, relevance, call.y)
+        back = vjp(call, s)[0]
+        assert back is not None
+        return (call.x * back, *[None] * (len(call.node.operands) - 1))

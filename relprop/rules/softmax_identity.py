@@ -1,0 +1,32 @@
+"""Softmax passes relevance through."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor
+
+from relprop.rules.base import Call, Relevances, Rule, register_rule
+
+
+@register_rule
+class SoftmaxIdentity(Rule):
+    """R_in = R_out, literally.
+
+    Conservation:
+        exact.
+    Source: the authors' code of Chefer et al., CVPR 2021.
+    """
+
+    kind: ClassVar = "softmax"
+    name: ClassVar = "identity"
+    needs_inputs: ClassVar = False
+    needs_output: ClassVar = False
+
+    def propagate(self, call: Call, relevance: Tensor) -> Relevances:
+        """relevance: [T, ..., N] -> ([T, ..., N],)."""
+        return (relevance,)
+
+    def through(self, logits: Tensor, probabilities: Tensor, relevance: Tensor) -> Tensor | None:
+        """Relevance at the logits; None where nothing passes. [T, ..., N]"""
+        return relevance

@@ -1,0 +1,117 @@
+"""From what a user asks for (a class, several, an index, a function) to the seed of the reverse sweep."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from relprop.errors import TargetError
+
+TargetLike = None | int | tuple[int, ...] | list[Any] | Tensor | Callable[[Any], Tensor]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A resolved target.
+
+    Attributes:
+        seed: derivative of the explained score by the output. [T, *output shape]
+        index: the classes or indices explained, None for a callable. [B, T] or [B, T, k]
+        several: whether the answer keeps its axis of targets.
+    """
+
+    seed: Tensor
+    index: Tensor | None
+    several: bool
+
+
+def resolve_target(target: TargetLike, output: Tensor, seed_dtype: torch.dtype) -> Target:
+    """Turn a target into a seed.
+
+    Args:
+        target: None (the largest output), an int, [B], [B, T], an index tuple of k ints or [B, T, k] for an output
+            with k axes per sample, or a callable from the output to one score per sample.
+        output: the model's output. [B, ...]
+    Raises:
+        TargetError: out of range, of the wrong shape, or not integers.
+    """
+    if callable(target):
+        return _from_callable(target, output, seed_dtype)
+    batch, sizes = output.shape[0], tuple(output.shape[1:])
+    index, several = _as_index(target, output)
+    limits = torch.tensor(sizes, device=index.device)
+    bad = (index < -limits) | (index >= limits)
+    if bool(bad.any()):
+        wrong = index[bad][0].item()
+        raise TargetError(f"target: expected indices within an output of shape [B, {_sizes(sizes)}], got {wrong}")
+    index = torch.where(index < 0, index + limits, index)
+    targets = index.shape[1]
+    strides = torch.ones_like(limits)
+    for axis in range(len(sizes) - 2, -1, -1):
+        strides[axis] = strides[axis + 1] * sizes[axis + 1]
+    flat = (index * strides).sum(-1)  # [B, T]
+    seed = torch.zeros(targets, batch, int(limits.prod()), dtype=seed_dtype, device=output.device)
+    seed.scatter_(2, flat.t().unsqueeze(-1).to(output.device), 1.0)
+    kept = index.squeeze(-1) if len(sizes) == 1 else index
+    return Target(seed.reshape(targets, *output.shape), kept, several)
+
+
+def _sizes(sizes: tuple[int, ...]) -> str:
+    return ", ".join(str(size) for size in sizes)
+
+
+def _as_index(target: Any, output: Tensor) -> tuple[Tensor, bool]:
+    """Indices [B, T, k], and whether the caller asked for an axis of targets."""
+    batch, axes = output.shape[0], output.ndim - 1
+    if axes < 1:
+        raise TargetError(f"target: expected an output of shape [B, ...], got {list(output.shape)}; use a callable")
+    shapes = "None, an int, [B], [B, T] or a callable" if axes == 1 else f"a tuple of {axes} ints or [B, T, {axes}]"
+    if target is None:
+        if axes != 1:
+            raise TargetError(f"target: expected {shapes} for an output of shape {list(output.shape)}, got None")
+        return output.argmax(-1).reshape(batch, 1, 1), False
+    if isinstance(target, bool) or (isinstance(target, float)):
+        raise TargetError(f"target: expected {shapes}, got {target!r}")
+    if isinstance(target, int):
+        target = (target,)
+    if isinstance(target, tuple) and all(isinstance(i, int) and not isinstance(i, bool) for i in target):
+        if len(target) != axes:
+            raise TargetError(f"target: expected {shapes} for an output of shape {list(output.shape)}, got {target}")
+        return torch.tensor(target).expand(batch, 1, axes), False
+    try:
+        index = torch.as_tensor(target)
+    except (TypeError, ValueError, RuntimeError):
+        raise TargetError(f"target: expected {shapes}, got {type(target).__name__}") from None
+    if index.dtype.is_floating_point or index.dtype.is_complex or index.dtype == torch.bool:
+        raise TargetError(f"target: expected integers ({shapes}), got {index.dtype}")
+    index = index.to(torch.int64)
+    if index.ndim == 0:
+        return _as_index(int(index), output)
+    fits = index.shape[0] == batch and (
+        (axes == 1 and index.ndim <= 2) or (index.ndim == 3 and index.shape[-1] == axes)
+    )
+    if not fits or 0 in index.shape[1:]:
+        raise TargetError(
+            f"target: expected {shapes} with B = {batch} for an output of shape {list(output.shape)}, got shape"
+            f" {list(index.shape)}"
+        )
+    if index.ndim == 1:
+        return index.reshape(batch, 1, 1), False
+    return (index.unsqueeze(-1) if index.ndim == 2 else index), True
+
+
+def _from_callable(target: Callable[[Any], Tensor], output: Tensor, seed_dtype: torch.dtype) -> Target:
+    with torch.enable_grad():
+        leaf = output.detach().to(seed_dtype).requires_grad_()
+        score = target(leaf)
+        if not isinstance(score, Tensor) or score.shape not in ((output.shape[0],), ()) or not score.requires_grad:
+            got = f"shape {list(score.shape)}" if isinstance(score, Tensor) else type(score).__name__
+            raise TargetError(f"target: expected a callable from the output to one score per sample [B], got {got}")
+        if score.ndim == 0 and output.shape[0] > 1:
+            raise TargetError(f"target: expected one score per sample, shape [{output.shape[0]}], got a single score")
+        (seed,) = torch.autograd.grad(score.sum(), leaf)
+    return Target(seed.unsqueeze(0), None, False)

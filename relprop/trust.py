@@ -1,0 +1,56 @@
+"""The trust check: is an answer stable under a rounding-sized move of its input?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from relprop.graph import Graph, Value
+
+STEP = 2.0**-22
+SEED = 20210621
+
+# Largest disagreement of a trustworthy answer, frozen on the calibration half of benchmarks/results/trust_check.csv.
+THRESHOLD = 3e-3
+
+
+def mover(graph: Graph) -> Callable[[Value, Tensor], Tensor]:
+    """A function that moves explained inputs by one rounding unit of half a float32 mantissa step.
+
+    Each element is multiplied by 1 +- 2^-22 (signs drawn once, the same for every sample, so that an answer does not
+    depend on its batch); zeros move by 2^-22 of the sample's root mean square. Token ids move at their embedding.
+    """
+    explained = {v.index for v in graph.explained if v.dtype.is_floating_point}
+    ids = {v.index for v in graph.explained if not v.dtype.is_floating_point}
+
+    def moves(value: Value) -> bool:
+        node = value.producer
+        if node is None:
+            return value.index in explained
+        return node.kind == "embedding" and any(v is not None and v.index in ids for v in node.operands)
+
+    def move(value: Value, tensor: Tensor) -> Tensor:
+        if not moves(value) or value.sample is None or value.sample.axis != 0:
+            return tensor
+        generator = torch.Generator().manual_seed(SEED)
+        signs = torch.randint(0, 2, tensor.shape[1:], generator=generator).to(tensor.device) * 2 - 1
+        size = tensor.float().square().mean(tuple(range(1, tensor.ndim)), keepdim=True).sqrt().to(tensor.dtype)
+        step = signs.to(tensor.dtype) * max(STEP, torch.finfo(tensor.dtype).eps if tensor.dtype.itemsize == 2 else 0.0)
+        return torch.where(tensor == 0, step * size, tensor + tensor * step)
+
+    return move
+
+
+def disagreement(first: Tensor, second: Tensor, several: bool) -> Tensor:
+    """Relative distance of two answers, per sample (and target): |a - b| / |a|. [B] or [B, T]"""
+    lead = 2 if several else 1
+    a, b = (t.double().reshape(*t.shape[:lead], -1) for t in (first, second))
+    norm = a.norm(dim=-1)
+    return torch.where(norm > 0, (a - b).norm(dim=-1) / norm.clamp(min=torch.finfo(torch.float64).tiny), 0.0)
+
+
+def threshold(method: str, dtype: torch.dtype) -> float:
+    """The largest disagreement that counts as trustworthy."""
+    return THRESHOLD

@@ -1,0 +1,110 @@
+"""The model's weights, read live at every call; what is derived from them is cached and checked for staleness."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from relprop.errors import ModelStateError, ShapeError
+from relprop.graph import Graph
+
+_TRANSFORMS = {
+    "": lambda t: t,
+    "abs": torch.abs,
+    "positive": lambda t: t.clamp(min=0),
+    "negative": lambda t: t.clamp(max=0),
+}
+
+
+@dataclass
+class _Entry:
+    source: weakref.ref[Tensor]
+    pointer: int
+    version: int
+    tensor: Tensor
+
+
+class DerivedWeights:
+    """Casts and magnitudes of one model's parameters, made once and made again when a parameter changed.
+
+    A change shows in the parameter's identity, storage or version counter. A write through `.data` shows in none of
+    them: `clear` is for that.
+    """
+
+    def __init__(self) -> None:
+        self._entries: dict[tuple[str, str, torch.dtype], _Entry] = {}
+        self._lock = threading.Lock()
+
+    def get(self, name: str, tensor: Tensor, transform: str, dtype: torch.dtype) -> Tensor:
+        """tensor, cast to dtype and transformed ("abs", "positive", "negative")."""
+        key = (name, transform, dtype)
+        found = self._entries.get(key)
+        version = -1 if tensor.is_inference() else tensor._version
+        if (
+            found is not None
+            and found.source() is tensor
+            and found.pointer == tensor.data_ptr()
+            and found.version == version
+        ):
+            return found.tensor
+        made = _TRANSFORMS[transform](tensor.detach().to(dtype))
+        with self._lock:
+            self._entries[key] = _Entry(weakref.ref(tensor), tensor.data_ptr(), version, made)
+        return made
+
+    def clear(self) -> None:
+        """Forget everything derived."""
+        with self._lock:
+            self._entries.clear()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held beside the model's own weights."""
+        return sum(e.tensor.numel() * e.tensor.element_size() for e in list(self._entries.values()))
+
+
+_DERIVED: weakref.WeakKeyDictionary[nn.Module, DerivedWeights] = weakref.WeakKeyDictionary()
+_DERIVED_LOCK = threading.Lock()
+
+
+def derived_weights(model: nn.Module) -> DerivedWeights:
+    """The cache that all engines of a model share."""
+    with _DERIVED_LOCK:
+        return _DERIVED.setdefault(model, DerivedWeights())
+
+
+class Weights:
+    """Where a graph's parameters and buffers live in a model."""
+
+    def __init__(self, model: nn.Module, graph: Graph) -> None:
+        self._places: list[tuple[int, nn.Module, str, str, tuple[int, ...]]] = []
+        for index, name in graph.parameters.items():
+            path, _, attribute = name.rpartition(".")
+            module = model.get_submodule(path) if path else model
+            shape = tuple(int(s) for s in graph.values[index].shape)
+            self._places.append((index, module, attribute, name, shape))
+        self.derived = derived_weights(model)
+
+    def read(self) -> dict[int, Tensor]:
+        """Every parameter and buffer as it is now.
+
+        Raises:
+            ModelStateError: one is gone. ShapeError: one has another shape than when the model was captured.
+        """
+        found: dict[int, Tensor] = {}
+        for index, module, attribute, name, shape in self._places:
+            tensor = module._parameters.get(attribute)
+            if tensor is None:
+                tensor = module._buffers.get(attribute)
+            if tensor is None:
+                tensor = getattr(module, attribute, None)
+            if not isinstance(tensor, Tensor):
+                raise ModelStateError(f"parameter {name}: expected a tensor as captured, got {type(tensor).__name__}")
+            if tensor.shape != shape:
+                raise ShapeError(f"parameter {name}: expected shape {list(shape)} as captured, got {list(tensor.shape)}")
+            found[index] = tensor
+        return found
