@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import guard_or_false
+from torch.utils import _pytree as pytree
 
 from relprop.capture import ops
 from relprop.capture.export import Captured, module_path, source_line
@@ -127,8 +128,8 @@ def insert(graph: fx.Graph, before: fx.Node, target: Callable[..., Any], args: t
 def infer(node: fx.Node) -> None:
     """Recompute a node's shape from its inputs' shapes."""
     values = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-    fake = next(n.meta["val"].fake_mode for n in node.all_input_nodes if is_tensor(n))
-    with fake, torch.no_grad():
+    given = [v for n in node.all_input_nodes for v in pytree.tree_leaves(n.meta["val"])]
+    with next(v.fake_mode for v in given if isinstance(v, Tensor)), torch.no_grad():
         node.meta["val"] = node.target(*values[0], **values[1])  # type: ignore[operator]
 
 

@@ -62,12 +62,13 @@ class LinearAlphaBeta(Rule):
     def _share(
         self, call: Call, relevance: Tensor, z: Tensor, absolute: Tensor, bias: Tensor | None, positive: bool
     ) -> Tensor:
-        # Half a difference of nearly equal numbers is rounding, not signal.
-        z = torch.where(z.abs() <= 4 * torch.finfo(z.dtype).eps * absolute, 0.0, z)
+        # Half a difference of nearly equal numbers is rounding, not signal: it has no share to give.
+        tolerance = 4 * torch.finfo(z.dtype).eps * absolute
+        z = torch.where(z <= tolerance if positive else z >= -tolerance, 0.0, z)
         if bias is not None:
             taken = bias.clamp(min=0) if positive else bias.clamp(max=0)
             z = z + taken
-        s = call.share(self.stabiliser, relevance, z)
+        s = torch.where(z == 0, 0.0, call.share(self.stabiliser, relevance, z))
         if bias is not None and call.absorbed is not None:
             call.absorb("bias", s * taken)
         return s
