@@ -81,22 +81,38 @@ class Weights:
     """Where a graph's parameters and buffers live in a model."""
 
     def __init__(self, model: nn.Module, graph: Graph) -> None:
-        self._places: list[tuple[int, nn.Module, str, str, tuple[int, ...]]] = []
-        for index, name in graph.parameters.items():
-            path, _, attribute = name.rpartition(".")
-            module = model.get_submodule(path) if path else model
-            shape = tuple(int(s) for s in graph.values[index].shape)
-            self._places.append((index, module, attribute, name, shape))
+        self._model = model
+        self._names = graph.parameters
+        self._shapes = {index: tuple(int(s) for s in graph.values[index].shape) for index in graph.parameters}
+        self._find()
         self.derived = derived_weights(model)
 
+    def _find(self) -> None:
+        """Resolve every name to its module, and note the way there."""
+        self._places: list[tuple[int, nn.Module, str, str]] = []
+        way: dict[str, tuple[nn.Module, str, nn.Module]] = {}
+        for index, name in self._names.items():
+            *path, attribute = name.split(".")
+            module = self._model
+            for depth, part in enumerate(path):
+                child = module._modules.get(part)
+                if child is None:
+                    raise ModelStateError(f"parameter {name}: expected a module {'.'.join(path)} as captured, got none")
+                way[".".join(path[: depth + 1])] = (module, part, child)
+                module = child
+            self._places.append((index, module, attribute, name))
+        self._way = list(way.values())
+
     def read(self) -> dict[int, Tensor]:
-        """Every parameter and buffer as it is now.
+        """Every parameter and buffer as it is now, also where a submodule was replaced.
 
         Raises:
             ModelStateError: one is gone. ShapeError: one has another shape than when the model was captured.
         """
+        if any(parent._modules.get(part) is not child for parent, part, child in self._way):
+            self._find()
         found: dict[int, Tensor] = {}
-        for index, module, attribute, name, shape in self._places:
+        for index, module, attribute, name in self._places:
             tensor = module._parameters.get(attribute)
             if tensor is None:
                 tensor = module._buffers.get(attribute)
@@ -104,7 +120,8 @@ class Weights:
                 tensor = getattr(module, attribute, None)
             if not isinstance(tensor, Tensor):
                 raise ModelStateError(f"parameter {name}: expected a tensor as captured, got {type(tensor).__name__}")
-            if tensor.shape != shape:
-                raise ShapeError(f"parameter {name}: expected shape {list(shape)} as captured, got {list(tensor.shape)}")
+            if tensor.shape != self._shapes[index]:
+                expected = list(self._shapes[index])
+                raise ShapeError(f"parameter {name}: expected shape {expected} as captured, got {list(tensor.shape)}")
             found[index] = tensor
         return found

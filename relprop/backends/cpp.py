@@ -105,9 +105,7 @@ def fanout_epsilon(rule: Any, call: Call, relevance: Any) -> Relevances:
 def attention_composed(rule: Any, call: Call, relevance: Tensor) -> Relevances:
     """Shares of both products between the matrix products in one pass. relevance: [T, ..., H, Nq, dv]"""
     at = heads(call)
-    stored = call.tensors.get(call.node.outputs[0].index)
-    output = stored if stored is not None and stored.dtype == call.dtype else multiply(call, at.probabilities, at.v)
-    s = rule.av.stabiliser.share(relevance, output)
+    s = rule.av.stabiliser.share(relevance, call.y)
     value = at.v * multiply(call, at.probabilities.mT, s) / 2 if call.wanted[2] else None
     weighted = multiply(call, s, at.v.mT)
     query = key = None

@@ -189,7 +189,7 @@ def _create(name: str, options: Mapping[str, Any], pretrained: bool = False) -> 
 def _pretrained(name: str, options: Mapping[str, Any]) -> nn.Module:
     try:
         return _create(name, options, pretrained=True)
-    except OptionError:
+    except (OptionError, TypeError):
         raise
     except Exception as error:  # whatever the hub's client, the network or timm have to say
         first = (str(error).strip() or type(error).__name__).splitlines()[0]

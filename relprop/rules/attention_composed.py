@@ -97,12 +97,14 @@ class AttentionComposed(Rule):
 
     def propagate(self, call: Call, relevance: Tensor) -> Relevances:
         """relevance: [T, ..., H, Nq, dv] -> q, k, v: [T, ..., H, N, d]."""
-        at, qk, av = heads(call), _product(self.qk), _product(self.av)
+        at = heads(call)
+        qk: Any = self.qk
+        av: Any = self.av
         booked = call.absorbed is not None
         wanted = tuple(want or booked for want in call.wanted[:3])
-        stored = call.tensors.get(call.node.outputs[0].index)
-        output = stored if stored is not None and stored.dtype == call.dtype else multiply(call, at.probabilities, at.v)
-        s = call.share(av.stabiliser, relevance, av.denominator(call, at.probabilities, at.v, output))
+        # The stored output, also where it was rounded: what arrives is proportional to it, element by element, and a
+        # product computed anew may differ in sign where it nearly vanishes.
+        s = call.share(av.stabiliser, relevance, av.denominator(call, at.probabilities, at.v, call.y))
         map_relevance, value_relevance = av.back(call, s, at.probabilities, at.v, (True, wanted[2]))
         assert map_relevance is not None
         call.maps["relevance"] = map_relevance
@@ -114,7 +116,7 @@ class AttentionComposed(Rule):
             if passed is not map_relevance:
                 call.absorb("rule", map_relevance - passed)
             z = qk.denominator(call, at.q, at.k.mT, at.dots)
-            s = call.share(qk.stabiliser, passed, z)
+            s = torch.where(z == 0, 0.0, call.share(qk.stabiliser, passed, z))
             query, transposed = qk.back(call, s, at.q, at.k.mT, wanted[:2])
             key = None if transposed is None else transposed.mT
         return self._hand_out(call, (query, at.fold(key), at.fold(value_relevance)))
@@ -125,18 +127,9 @@ class AttentionComposed(Rule):
         for value, part in zip(call.node.operands, parts, strict=False):
             carries = value is not None and value.carrying
             if part is not None and not carries and call.absorbed is not None:
-                _absorb_constant(call, part)
+                call.absorb("constant", part)
             results.append(part if carries else None)
         return (*results, None)
-
-
-def _product(rule: Rule) -> Any:
-    return rule
-
-
-def _absorb_constant(call: Call, part: Tensor) -> None:
-    """Relevance at a constant operand of attention (learned queries), whose batch axis may be broadcast."""
-    call.absorb("constant", part)
 
 
 def attention_gradient(call: Call, gradient: Tensor) -> Relevances:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from relprop.rules.base import Call, Relevances, Rule, register_rule, unbroadcast
@@ -13,9 +14,11 @@ from relprop.rules.stabiliser import Stabiliser
 
 @register_rule
 class MatmulAlphaBeta(Rule):
-    """s = R / stab(z+), z+ = (A B + |A| |B|) / 2; R_A = (A * (s B^T) + |A| * (s |B|^T)) / 4, R_B likewise.
+    """s = R / stab(z+), z+ = A+ B+ + A- B-; R_A = (A+ * (s B+^T) + A- * (s B-^T)) / 2, R_B likewise.
 
-    All shares are non-negative, so relevance does not grow where A B cancels.
+    All shares are non-negative, so relevance does not grow where A B cancels. Unlike in a linear layer z+ is not
+    formed as (A B + |A| |B|) / 2: a head has few channels, all products of a pair can be negative, and then that
+    difference is rounding where the sum of signed parts is exactly 0. A pair with z+ = 0 absorbs its relevance.
 
     Args:
         stabiliser: of the share-out.
@@ -33,23 +36,25 @@ class MatmulAlphaBeta(Rule):
         a, b = call.x, call.operand(1)
         assert b is not None
         z = self.denominator(call, a, b, multiply(call, a, b))
-        left, right = self.back(call, call.share(self.stabiliser, relevance, z), a, b, call.wanted)
+        s = torch.where(z == 0, 0.0, call.share(self.stabiliser, relevance, z))
+        left, right = self.back(call, s, a, b, call.wanted)
         return (
             None if left is None else unbroadcast(left, a.shape),
             None if right is None else unbroadcast(right, b.shape),
         )
 
     def denominator(self, call: Call, a: Tensor, b: Tensor, product: Tensor) -> Tensor:
-        """z of the share-out, from the product A B. [..., M, N]"""
-        return (product + multiply(call, a.abs(), b.abs())) / 2
+        """z of the share-out. [..., M, N]"""
+        return multiply(call, a.clamp(min=0), b.clamp(min=0)) + multiply(call, a.clamp(max=0), b.clamp(max=0))
 
     def back(
         self, call: Call, s: Tensor, a: Tensor, b: Tensor, wanted: tuple[bool, ...]
     ) -> tuple[Tensor | None, Tensor | None]:
         """Both operands' relevance from the shares s. [T, ..., M, N] -> [T, ..., M, K], [T, ..., K, N]"""
         left = right = None
+        parts = [(a.clamp(min=0), b.clamp(min=0)), (a.clamp(max=0), b.clamp(max=0))]
         if wanted[0]:
-            left = (a * multiply(call, s, b.mT) + a.abs() * multiply(call, s, b.abs().mT)) / 4
+            left = sum(p * multiply(call, s, q.mT) for p, q in parts) / 2
         if wanted[1]:
-            right = (b * multiply(call, a.mT, s) + b.abs() * multiply(call, a.abs().mT, s)) / 4
+            right = sum(q * multiply(call, p.mT, s) for p, q in parts) / 2
         return left, right

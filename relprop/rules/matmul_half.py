@@ -30,7 +30,7 @@ class MatmulHalf(Rule):
         """relevance: [T, ..., M, N] -> ([T, ..., M, K], [T, ..., K, N])."""
         a, b = call.x, call.operand(1)
         assert b is not None
-        s = call.share(self.stabiliser, relevance, multiply(call, a, b))
+        s = call.share(self.stabiliser, relevance, call.y)
         left, right = self.back(call, s, a, b, call.wanted)
         return (
             None if left is None else unbroadcast(left, a.shape),

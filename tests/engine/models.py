@@ -47,7 +47,7 @@ def vit(seed: int = 0, **changes: Any) -> nn.Module:
         if parameter.ndim > 1:
             nn.init.normal_(parameter, std=0.12)
         else:
-            nn.init.normal_(parameter, mean=float(parameter.mean()), std=0.1)
+            nn.init.normal_(parameter, mean=float(parameter.detach().mean()), std=0.1)
     return model.eval()
 
 

@@ -1,0 +1,82 @@
+"""The ledger closes: seed = frontier + everything absorbed, per sample and target, step by step and end to end."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import relprop
+from tests.engine.models import vit
+
+COMPOSITES = ["chefer", "chefer_stable", "chefer_original", "gradient"]
+
+
+@pytest.mark.parametrize("composite", COMPOSITES)
+@pytest.mark.parametrize("method", ["transformer_attribution", "full", "relevance_rollout", "last_layer"])
+def test_it_closes(method: str, composite: str) -> None:
+    model, x = vit().double(), torch.randn(3, 3, 32, 32, dtype=torch.float64)
+    engine = relprop.compile(model, (x,), method=method, composite=composite)
+    books = engine(x, target=[[1, 2]] * 3, ledger=True).ledger
+    assert books is not None
+    assert books.seed.shape == books.frontier.shape == books.imbalance.shape == (2, 3)
+    assert torch.equal(books.seed, torch.ones_like(books.seed))
+    scale = max(1.0, *(float(e.arriving.abs().max()) for e in books.entries))
+    assert float(books.imbalance.abs().max()) < 1e-10 * scale
+    for entry in books.entries:
+        assert float(entry.rounding.abs().max()) < 1e-10 * scale, entry.step
+        assert (entry.amplification >= 0).all()
+
+
+def test_constants_are_named() -> None:
+    """Position embedding and class token keep what the read-out drops."""
+    model, x = vit().double(), torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    found = relprop.explain(model, x, target=1, method="full", ledger=True)
+    books = found.ledger
+    assert books is not None
+    assert set(books.absorbed) == {"constant", "epsilon"}
+    by_step = {e.step: e.absorbed["constant"] for e in books.entries if "constant" in e.absorbed}
+    assert len(by_step) == 2  # cat with the class token, add of the position embedding
+    assert all(float(kept.abs().min()) > 1e-4 for kept in by_step.values())
+    # The frontier is the pixels: what the explanation shows is what the books say.
+    assert torch.allclose(found.relevance.sum((1, 2)), books.frontier[0], atol=1e-12)
+
+
+def test_bias_is_named() -> None:
+    from relprop import entry
+    from relprop.composites import find_composite
+
+    model, x = vit().double(), torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    rules = find_composite("chefer").overridden(entry("linear", "epsilon"), name="epsilon_linear")
+    books = relprop.explain(model, x, target=1, composite=rules, ledger=True).ledger
+    assert books is not None
+    head = next(e for e in books.entries if e.module == "head")
+    logit = model(x)[:, 1]
+    # R = 1 at one output: the bias keeps b / y of it.
+    assert torch.allclose(head.absorbed["bias"][0], model.head.bias[1] / logit, rtol=1e-4)
+
+
+def test_off_by_default_and_the_same_answer() -> None:
+    model, x = vit(), torch.randn(2, 3, 32, 32)
+    engine = relprop.compile(model, (x,))
+    plain, booked = engine(x, target=1), engine(x, target=1, ledger=True)
+    assert plain.ledger is None
+    assert torch.allclose(plain.relevance, booked.relevance, rtol=1e-3, atol=1e-5)
+    text = str(booked.ledger)
+    assert "frontier" in text and "blocks.0.attn" in text
+    worst = booked.ledger.worst(3) if booked.ledger else []
+    assert len(worst) == 3
+    assert worst[0].amplification.max() >= worst[-1].amplification.max()
+
+
+def test_trust_check() -> None:
+    model, x = vit(), torch.randn(4, 3, 32, 32)
+    engine = relprop.compile(model, (x,), composite="chefer_stable")
+    assert engine(x).trustworthy is None
+    checked = engine(x, check=True)
+    assert checked.trustworthy is not None and checked.disagreement is not None
+    assert checked.trustworthy.shape == checked.disagreement.shape == (4,)
+    assert checked.trustworthy.all() and float(checked.disagreement.min()) > 0
+    several = engine(x, target=[[0, 1]] * 4, check=True)
+    assert several.trustworthy is not None and several.trustworthy.shape == (4, 2)
+    alone = engine(x[2:3], check=True)
+    assert abs(float(alone.disagreement - checked.disagreement[2])) < 1e-6  # type: ignore[operator]
