@@ -1,8 +1,8 @@
 """relprop: relevance propagation for Transformers, compiled.
 
-    import relprop
-    explanation = relprop.explain(model, images, target=class_index)
-    explanation.relevance   # [B, N], one value per token
+import relprop
+explanation = relprop.explain(model, images, target=class_index)
+explanation.relevance   # [B, N], one value per token
 """
 
 from relprop.backends import backends

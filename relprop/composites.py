@@ -75,7 +75,9 @@ class Composite:
         for node in graph.nodes:
             if not node.carrying:
                 continue
-            rule = self._attention(node) if node.kind == "attention" else self.rule_for(node.kind, node.role, node.module)
+            rule = (
+                self._attention(node) if node.kind == "attention" else self.rule_for(node.kind, node.role, node.module)
+            )
             if rule is None:
                 missing.append(node)
             else:

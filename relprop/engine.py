@@ -97,9 +97,7 @@ def compile(
         plan = _plan(model, args, dict(kwargs or {}), output)
         program = plan.programs.get(key)
         if program is None:
-            program = build_program(
-                plan.graph, chosen, method_options, rules, choose, plan.captured.batch_symbols
-            )
+            program = build_program(plan.graph, chosen, method_options, rules, choose, plan.captured.batch_symbols)
             plan.programs[key] = program
     return Engine(model, plan.captured, program, backend, precision, dtype, device)
 
@@ -274,7 +272,9 @@ class Engine:
     def _reading(self, forward: Forward, output: Tensor, target: Target) -> Reading:
         program, graph = self.program, self.program.graph
         reading = Reading(output.shape[0], target.seed.shape[0])
-        reading.backend = "cpp" if any(s.backend == "cpp" for step in program.reverse for s in step.streams) else "torch"
+        reading.backend = (
+            "cpp" if any(s.backend == "cpp" for step in program.reverse for s in step.streams) else "torch"
+        )
         if program.requirements.profile:
             reading.profile = read_profile(graph, forward.tensors, forward.shapes, output.shape[0], self._dtype)
             flags = explained_tokens(graph, graph.attention_sites()[0], lambda i: forward.shapes[i])
@@ -355,7 +355,9 @@ class Engine:
         named = bind_arguments(self._model, args, kwargs)
         given, expected = set(named), set(self._captured.signature)
         if given != expected:
-            raise ShapeError(f"inputs: expected {', '.join(sorted(expected))}, got {', '.join(sorted(given)) or 'none'}")
+            raise ShapeError(
+                f"inputs: expected {', '.join(sorted(expected))}, got {', '.join(sorted(given)) or 'none'}"
+            )
         ordered = {name: named[name] for name in self._captured.signature}
         leaves, spec = pytree.tree_flatten(ordered)
         if spec != self._captured.in_spec:
@@ -390,11 +392,15 @@ def _check_input(spec: Any, tensor: Tensor, batch: int | None, length: int | Non
         raise ShapeError(f"input {spec.path}: expected shape {expected}, got {list(tensor.shape)}")
     if spec.shape and spec.shape[0] is None:
         if batch is not None and tensor.shape[0] != batch:
-            raise ShapeError(f"input {spec.path}: expected {batch} samples as in the first input, got {tensor.shape[0]}")
+            raise ShapeError(
+                f"input {spec.path}: expected {batch} samples as in the first input, got {tensor.shape[0]}"
+            )
         batch = tensor.shape[0]
     if len(spec.shape) == 2 and spec.shape[1] is None:
         if length is not None and tensor.shape[1] != length:
-            raise ShapeError(f"input {spec.path}: expected {length} tokens as in the first input, got {tensor.shape[1]}")
+            raise ShapeError(
+                f"input {spec.path}: expected {length} tokens as in the first input, got {tensor.shape[1]}"
+            )
         length = tensor.shape[1]
     if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
         finite = torch.isfinite(tensor).reshape(tensor.shape[0], -1).all(-1)

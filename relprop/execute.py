@@ -191,9 +191,7 @@ class Sweep:
     def _take(self, stream: StreamStep, node: Node) -> Any:
         streams = self.streams[stream.stream]
         kept = {v.index for v, name in self.wanted_values if name == stream.stream}
-        parts = tuple(
-            streams.get(v.index) if v.index in kept else streams.pop(v.index, None) for v in node.outputs
-        )
+        parts = tuple(streams.get(v.index) if v.index in kept else streams.pop(v.index, None) for v in node.outputs)
         if all(part is None for part in parts):
             return None
         return parts if len(node.outputs) > 1 else parts[0]
@@ -206,7 +204,9 @@ class Sweep:
         shape = next((m.shape for m in call.maps.values()), None)
         for name in step.maps - set(call.maps):
             assert shape is not None
-            call.maps[name] = torch.zeros(self.reading.targets, *shape[1:], dtype=self.dtype, device=self.forward.device)
+            call.maps[name] = torch.zeros(
+                self.reading.targets, *shape[1:], dtype=self.dtype, device=self.forward.device
+            )
         if self.trace is not None:
             for name, found in call.maps.items():
                 self.trace.maps[step.node.module, name] = found

@@ -84,10 +84,6 @@ def load_image(path: str | Path) -> Image.Image:
             warnings.simplefilter("ignore")  # PIL's remarks on odd metadata
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as stored:
-                if 0 in stored.size:
-                    raise ImageError(
-                        f"{path}: expected an image with pixels, got size {stored.width} x {stored.height}"
-                    )
                 stored.load()
                 return _as_rgb(ImageOps.exif_transpose(stored))
     except FileNotFoundError:
@@ -99,8 +95,6 @@ def load_image(path: str | Path) -> Image.Image:
         ) from error
     except UnidentifiedImageError as error:
         raise ImageError(f"{path}: expected an image, got {_not_an_image(path)}") from error
-    except ImageError:
-        raise
     except (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, struct.error, zlib.error) as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise ImageError(f"{path}: expected a readable, complete image, got a file with the fault: {reason}") from error
@@ -119,7 +113,7 @@ def _not_an_image(path: Path) -> str:
     opening = _opening(path)
     if not opening:
         return "an empty file"
-    return f"a file of unknown format that begins with {opening[:8]!r}"
+    return f"a file of unknown format or without pixels, which begins with {opening[:8]!r}"
 
 
 def _opening(path: Path) -> bytes:

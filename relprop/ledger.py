@@ -74,11 +74,12 @@ class Ledger:
         rows = [f"{'step':<28} {'rule':<26} {'arriving':>12} {'passed':>12} {'absorbed':>12} {'amplified':>10}  module"]
         for e in self.entries:
             kept = sum(e.absorbed.values(), torch.zeros_like(e.arriving))
-            cells = (float(t.mean()) for t in (e.arriving, e.passed, kept, e.amplification))
-            rows.append("{:<28} {:<26} {:>12.5g} {:>12.5g} {:>12.5g} {:>10.4g}  {}".format(
-                e.step[:28], e.rule[:26], *cells, e.module
-            ))
-        causes = ", ".join(f"{cause} {float(amount.mean()):.4g}" for cause, amount in self.absorbed.items()) or "nothing"
+            sums = " ".join(f"{float(t.mean()):>12.5g}" for t in (e.arriving, e.passed, kept))
+            amplified = float(e.amplification.mean())
+            rows.append(f"{e.step[:28]:<28} {e.rule[:26]:<26} {sums} {amplified:>10.4g}  {e.module}")
+        causes = (
+            ", ".join(f"{cause} {float(amount.mean()):.4g}" for cause, amount in self.absorbed.items()) or "nothing"
+        )
         rows.append(
             f"seed {float(self.seed.mean()):.6g} = frontier {float(self.frontier.mean()):.6g} + absorbed ({causes});"
             f" imbalance {float(self.imbalance.abs().max()):.2g} (means over targets and samples)"

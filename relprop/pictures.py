@@ -191,7 +191,7 @@ def save_png(image: Image.Image, path: str | Path) -> Path:
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         try:
-            image.save(part, format="PNG", optimize=True)
+            image.save(part, format="PNG")
             os.replace(part, path)
         except BaseException:
             part.unlink(missing_ok=True)

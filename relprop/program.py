@@ -1,11 +1,10 @@
-"""The plan of a pass: forward steps, reverse steps, what each keeps, when it is freed, which rule and backend runs it."""
+"""The plan of a pass: forward and reverse steps, what each keeps, when it is freed, which rule and backend runs it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
-
 
 from relprop import cost
 from relprop.composites import Composite
@@ -130,7 +129,7 @@ class Program:
 
     def _forward_rows(self) -> list[tuple[str, ...]]:
         kept = {v.index for v in self.kept}
-        rows = []
+        rows: list[tuple[str, ...]] = []
         for i, step in enumerate(self.forward):
             node = step.node
             moved = [v for v in (*node.operands, *node.outputs) if v is not None]
@@ -148,7 +147,7 @@ class Program:
         return rows
 
     def _reverse_rows(self) -> list[tuple[str, ...]]:
-        rows = []
+        rows: list[tuple[str, ...]] = []
         for i, step in enumerate(self.reverse):
             node = step.node
             names = {v.index: v.name for v in (*node.operands, *node.outputs) if v is not None}

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from relprop.errors import TargetError
 
-TargetLike = None | int | tuple[int, ...] | list[Any] | Tensor | Callable[[Any], Tensor]
+TargetLike: TypeAlias = int | tuple[int, ...] | list[Any] | Tensor | Callable[[Any], Tensor] | None
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def _as_index(target: Any, output: Tensor) -> tuple[Tensor, bool]:
         if axes != 1:
             raise TargetError(f"target: expected {shapes} for an output of shape {list(output.shape)}, got None")
         return output.argmax(-1).reshape(batch, 1, 1), False
-    if isinstance(target, bool) or (isinstance(target, float)):
+    if isinstance(target, (bool, float)):
         raise TargetError(f"target: expected {shapes}, got {target!r}")
     if isinstance(target, int):
         target = (target,)

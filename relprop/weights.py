@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from relprop.errors import ModelStateError, ShapeError
 from relprop.graph import Graph
 
-_TRANSFORMS = {
+_TRANSFORMS: dict[str, Callable[[Tensor], Tensor]] = {
     "": lambda t: t,
     "abs": torch.abs,
     "positive": lambda t: t.clamp(min=0),
@@ -43,17 +44,12 @@ class DerivedWeights:
         """tensor, cast to dtype and transformed ("abs", "positive", "negative")."""
         key = (name, transform, dtype)
         found = self._entries.get(key)
-        version = -1 if tensor.is_inference() else tensor._version
-        if (
-            found is not None
-            and found.source() is tensor
-            and found.pointer == tensor.data_ptr()
-            and found.version == version
-        ):
+        version, pointer = -1 if tensor.is_inference() else tensor._version, tensor.data_ptr()
+        if found is not None and found.version == version and found.pointer == pointer and found.source() is tensor:
             return found.tensor
         made = _TRANSFORMS[transform](tensor.detach().to(dtype))
         with self._lock:
-            self._entries[key] = _Entry(weakref.ref(tensor), tensor.data_ptr(), version, made)
+            self._entries[key] = _Entry(weakref.ref(tensor), pointer, version, made)
         return made
 
     def clear(self) -> None:

@@ -22,7 +22,9 @@ _LOG = logging.getLogger("relprop")
 _SAID: set[str] = set()
 
 
-def choose_backend(name: str, dtype: torch.dtype, device: torch.device) -> Callable[[Node, Rule], tuple[str, Kernel | None]]:
+def choose_backend(
+    name: str, dtype: torch.dtype, device: torch.device
+) -> Callable[[Node, Rule], tuple[str, Kernel | None]]:
     """A chooser of kernels for a plan.
 
     Args:

@@ -10,8 +10,17 @@ from torch import Tensor
 
 from relprop import native
 from relprop.graph import Node, Value
-from relprop.rules import AddNormalised, AttentionComposed, Call, FanoutEpsilon, LinearAlphaBeta, MatmulHalf
-from relprop.rules import Relevances, Rule, SoftmaxIdentity
+from relprop.rules import (
+    AddNormalised,
+    AttentionComposed,
+    Call,
+    FanoutEpsilon,
+    LinearAlphaBeta,
+    MatmulHalf,
+    Relevances,
+    Rule,
+    SoftmaxIdentity,
+)
 from relprop.rules.attention_composed import heads
 from relprop.rules.linear_map import apply, bias_of, multiply, preactivation, transpose, weight_of
 
@@ -67,7 +76,9 @@ def linear_alpha_beta(rule: Any, call: Call, relevance: Tensor) -> Relevances:
     x, weight, magnitude = call.x, weight_of(call), weight_of(call, "abs")
     absolute = apply(call, x.abs(), magnitude)
     stored = call.tensors.get(call.node.outputs[0].index)
-    y, bias = (stored, bias_of(call)) if stored is not None and stored.dtype == call.dtype else (preactivation(call), None)
+    y, bias = (
+        (stored, bias_of(call)) if stored is not None and stored.dtype == call.dtype else (preactivation(call), None)
+    )
     p1, p2 = native.share_out(
         relevance, y, bias, absolute, alpha=rule.alpha, beta=rule.beta, stabiliser=rule.stabiliser.code
     )

@@ -24,6 +24,7 @@ aten = torch.ops.aten
 
 
 def is_tensor(node: Any) -> bool:
+    """Whether an argument is a node whose value is one tensor."""
     return isinstance(node, fx.Node) and isinstance(node.meta.get("val"), Tensor)
 
 
@@ -91,7 +92,13 @@ def _is_noop(node: fx.Node) -> bool:
         return False
     assert isinstance(source, fx.Node)
     before, after = source.meta["val"], node.meta["val"]
-    if node.target in (aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten._to_copy.default, aten.type_as.default):
+    if node.target in (
+        aten.to.dtype,
+        aten.to.device,
+        aten.to.dtype_layout,
+        aten._to_copy.default,
+        aten.type_as.default,
+    ):
         return before.dtype == after.dtype and before.device == after.device
     if node.target in (aten.slice.Tensor, aten.expand.default, aten.expand_as.default):
         return len(before.shape) == len(after.shape) and all(
@@ -115,7 +122,9 @@ def remove_identities(captured: Captured) -> None:
     captured.graph.eliminate_dead_code()
 
 
-def insert(graph: fx.Graph, before: fx.Node, target: Callable[..., Any], args: tuple[Any, ...], like: fx.Node) -> fx.Node:
+def insert(
+    graph: fx.Graph, before: fx.Node, target: Callable[..., Any], args: tuple[Any, ...], like: fx.Node
+) -> fx.Node:
     """A new node before another, with its shape and the provenance of `like`."""
     with graph.inserting_before(before):
         node = graph.call_function(target, args)
@@ -175,8 +184,8 @@ def _from_sdpa(graph: fx.Graph, node: fx.Node) -> None:
     scale = values.get("scale")
     if scale is None:
         scale = ops.default_scale(int(values["query"].meta["val"].shape[-1]))
-    args = (values["query"], values["key"], values["value"], values.get("attn_mask"), scale)
-    args = (*args, bool(values.get("is_causal", False)), bool(values.get("enable_gqa", False)))
+    inputs = (values["query"], values["key"], values["value"], values.get("attn_mask"), scale)
+    args = (*inputs, bool(values.get("is_causal", False)), bool(values.get("enable_gqa", False)))
     node.target, node.args, node.kwargs = ops.attention, args, {}
 
 
@@ -201,7 +210,7 @@ def _from_softmax(graph: fx.Graph, softmax: fx.Node) -> None:
         if step.op != "call_function" or len(step.users) != 1:
             return
         operands = step.args
-        other = operands[1] if len(operands) > 1 else None
+        other: Any = operands[1] if len(operands) > 1 else None
         if step.target is aten.to.dtype:
             pass
         elif step.target is aten.mul.Tensor and isinstance(other, (int, float)):
@@ -236,7 +245,7 @@ def _constant_operand(node: fx.Node) -> bool:
 
 
 def join_regions(graph: fx.Graph) -> None:
-    """Join f(x) spelled in several ops around one value: x * sigmoid(a x) is an activation, x * rsqrt(mean(x^2)) a norm.
+    """Join f(x) spelled in several ops: x * sigmoid(a x) is an activation, x * rsqrt(mean(x^2)) a norm.
 
     A binary op whose two carrying operands both come from one value through pointwise ops (and, for a norm,
     reductions that keep their axis) closes a region, if nothing inside is used elsewhere.

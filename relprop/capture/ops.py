@@ -71,6 +71,7 @@ class _Detaching(fx.Interpreter):
         result = super().run_node(n)
         return result.detach() if n.name in self.names else result
 
+
 def overloads(names: str) -> frozenset[Any]:
     """aten overloads by name; one that this torch does not have is left out."""
     found = (_overload(name) for name in names.split())

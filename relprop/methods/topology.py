@@ -24,8 +24,8 @@ def self_attention_sites(graph: Graph, method: str) -> list[Node]:
     sites = graph.attention_sites()
     if not sites:
         raise UnsupportedTopologyError(
-            f"method {method!r} reads attention maps: expected a model with attention layers, got none that torch.export"
-            " shows as attention (softmax between two products of activations)"
+            f"method {method!r} reads attention maps: expected a model with attention layers, got none that"
+            " torch.export shows as attention (softmax between two products of activations)"
         )
     odd = [site for site in sites if not _is_global_self_attention(site)]
     lengths = {str(site.operands[1].shape[-2]) for site in sites if site.operands[1] is not None}

@@ -34,6 +34,9 @@ from relprop.rules.stabiliser import EXACT, REFERENCE, Stabiliser
 
 __all__ = [
     "ANY",
+    "EXACT",
+    "REFERENCE",
+    "REGISTRY",
     "Absorbed",
     "ActivationIdentity",
     "ActivationSlope",
@@ -43,7 +46,6 @@ __all__ = [
     "AddNormalised",
     "AttentionComposed",
     "Call",
-    "EXACT",
     "EmbeddingSum",
     "FanoutEpsilon",
     "Gradient",
@@ -60,8 +62,6 @@ __all__ = [
     "NormIdentity",
     "NormSigmaConstant",
     "PoolEpsilon",
-    "REFERENCE",
-    "REGISTRY",
     "Relevances",
     "Rule",
     "SelectEpsilon",

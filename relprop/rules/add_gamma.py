@@ -16,7 +16,8 @@ from relprop.rules.stabiliser import Stabiliser
 class AddGamma(Rule):
     """R_a = a'' R / stab(a'' + b''), a'' = (1 + gamma [sign a = sign(a + b)]) a, b'' likewise.
 
-    One add amplifies by at most 1 + 2 / gamma, where plain shares have no bound.
+    One add amplifies by at most 1 + 2 / gamma, where plain shares have no bound. Where a + b is exactly 0 each gets
+    one half.
 
     Args:
         gamma: preference for the summand of the sum's sign.
@@ -38,5 +39,10 @@ class AddGamma(Rule):
         total = a + b
         a = torch.where(a * total > 0, (1 + self.gamma) * a, a)
         b = torch.where(b * total > 0, (1 + self.gamma) * b, b)
-        s = call.share(self.stabiliser, relevance, a + b)
-        return hand_out(call, a * s, b * s)
+        s = self.stabiliser.share(relevance, a + b)
+        # The two one-sided limits of a sum of 0 mirror each other; their mean is one half each. Low precision is full
+        # of sums that cancel to the bit.
+        cancelled = total == 0
+        a, b = (torch.where(cancelled, relevance / 2, part * s) for part in (a, b))
+        call.absorb("epsilon", relevance - a - b)
+        return hand_out(call, a, b)

@@ -100,6 +100,7 @@ class AttentionComposed(Rule):
         at = heads(call)
         qk: Any = self.qk
         av: Any = self.av
+        softmax: Any = self.softmax
         booked = call.absorbed is not None
         wanted = tuple(want or booked for want in call.wanted[:3])
         # The stored output, also where it was rounded: what arrives is proportional to it, element by element, and a
@@ -108,7 +109,7 @@ class AttentionComposed(Rule):
         map_relevance, value_relevance = av.back(call, s, at.probabilities, at.v, (True, wanted[2]))
         assert map_relevance is not None
         call.maps["relevance"] = map_relevance
-        passed = self.softmax.through(at.logits, at.probabilities, map_relevance)
+        passed = softmax.through(at.logits, at.probabilities, map_relevance)
         query = key = None
         if passed is None:
             value_relevance = None if value_relevance is None else 2 * value_relevance

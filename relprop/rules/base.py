@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor
+from typing_extensions import dataclass_transform
 
 from relprop.errors import OptionError, unknown_name
 from relprop.graph import Node, Value, substitute
@@ -152,6 +153,7 @@ REGISTRY: dict[tuple[str, str], type[Rule]] = {}
 ANY = "any"
 
 
+@dataclass_transform(frozen_default=True)
 def register_rule(rule: RuleType) -> RuleType:
     """Make a rule known by its kind and name; use as a decorator.
 
@@ -168,9 +170,11 @@ def register_rule(rule: RuleType) -> RuleType:
     for kind in kinds:
         taken = REGISTRY.get((kind, name))
         if taken is not None and taken.__qualname__ != rule.__qualname__:
-            raise OptionError(f"rule {rule.__name__}: expected a new name for kind {kind!r}, got {name!r}, which is taken")
+            raise OptionError(
+                f"rule {rule.__name__}: expected a new name for kind {kind!r}, got {name!r}, which is taken"
+            )
         REGISTRY[kind, name] = made
-    return made
+    return cast(RuleType, made)
 
 
 def make_rule(kind: str, name: str, **parameters: Any) -> Rule:

@@ -40,7 +40,7 @@ def convolution(call: Call) -> dict[str, Any]:
     """Stride, padding, dilation and groups of a convolution node."""
     node = call.node
     rank = len(node.outputs[0].shape) - 2
-    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+    names: tuple[str, ...] = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
     if node.target is aten.convolution.default:
         names = ("input", "weight", "bias", "stride", "padding", "dilation", "transposed", "output_padding", "groups")
     values = dict(zip(names, node.args, strict=False)) | node.kwargs
@@ -53,7 +53,9 @@ def convolution(call: Call) -> dict[str, Any]:
     if isinstance(padding, str):
         kernel = node.operands[1].shape[2:]  # type: ignore[union-attr]
         dilation = sizes("dilation", 1)
-        padding = [0] * rank if padding == "valid" else [d * (int(k) - 1) // 2 for d, k in zip(dilation, kernel, strict=True)]
+        padding = (
+            [0] * rank if padding == "valid" else [d * (int(k) - 1) // 2 for d, k in zip(dilation, kernel, strict=True)]
+        )
         values["padding"] = padding
     return {
         "stride": sizes("stride", 1),
@@ -87,6 +89,7 @@ def transpose(call: Call, s: Tensor, weight: Tensor) -> Tensor:
 
 
 def weight_of(call: Call, transform: str = "") -> Tensor:
+    """The weight in the streams' dtype, optionally transformed. [N, K] or [N, C, ...]"""
     value = call.node.operands[1]
     assert isinstance(value, Value)
     return call.tensor(value, transform)

@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-
 from relprop.rules.base import Call, Relevances, Rule, register_rule, unbroadcast
 from relprop.rules.gradient import vjp
 
@@ -77,7 +76,8 @@ def _t(call: Call, relevance: Tensor) -> Relevances:
 
 def _slice(call: Call, relevance: Tensor) -> Relevances:
     shape = call.shape(0)
-    axis, start, stop, step = (*call.node.args[1:], *(0, None, None, 1)[len(call.node.args) - 1 :])
+    defaults: tuple[Any, ...] = (0, None, None, 1)
+    axis, start, stop, step = (*call.node.args[1:], *defaults[len(call.node.args) - 1 :])
     if not all(item is None or isinstance(item, int) for item in (axis, start, stop, step)):
         return vjp(call, relevance)
     back = relevance.new_zeros(relevance.shape[0], *shape)
@@ -199,5 +199,3 @@ def _table() -> dict[Any, Callable[[Call, Any], Relevances]]:
 
 
 _ADJOINTS = _table()
-
-

@@ -27,7 +27,9 @@ class SoftmaxTaylor(Rule):
         """relevance: [T, ..., N] -> ([T, ..., N],)."""
         axis = call.node.args[1] if len(call.node.args) > 1 else call.node.kwargs.get("dim", -1)
         if axis not in (-1, call.x.ndim - 1):
-            moved = self.through(call.x.movedim(axis, -1), call.y.movedim(axis, -1), relevance.movedim(axis % call.x.ndim + 1, -1))
+            moved = self.through(
+                call.x.movedim(axis, -1), call.y.movedim(axis, -1), relevance.movedim(axis % call.x.ndim + 1, -1)
+            )
             assert moved is not None
             return (moved.movedim(-1, axis % call.x.ndim + 1),)
         return (self.through(call.x, call.y, relevance),)

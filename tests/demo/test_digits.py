@@ -202,7 +202,7 @@ def test_training_writes_weights_and_log(data: None, tmp_path: Path) -> None:
 
     weights = train(tmp_path, minutes=0.03, seed=1)
     assert load_model(weights)
-    assert (tmp_path / "digits_vit_log.csv").read_text().startswith("minutes,step,stage")
+    assert (tmp_path / "digits_vit_log.csv").read_text().startswith("stage,minutes,step")
     score = evaluate(weights, tmp_path / "report.json", num_scenes=100)
     assert 0 < score < 1
     with pytest.raises(ValueError, match="expected minutes > 0, got 0"):

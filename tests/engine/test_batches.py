@@ -117,8 +117,7 @@ def _state(model: nn.Module) -> dict[str, Any]:
         "versions": {k: p._version for k, p in model.named_parameters()},
         "training": {k: m.training for k, m in model.named_modules()},
         "hooks": {
-            k: [len(getattr(m, name)) for name in vars(m) if name.endswith("_hooks")]
-            for k, m in model.named_modules()
+            k: [len(getattr(m, name)) for name in vars(m) if name.endswith("_hooks")] for k, m in model.named_modules()
         },
         "forwards": {k: m.forward for k, m in model.named_modules()},
         "attributes": {k: sorted(vars(m)) for k, m in model.named_modules()},

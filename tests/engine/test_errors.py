@@ -53,7 +53,9 @@ def test_wrong_tensor(engine: relprop.Engine, inputs: Tensor, error: type[Except
 
 
 def test_wrong_device_at_compile_time() -> None:
-    with pytest.raises(errors.DeviceError, match="example inputs: expected tensors on cpu, where the model is, got meta"):
+    with pytest.raises(
+        errors.DeviceError, match="example inputs: expected tensors on cpu, where the model is, got meta"
+    ):
         relprop.compile(vit(), (torch.empty(1, 3, 32, 32, device="meta"),))
 
 
@@ -68,7 +70,9 @@ def test_wrong_arguments(engine: relprop.Engine) -> None:
 def test_not_finite(engine: relprop.Engine, bad: float) -> None:
     x = torch.randn(3, 3, 32, 32)
     x[1, 0, 0, 0] = bad
-    with pytest.raises(errors.NonFiniteError, match=r"expected finite numbers, got NaN or infinity in sample\(s\) \[1\]"):
+    with pytest.raises(
+        errors.NonFiniteError, match=r"expected finite numbers, got NaN or infinity in sample\(s\) \[1\]"
+    ):
         engine(x)
 
 
@@ -86,7 +90,10 @@ def test_not_finite(engine: relprop.Engine, bad: float) -> None:
         (torch.zeros(2, 1, 1, 1, dtype=torch.int64), r"got shape \[2, 1, 1, 1\]"),
         ((1, 2), r"got \(1, 2\)"),
         ("cat", r"got str"),
-        (lambda logits: logits, r"expected a callable from the output to one score per sample \[B\], got shape \[2, 10\]"),
+        (
+            lambda logits: logits,
+            r"expected a callable from the output to one score per sample \[B\], got shape \[2, 10\]",
+        ),
         (lambda logits: logits.sum(), r"expected one score per sample, shape \[2\], got a single score"),
         (lambda logits: 1.0, r"got float"),
     ],
@@ -119,7 +126,10 @@ def test_unknown_rule() -> None:
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"method_options": {"start": 1}}, "method_options of transformer_attribution: expected start_layer, got start"),
+        (
+            {"method_options": {"start": 1}},
+            "method_options of transformer_attribution: expected start_layer, got start",
+        ),
         ({"method_options": {"start_layer": 3}}, "start_layer: expected one of 3 attention layers, got 3"),
         ({"method_options": {"start_layer": "one"}}, "start_layer: expected an int, got 'one'"),
         ({"precision": "low"}, "precision: expected one of highest, high, medium, got 'low'"),
@@ -166,7 +176,9 @@ class _Branching(nn.Module):
 
 
 def test_capture_failure_says_why() -> None:
-    with pytest.raises(errors.CaptureError, match="could not capture _Branching: .*control flow that depends on tensor"):
+    with pytest.raises(
+        errors.CaptureError, match="could not capture _Branching: .*control flow that depends on tensor"
+    ):
         relprop.explain(_Branching().eval(), torch.randn(2, 4))
 
 

@@ -1,0 +1,94 @@
+"""The six scenes shipped with the package, and the command that made them: `python -m relprop.demo.bundle`.
+
+They are test-split scenes (unseen digits, unseen photographs) of two digits each. They were chosen: for each pair of
+digits, the first scene in which the shipped model finds both (sigmoid > 0.5) and no other digit. They show how an
+explanation looks where the model is right; they are no sample to measure the model or a method on.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from relprop.demo.digits import DigitScenes, Scene
+from relprop.demo.model import IMAGES, load_model, preprocess
+from relprop.errors import WeightsError
+
+__all__ = ["PAIRS", "bundled_scenes", "write_bundle"]
+
+PAIRS = ((3, 7), (0, 4), (1, 8), (2, 6), (5, 9), (3, 8))
+BUNDLE_SEED = 3000
+_TRUTH = "truth.npz"
+_SEARCHED = 5000
+
+
+def bundled_scenes(folder: str | Path = IMAGES) -> dict[str, Scene]:
+    """The shipped scenes by name ("scene_3_7", ...); needs neither scikit-learn nor scikit-image.
+
+    Raises WeightsError where the folder lacks the images or their masks.
+    """
+    folder = Path(folder)
+    paths = sorted(folder.glob("scene_*.png"))
+    if not paths or not (folder / _TRUTH).is_file():
+        raise WeightsError(f"expected scene_*.png and {_TRUTH} in {folder}, got neither or only one of them")
+    scenes = {}
+    with np.load(folder / _TRUTH) as truth:
+        for path in paths:
+            name = path.stem
+            with Image.open(path) as stored:
+                image = torch.from_numpy(np.array(stored.convert("RGB"))).permute(2, 0, 1).contiguous()
+            masks = torch.from_numpy(truth[f"{name}.masks"])
+            labels = masks.flatten(1).any(1).float()
+            scenes[name] = Scene(image, labels, masks, torch.from_numpy(truth[f"{name}.background"]))
+    return scenes
+
+
+def write_bundle(folder: str | Path = IMAGES) -> list[Path]:
+    """Choose and write one PNG per entry of `PAIRS` plus `truth.npz` (masks and backgrounds); returns the PNG paths.
+
+    Raises RuntimeError where the model finds no such scene for a pair among the first 5000.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    model, scenes = load_model(), DigitScenes("test", BUNDLE_SEED, (2, 2))
+    wanted = {frozenset(pair): f"scene_{pair[0]}_{pair[1]}" for pair in PAIRS}
+    truth, written = {}, []
+    for index in count():
+        if not wanted or index == _SEARCHED:
+            break
+        scene = scenes.sample(index)
+        present = frozenset(scene.labels.nonzero().flatten().tolist())
+        if present not in wanted:
+            continue
+        with torch.inference_mode():
+            found = model(preprocess(scene.image[None]))[0].sigmoid() > 0.5
+        if frozenset(found.nonzero().flatten().tolist()) != present:
+            continue
+        name = wanted.pop(present)
+        Image.fromarray(scene.image.permute(1, 2, 0).numpy()).save(folder / f"{name}.png", optimize=True)
+        truth[f"{name}.masks"], truth[f"{name}.background"] = scene.masks.numpy(), scene.background.numpy()
+        written.append(folder / f"{name}.png")
+    if wanted:
+        raise RuntimeError(
+            f"expected a scene found by the model for every pair, got none for {sorted(wanted.values())}"
+        )
+    np.savez_compressed(folder / _TRUTH, **truth)
+    return sorted(written)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line; see `--help`."""
+    parser = argparse.ArgumentParser(prog="python -m relprop.demo.bundle", description="Write the bundled scenes.")
+    parser.add_argument("--out", type=Path, default=IMAGES, help="folder of the images")
+    for path in write_bundle(parser.parse_args(arguments).out):
+        print(path)
+
+
+if __name__ == "__main__":
+    main()
