@@ -157,6 +157,18 @@ void bind_fanout_epsilon(int itemsize, Pointer out, const std::vector<Pointer>& 
   });
 }
 
+void bind_share(int itemsize, Pointer s, Pointer relevance, Pointer z, int64_t targets, int64_t size, int kind,
+                double epsilon, int threads) {
+  const Stabiliser stabiliser = checked_stabiliser(kind, epsilon);
+  check_threads(threads);
+  if (checked_product({{"targets", targets}, {"size", size}}) == 0) return;
+  check_pointers({{"s", s}, {"relevance", relevance}, {"z", z}});
+  with_type(itemsize, [&](auto zero) {
+    using T = decltype(zero);
+    matmul_half_share(as<T>(s), as<const T>(relevance), as<const T>(z), targets, size, stabiliser, threads);
+  });
+}
+
 void bind_attention_shares(int itemsize, Pointer s_prime, Pointer relevance, Pointer attention, Pointer sv,
                            Pointer dots, int64_t targets, int64_t size, int kind, double epsilon, int threads) {
   const Stabiliser stabiliser = checked_stabiliser(kind, epsilon);
@@ -226,6 +238,9 @@ PYBIND11_MODULE(_C, module) {
   module.def("fanout_epsilon", &bind_fanout_epsilon, release_gil(), py::arg("itemsize"), py::arg("out"),
              py::arg("relevances"), py::arg("x"), py::arg("targets"), py::arg("size"), py::arg("stabiliser_kind"),
              py::arg("epsilon"), py::arg("threads"));
+  module.def("matmul_half_share", &bind_share, release_gil(), py::arg("itemsize"), py::arg("s"), py::arg("relevance"),
+             py::arg("z"), py::arg("targets"), py::arg("size"), py::arg("stabiliser_kind"), py::arg("epsilon"),
+             py::arg("threads"));
   module.def("matmul_half_attention_shares", &bind_attention_shares, release_gil(), py::arg("itemsize"),
              py::arg("s_prime"), py::arg("relevance"), py::arg("attention"), py::arg("sv"), py::arg("dots"),
              py::arg("targets"), py::arg("size"), py::arg("stabiliser_kind"), py::arg("epsilon"), py::arg("threads"));

@@ -13,6 +13,12 @@
 namespace relprop {
 
 template <typename T>
+void matmul_half_share(T* s,                // [targets, size]; may be `relevance` itself
+                       const T* relevance,  // [targets, size], R_O
+                       const T* z,          // [size], O
+                       int64_t targets, int64_t size, Stabiliser stabiliser, int threads);
+
+template <typename T>
 void matmul_half_attention_shares(T* s_prime,          // [targets, size]; may be `sv` itself
                                   T* relevance,        // [targets, size], R_A, or null; not `s_prime`, else may be `sv`
                                   const T* attention,  // [size], A; size = batch * heads * queries * keys

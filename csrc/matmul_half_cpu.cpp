@@ -7,6 +7,23 @@ namespace relprop {
 namespace {
 
 template <typename T, StabiliserKind kind>
+struct Share {
+  T* s;
+  const T *relevance, *z;
+  int64_t targets, size;
+  T epsilon;
+
+  RELPROP_INLINE void operator()(int64_t begin, int64_t end) const {
+    for (int64_t t = 0; t < targets; ++t) {
+      const T* relevance_at = relevance + t * size;
+      T* s_at = s + t * size;
+      RELPROP_VECTORISE
+      for (int64_t i = begin; i < end; ++i) s_at[i] = relevance_at[i] / stabilised<kind>(z[i], epsilon);
+    }
+  }
+};
+
+template <typename T, StabiliserKind kind>
 struct AttentionShares {
   T *s_prime, *relevance;
   const T *attention, *sv, *dots;
@@ -78,6 +95,15 @@ struct RolloutMatrix {
 }  // namespace
 
 template <typename T>
+void matmul_half_share(T* s, const T* relevance, const T* z, int64_t targets, int64_t size, Stabiliser stabiliser,
+                       int threads) {
+  with_kind(stabiliser, [&](auto kind) {
+    const Share<T, decltype(kind)::value> kernel{s, relevance, z, targets, size, static_cast<T>(stabiliser.epsilon)};
+    for_ranges(kernel, size, targets, threads);
+  });
+}
+
+template <typename T>
 void matmul_half_attention_shares(T* s_prime, T* relevance, const T* attention, const T* sv, const T* dots,
                                   int64_t targets, int64_t size, Stabiliser stabiliser, int threads) {
   with_kind(stabiliser, [&](auto kind) {
@@ -94,6 +120,7 @@ void matmul_half_rollout_matrix(T* e, const T* grad, const T* relevance, int64_t
 }
 
 #define RELPROP_INSTANTIATE(T)                                                                                      \
+  template void matmul_half_share<T>(T*, const T*, const T*, int64_t, int64_t, Stabiliser, int);                    \
   template void matmul_half_attention_shares<T>(T*, T*, const T*, const T*, const T*, int64_t, int64_t, Stabiliser, \
                                                 int);                                                               \
   template void matmul_half_rollout_matrix<T>(T*, const T*, const T*, int64_t, int64_t, int64_t, int);

@@ -6,7 +6,7 @@ explanation.relevance   # [B, N], one value per token
 """
 
 from relprop.backends import backends
-from relprop.composites import Composite, Entry, composites, entry, register_composite
+from relprop.composites import Composite, Entry, composites, entry, find_composite, register_composite
 from relprop.engine import Engine, compile, explain
 from relprop.errors import RelpropError
 from relprop.explanation import Explanation
@@ -34,6 +34,7 @@ __all__ = [
     "composites",
     "entry",
     "explain",
+    "find_composite",
     "methods",
     "register_composite",
     "register_rule",

@@ -309,6 +309,59 @@ def fanout_epsilon(
     return out
 
 
+def share(relevance: Tensor, z: Tensor, *, stabiliser: Stabiliser) -> Tensor:
+    """Shares R / stab(z); tensors that are both laid out in one other order of axes are not copied.
+
+    Args:
+        relevance: [T, ...], float32 | float64
+        z: the output that the relevance belongs to. [...]
+        stabiliser: (kind, epsilon), kind `SIGNED` or `REFERENCE`
+    Returns:
+        s, laid out as `relevance`. [T, ...]
+    Raises:
+        ShapeError, DTypeError, DeviceError
+    Source: Chefer et al., CVPR 2021, section 3.
+    """
+    dtype, itemsize = _dtype_of("relevance", relevance)
+    targets = _targets("relevance", relevance, "...")
+    full = (targets, *z.shape)
+    alike = (
+        relevance.stride()[1:] == z.stride()
+        and (targets == 1 or relevance.stride(0) == z.numel())
+        and z.numel() > 0
+        and _is_dense(z)
+        and not (relevance.is_neg() or z.is_neg())
+    )
+    if alike:
+        _check("relevance", relevance, full, dtype)
+        _check("z", z, z.shape, dtype)
+        s = torch.empty_strided(full, relevance.stride(), dtype=dtype)
+    else:
+        relevance, z = _input("relevance", relevance, full, dtype), _input("z", z, z.shape, dtype)
+        s = torch.empty(full, dtype=dtype)
+    _C.matmul_half_share(
+        itemsize,
+        s.data_ptr(),
+        relevance.data_ptr(),
+        z.data_ptr(),
+        targets,
+        z.numel(),
+        *stabiliser,
+        torch.get_num_threads(),
+    )
+    return s
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether some order of axes makes the tensor contiguous."""
+    size = 1
+    for stride, length in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if length != 1 and stride != size:
+            return False
+        size *= length
+    return True
+
+
 def attention_shares(
     attention: Tensor,
     sv: Tensor,

@@ -22,7 +22,7 @@ from relprop.rules import (
     SoftmaxIdentity,
 )
 from relprop.rules.attention_composed import heads
-from relprop.rules.linear_map import apply, bias_of, multiply, preactivation, transpose, weight_of
+from relprop.rules.linear_map import apply, bias_of, multiply, preactivation, rounding, transpose, weight_of
 
 DTYPES = (torch.float32, torch.float64)
 
@@ -80,7 +80,14 @@ def linear_alpha_beta(rule: Any, call: Call, relevance: Tensor) -> Relevances:
         (stored, bias_of(call)) if stored is not None and stored.dtype == call.dtype else (preactivation(call), None)
     )
     p1, p2 = native.share_out(
-        relevance, y, bias, absolute, alpha=rule.alpha, beta=rule.beta, stabiliser=rule.stabiliser.code
+        relevance,
+        y,
+        bias,
+        absolute,
+        alpha=rule.alpha,
+        beta=rule.beta,
+        stabiliser=rule.stabiliser.code,
+        tolerance=4 * rounding(call, call.dtype),
     )
     c1 = transpose(call, p1, weight)
     return native.select(x, c1, transpose(call, p2, magnitude), out=c1), None, None
@@ -116,16 +123,16 @@ def fanout_epsilon(rule: Any, call: Call, relevance: Any) -> Relevances:
 def attention_composed(rule: Any, call: Call, relevance: Tensor) -> Relevances:
     """Shares of both products between the matrix products in one pass. relevance: [T, ..., H, Nq, dv]"""
     at = heads(call)
-    s = rule.av.stabiliser.share(relevance, call.y)
-    value = at.v * multiply(call, at.probabilities.mT, s) / 2 if call.wanted[2] else None
+    s = native.share(relevance, call.y, stabiliser=rule.av.stabiliser.code)
+    value = multiply(call, at.probabilities.mT, s / 2).mul_(at.v) if call.wanted[2] else None
     weighted = multiply(call, s, at.v.mT)
     query = key = None
     if call.wanted[0] or call.wanted[1]:
         shares, map_relevance = native.attention_shares(
             at.probabilities, weighted, at.dots, stabiliser=rule.qk.stabiliser.code, want_relevance=True
         )
-        query = at.q * multiply(call, shares, at.k) / 2 if call.wanted[0] else None
-        key = at.k * multiply(call, shares.mT, at.q) / 2 if call.wanted[1] else None
+        query = multiply(call, shares, at.k / 2).mul_(at.q) if call.wanted[0] else None
+        key = multiply(call, shares.mT, at.q / 2).mul_(at.k) if call.wanted[1] else None
         assert map_relevance is not None
     else:
         map_relevance = weighted * (at.probabilities / 2)

@@ -146,8 +146,8 @@ def attention_gradient(call: Call, gradient: Tensor) -> Relevances:
     call.maps["gradient"] = map_gradient
     query = key = value = None
     if call.wanted[0] or call.wanted[1]:
-        p = at.probabilities
-        logits = p * (map_gradient - (p * map_gradient).sum(-1, keepdim=True))
+        p = at.probabilities.expand_as(map_gradient)
+        logits = torch.ops.aten._softmax_backward_data(map_gradient, p, -1, p.dtype)
         query = at.scale * multiply(call, logits, at.k) if call.wanted[0] else None
         key = at.fold(at.scale * multiply(call, logits.mT, at.q)) if call.wanted[1] else None
     if call.wanted[2]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from relprop.rules.base import Call, Relevances, Rule, register_rule
-from relprop.rules.linear_map import apply, bias_of, preactivation, transpose, weight_of
+from relprop.rules.linear_map import apply, bias_of, preactivation, rounding, transpose, weight_of
 from relprop.rules.stabiliser import Stabiliser
 
 
@@ -63,7 +63,7 @@ class LinearAlphaBeta(Rule):
         self, call: Call, relevance: Tensor, z: Tensor, absolute: Tensor, bias: Tensor | None, positive: bool
     ) -> Tensor:
         # Half a difference of nearly equal numbers is rounding, not signal: it has no share to give.
-        tolerance = 4 * torch.finfo(z.dtype).eps * absolute
+        tolerance = 4 * rounding(call, z.dtype) * absolute
         z = torch.where(z <= tolerance if positive else z >= -tolerance, 0.0, z)
         if bias is not None:
             taken = bias.clamp(min=0) if positive else bias.clamp(max=0)

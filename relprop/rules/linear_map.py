@@ -22,17 +22,23 @@ def native_bfloat16() -> bool:
     return bool(supported or getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
 
 
-def reduced_precision(call: Call, tensor: Tensor) -> bool:
-    """Whether products of this call may run in bfloat16 with float32 accumulation."""
-    if call.precision != "medium" or tensor.dtype != torch.float32:
+def reduced_precision(call: Call) -> bool:
+    """Whether products of this call run in bfloat16 with float32 accumulation."""
+    if call.precision != "medium" or call.dtype != torch.float32:
         return False
-    return tensor.is_cuda or native_bfloat16()
+    first = next(t for t in call.tensors.values() if isinstance(t, Tensor))
+    return first.is_cuda or native_bfloat16()
+
+
+def rounding(call: Call, dtype: torch.dtype) -> float:
+    """Relative rounding of one product at the call's precision."""
+    return torch.finfo(torch.bfloat16 if reduced_precision(call) else dtype).eps
 
 
 def multiply(call: Call, left: Tensor, right: Tensor) -> Tensor:
     """left @ right at the call's precision, in the streams' dtype."""
-    if reduced_precision(call, left):
-        return (left.bfloat16() @ right.bfloat16()).to(left.dtype)
+    if reduced_precision(call):
+        return (left.bfloat16() @ right.bfloat16()).to(call.dtype)
     return left @ right
 
 
@@ -92,6 +98,8 @@ def weight_of(call: Call, transform: str = "") -> Tensor:
     """The weight in the streams' dtype, optionally transformed. [N, K] or [N, C, ...]"""
     value = call.node.operands[1]
     assert isinstance(value, Value)
+    if call.node.kind == "linear" and reduced_precision(call):
+        return call.derive(value, call.tensors[value.index], transform, torch.bfloat16)  # cast once, not at every call
     return call.tensor(value, transform)
 
 

@@ -8,13 +8,16 @@ import torch
 from torch import Tensor
 
 from relprop.rules.base import Call, Relevances, Rule, register_rule
-from relprop.rules.linear_map import apply, preactivation, transpose, weight_of
+from relprop.rules.linear_map import apply, transpose, weight_of
 from relprop.rules.stabiliser import Stabiliser
 
 
 @register_rule
 class LinearZBox(Rule):
     """R_in = x (s w) - l (s w+) - h (s w-), s = R / stab(x w - l w+ - h w-).
+
+    Computed as (x - l) w+ + (x - h) w- in both directions: no term is negative, so nothing cancels where the input
+    lies at its bounds (a blank image).
 
     Args:
         low, high: bounds of the input; None takes each sample's own minimum and maximum.
@@ -26,19 +29,18 @@ class LinearZBox(Rule):
 
     kind: ClassVar = ("linear", "conv")
     name: ClassVar = "z_box"
+    needs_output: ClassVar = False
     low: float | None = None
     high: float | None = None
     stabiliser: Stabiliser = Stabiliser()
 
     def propagate(self, call: Call, relevance: Tensor) -> Relevances:
         """relevance: [T, ..., N] -> ([T, ..., K], None, None)."""
-        x, weight = call.x, weight_of(call)
-        positive, negative = weight_of(call, "positive"), weight_of(call, "negative")
-        low, high = self._bound(call, x, self.low, "amin"), self._bound(call, x, self.high, "amax")
-        z = preactivation(call) - apply(call, low, positive) - apply(call, high, negative)
-        s = call.share(self.stabiliser, relevance, z)
-        back = x * transpose(call, s, weight) - low * transpose(call, s, positive) - high * transpose(call, s, negative)
-        return back, None, None
+        x, positive, negative = call.x, weight_of(call, "positive"), weight_of(call, "negative")
+        above = x - self._bound(call, x, self.low, "amin")
+        below = x - self._bound(call, x, self.high, "amax")
+        s = call.share(self.stabiliser, relevance, apply(call, above, positive) + apply(call, below, negative))
+        return above * transpose(call, s, positive) + below * transpose(call, s, negative), None, None
 
     @staticmethod
     def _bound(call: Call, x: Tensor, bound: float | None, extreme: str) -> Tensor:

@@ -143,7 +143,30 @@ def _filled(call: Call, relevance: Any) -> list[Tensor]:
 
 def _unbind(call: Call, relevance: Any) -> Relevances:
     axis = call.node.args[1] if len(call.node.args) > 1 else 0
-    return _one(call, torch.stack(_filled(call, relevance), _axis(axis, len(call.shape(0)))))
+    parts = _filled(call, relevance)
+    back = _laid_out(call, parts[0])
+    at = _axis(axis, len(call.shape(0)))
+    for i, part in enumerate(parts):
+        back.select(at, i).copy_(part)
+    return _one(call, back)
+
+
+def _laid_out(call: Call, like: Tensor) -> Tensor:
+    """An empty stream [T, *shape of the operand] in the memory order that the operand's own producer will undo.
+
+    Below `unbind(permute(reshape(x)))`, as fused query-key-value projections have it, the two steps that follow are
+    then views.
+    """
+    value = call.node.operands[0]
+    assert value is not None
+    shape, producer = call.shape(0), value.producer
+    if producer is None or producer.target is not aten.permute.default:
+        return like.new_empty(like.shape[0], *shape)
+    order = [axis % len(shape) for axis in producer.args[1]]
+    before = [0] * len(shape)
+    for i, axis in enumerate(order):
+        before[axis] = shape[i]
+    return like.new_empty(like.shape[0], *before).permute(0, *(axis + 1 for axis in order))
 
 
 def _split(call: Call, relevance: Any) -> Relevances:

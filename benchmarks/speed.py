@@ -1,0 +1,153 @@
+"""Speed of one explanation against the model's own forward pass, on the machine at hand.
+
+    python -m benchmarks.speed [--reference CHECKOUT] [--models ...] [--batches 1 4] [--rounds 9] [--out FILE]
+
+In each round every contender runs once, in turn: the forward pass without gradients, forward and backward, relprop
+with each backend, and (where a checkout is given) the authors' code, one image after the other as it is only right at
+batch 1. Reported are medians of the paired ratios to that round's forward pass, so that a machine whose speed drifts
+does not decide. No time is written for a wrong answer: relprop is compared with float64 first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor
+
+import relprop
+from benchmarks.numerics.reference import Reference
+from benchmarks.numerics.rows import write_rows
+
+MODELS = ("vit_base_patch16_224", "vit_tiny_patch16_224")
+
+
+def matrix_rate(seconds: float = 1.0) -> float:
+    """Best rate of a float32 matrix product on this machine, in GFLOP/s."""
+    a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
+    best, end = 0.0, time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        a @ b
+        best = max(best, 2 * 1024**3 / (time.perf_counter() - start) / 1e9)
+    return best
+
+
+def contenders(model: Any, images: Tensor, reference: Path | None) -> dict[str, Callable[[], Any]]:
+    """What is timed, by name. images: [B, 3, H, W]"""
+    targets = torch.full((len(images),), 5)
+
+    def forward() -> None:
+        with torch.no_grad():
+            model(images)
+
+    def forward_backward() -> None:
+        leaf = images.clone().requires_grad_()
+        model(leaf)[:, 5].sum().backward()
+
+    found: dict[str, Callable[[], Any]] = {"forward": forward, "forward_backward": forward_backward}
+    for name, options in {
+        "relprop": {},
+        "relprop_medium": {"precision": "medium"},
+        "relprop_torch": {"backend": "torch"},
+        "relprop_stable": {"composite": "chefer_stable"},
+    }.items():
+        engine = relprop.compile(model, (images,), **options)  # type: ignore[arg-type]
+        found[name] = lambda engine=engine: engine(images, target=targets)
+    if reference is not None:
+        theirs = Reference(reference, model, torch.float32)
+        found["reference"] = lambda: theirs.explain(images, targets, "transformer_attribution")
+    return found
+
+
+def check(model: Any, images: Tensor) -> float:
+    """Relative error of relprop's float32 answer to the first image against float64."""
+    import copy
+
+    image = images[:1]
+    truth = relprop.explain(copy.deepcopy(model).double(), image.double(), target=5).relevance[:, 1:]
+    answer = relprop.explain(model, image, target=5).relevance[:, 1:].double()
+    return float((answer - truth).norm() / truth.norm())
+
+
+def measure(name: str, batch: int, rounds: int, reference: Path | None) -> list[dict[str, Any]]:
+    """Rows of one model at one batch size."""
+    torch.manual_seed(0)
+    model: Any = timm.create_model(name, pretrained=False).eval()
+    model.norm.eps = 1e-5  # as the authors' final norm has it
+    images = torch.randn(batch, 3, 224, 224)
+    error = check(model, images)
+    if not error < 1e-2:
+        raise SystemExit(f"{name}: expected relprop within 1e-2 of float64, got {error:.3g}; nothing is timed")
+    start = time.perf_counter()
+    engine = relprop.compile(timm.create_model(name, pretrained=False).eval(), (images,))
+    compiled = time.perf_counter() - start
+    flops = engine.program.flops()
+    floor = (flops["forward"] + flops["reverse"]) / flops["forward"]
+    runs = contenders(model, images, reference)
+    for run in runs.values():
+        run()
+        run()
+    times: dict[str, list[float]] = {contender: [] for contender in runs}
+    for _ in range(rounds):
+        for contender, run in runs.items():
+            start = time.perf_counter()
+            run()
+            times[contender].append(time.perf_counter() - start)
+    rows = []
+    for contender, seconds in times.items():
+        ratios = sorted(t / f for t, f in zip(seconds, times["forward"], strict=True))
+        ordered = sorted(seconds)
+        rows.append(
+            {
+                "model": name,
+                "batch": batch,
+                "contender": contender,
+                "ms_median": round(1e3 * statistics.median(seconds), 2),
+                "ms_p20": round(1e3 * ordered[len(ordered) // 5], 2),
+                "ms_p80": round(1e3 * ordered[(4 * len(ordered)) // 5], 2),
+                "ratio_to_forward": round(statistics.median(ratios), 3),
+                "ratio_p20": round(ratios[len(ratios) // 5], 3),
+                "ratio_p80": round(ratios[(4 * len(ratios)) // 5], 3),
+                "gflop": round(batch * (flops["forward"] + flops["reverse"]) / 1e9, 2)
+                if "relprop" in contender
+                else "",
+                "counted_floor": round(floor, 3) if "relprop" in contender else "",
+                "compile_s": round(compiled, 2) if contender == "relprop" else "",
+                "error_vs_float64": f"{error:.2e}" if contender == "relprop" else "",
+                "matrix_gflop_per_s": round(matrix_rate(0.3), 1),
+                "rounds": rounds,
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    """Measure, print and write the rows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--reference", type=Path)
+    parser.add_argument("--models", nargs="+", default=MODELS)
+    parser.add_argument("--batches", nargs="+", type=int, default=(1, 4))
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "speed_cpu.csv")
+    options = parser.parse_args()
+    rows = []
+    for name in options.models:
+        for batch in options.batches:
+            found = measure(name, batch, options.rounds, options.reference)
+            for row in found:
+                print(
+                    f"{name} batch {batch} {row['contender']:<18} {row['ms_median']:>9} ms  x{row['ratio_to_forward']}"
+                )
+            rows += found
+    write_rows(options.out, rows)
+
+
+if __name__ == "__main__":
+    main()

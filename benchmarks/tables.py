@@ -1,0 +1,104 @@
+"""Write the README's tables from the committed rows, between their markers: python -m benchmarks.tables [--check]."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks.numerics.rows import RESULTS, read_rows
+
+README = Path(__file__).parents[1] / "README.md"
+NOT_YET = "not yet measured"
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A markdown table."""
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def speed() -> str:
+    """Times of one batch and ratios to the model's own forward pass."""
+    path = RESULTS / "speed_cpu.csv"
+    if not path.exists():
+        return NOT_YET
+    names = {
+        "relprop": "relprop",
+        "relprop_stable": "relprop, `chefer_stable`",
+        "relprop_torch": "relprop, plain PyTorch rules",
+        "forward_backward": "forward and backward",
+        "reference": "the authors' code",
+    }
+    rows = []
+    found = read_rows(path)
+    for row in found:
+        if row["contender"] in names:
+            rows.append(
+                [
+                    row["model"],
+                    row["batch"],
+                    names[row["contender"]],
+                    f"{float(row['ms_median']):.0f}",
+                    f"{float(row['ratio_to_forward']):.2f}",
+                ]
+            )
+    where = f"{found[0]['device']}, {found[0]['threads']} threads, float32, torch {found[0]['torch']}"
+    head = ["model", "batch", "what", "ms", "x forward"]
+    return f"{table(head, rows)}\n\n{where}; `benchmarks/results/speed_cpu.csv`."
+
+
+def localisation() -> str:
+    """How much relevance lies on the asked digit, and how often the hottest pixel does."""
+    path = RESULTS / "localisation.csv"
+    if not path.exists():
+        return NOT_YET
+    rows, count = [], ""
+    for row in read_rows(path):
+        if row["minus"] or row["dtype"] != "float32":
+            continue
+        count = f"{row['inputs']} questions about {row['scenes']} images"
+        name = f"`{row['method']}`" + (f", `{row['composite']}`" if row["composite"] == "chefer_stable" else "")
+        rows.append(
+            [
+                name,
+                f"{float(row['mass']):.3f} ± {float(row['mass_se']):.3f}",
+                f"{float(row['pointing']):.3f} ± {float(row['pointing_se']):.3f}",
+            ]
+        )
+    head = ["method", "relevance on the asked digit", "pointing game"]
+    return f"{table(head, rows)}\n\n{count}, mean ± standard error; `benchmarks/results/localisation.csv`."
+
+
+TABLES: dict[str, Callable[[], str]] = {"speed": speed, "localisation": localisation}
+
+
+def rendered(text: str) -> str:
+    """The README's text with every table made anew."""
+    for name, make in TABLES.items():
+        pattern = re.compile(f"(<!-- {name} -->\n).*?(\n<!-- end {name} -->)", re.DOTALL)
+        if not pattern.search(text):
+            raise SystemExit(f"README.md: expected the markers <!-- {name} --> and <!-- end {name} -->")
+        body = make()
+        text = pattern.sub(lambda match, body=body: f"{match[1]}{body}{match[2]}", text)
+    return text
+
+
+def main() -> None:
+    """Rewrite the README, or with --check fail where it differs from the rows."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_args()
+    before = README.read_text(encoding="utf-8")
+    after = rendered(before)
+    if options.check:
+        sys.exit(
+            "README.md: its tables differ from the rows; run python -m benchmarks.tables" if before != after else 0
+        )
+    README.write_text(after, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
