@@ -276,7 +276,7 @@ class Engine:
             "cpp" if any(s.backend == "cpp" for step in program.reverse for s in step.streams) else "torch"
         )
         if program.requirements.profile:
-            reading.profile = read_profile(graph, forward.tensors, forward.shapes, output.shape[0], self._dtype)
+            reading.profile = read_profile(graph, forward.tensors, forward.shapes, target.seed)
             flags = explained_tokens(graph, graph.attention_sites()[0], lambda i: forward.shapes[i])
             if flags:
                 reading.explained_tokens = torch.tensor(flags, device=output.device)
@@ -332,7 +332,7 @@ class Engine:
             return (), None, size  # type: ignore[return-value]
         explained = [True] * tokens if reading.explained_tokens is None else reading.explained_tokens.tolist()
         assert reading.profile is not None
-        read = (reading.profile.amax(0) > 0).tolist()
+        read = (reading.profile.amax((0, 1)) > 0).tolist()
         plain = "patch" if image is not None else "word"
         kinds = tuple(
             plain if is_input else ("class" if is_read else "register")

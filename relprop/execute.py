@@ -105,6 +105,7 @@ class Sweep:
         self.streams: dict[str, Streams] = {name: {} for name in program.seeds}
         self.entries: list[LedgerEntry] | None = [] if ledger else None
         self.wanted_values = set(program.requirements.values)
+        self.kept = {name: {v.index for v, of in self.wanted_values if of == name} for name in program.seeds}
 
     def run(self, seed: Tensor) -> Ledger | None:
         """Seed every stream at the output and walk.
@@ -190,7 +191,7 @@ class Sweep:
 
     def _take(self, stream: StreamStep, node: Node) -> Any:
         streams = self.streams[stream.stream]
-        kept = {v.index for v, name in self.wanted_values if name == stream.stream}
+        kept = self.kept[stream.stream]
         parts = tuple(streams.get(v.index) if v.index in kept else streams.pop(v.index, None) for v in node.outputs)
         if all(part is None for part in parts):
             return None

@@ -34,11 +34,20 @@ def explained_inputs(captured: Captured) -> list[str]:
     ids = {spec.placeholder for spec in captured.inputs if spec.is_token_ids}
     tables: dict[str, int] = {}
     for node in captured.graph.nodes:
-        if node.target is aten.embedding.default and isinstance(node.args[1], fx.Node) and node.args[1].name in ids:
-            tables[node.args[1].name] = int(node.args[0].meta["val"].shape[0])
+        source = token_source(node)
+        if source in ids:
+            tables[source] = max(tables.get(source, 0), int(node.args[0].meta["val"].shape[0]))
     if tables:
         names.append(max(tables, key=lambda name: tables[name]))
     return names
+
+
+def token_source(node: fx.Node) -> str:
+    """The placeholder that an embedding looks up, also through views of it; empty for any other node."""
+    at = node.args[1] if node.target is aten.embedding.default else None
+    while isinstance(at, fx.Node) and at.target in ops.MOVEMENT:
+        at = at.args[0]
+    return at.name if isinstance(at, fx.Node) and at.op == "placeholder" else ""
 
 
 def mark_carrying(captured: Captured) -> None:
@@ -52,7 +61,7 @@ def mark_carrying(captured: Captured) -> None:
         parents = node.all_input_nodes
         carrying = any(p.meta.get("carrying", False) for p in parents)
         if node.target is aten.embedding.default:
-            carrying = carrying or (isinstance(node.args[1], fx.Node) and node.args[1].name in explained)
+            carrying = carrying or token_source(node) in explained
         if isinstance(value, Tensor):
             carrying = carrying and value.dtype.is_floating_point
         elif not isinstance(value, (list, tuple)):

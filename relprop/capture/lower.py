@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from relprop.capture import ops
-from relprop.capture.canonicalise import canonicalise, explained_inputs
+from relprop.capture.canonicalise import canonicalise, explained_inputs, token_source
 from relprop.capture.export import Captured, module_path, source_line
 from relprop.capture.hoist import hoist_rows
 from relprop.graph import Graph, Node, SampleAxis, Value, leaves
@@ -46,6 +46,7 @@ class _Lowering:
         self.of: dict[fx.Node, Any] = {}
         self.nodes: list[Node] = []
         self.graph: Graph
+        self.explained = set(explained_inputs(captured))
 
     def value(self, name: str, fake: Any, carrying: bool) -> Value:
         shape = tuple(fake.shape) if isinstance(fake, Tensor) else ()
@@ -68,7 +69,7 @@ class _Lowering:
         inputs: dict[str, Value] = {}
         parameters: dict[int, str] = {}
         constants: dict[int, Tensor] = {}
-        explained_names = set(explained_inputs(self.captured))
+        explained_names = self.explained
         for node in self.captured.graph.nodes:
             if node.op == "placeholder":
                 if not node.users:
@@ -115,6 +116,8 @@ class _Lowering:
             module=module_path(node),
             source=source_line(node),
         )
+        if token_source(node) in self.explained:
+            made.role = "tokens"
         if "query_rows" in node.meta:
             made.attributes["query_rows"] = node.meta["query_rows"]
         for i, out in enumerate(outputs):

@@ -73,12 +73,12 @@ class _Walk(Reader):
     def visit(self, site: Node, maps: Maps, reading: Reading) -> None:
         matrix = edge_matrix(self.edge, site, maps, reading.backend)
         assert reading.profile is not None
-        row = reading.profile.to(matrix.dtype)[None] if self.row is None else self.row
+        row = reading.profile if self.row is None else self.row
         rows = query_rows(site, matrix.shape[-1])
         queried = row[..., rows]
         if self.normalise:
             queried = queried / (1 + matrix.sum(-1))
-            kept = torch.zeros_like(row).expand(queried.shape[0], -1, -1).clone()
+            kept = row.new_zeros(queried.shape[0], *row.shape[1:])
             kept[..., rows] = queried
             row = kept
         self.row = row + (queried.unsqueeze(-2) @ matrix).squeeze(-2)
@@ -129,7 +129,7 @@ class _Row(Reader):
         maps = {name: by_head(site, m).clamp(min=0) if name == "attention" else m for name, m in maps.items()}
         matrix = edge_matrix(self.edge, site, maps, reading.backend)
         assert reading.profile is not None
-        profile = reading.profile.to(matrix.dtype)[:, query_rows(site, matrix.shape[-1])]
+        profile = reading.profile[..., query_rows(site, matrix.shape[-1])]
         self.row = (profile.unsqueeze(-2) @ matrix).squeeze(-2)
 
     def finish(self, reading: Reading) -> Tensor:
@@ -167,8 +167,8 @@ class _Cam(Reader):
     def visit(self, site: Node, maps: Maps, reading: Reading) -> None:
         attention, gradient = by_head(site, maps["attention"]), by_head(site, maps["gradient"])
         assert reading.profile is not None
-        profile = reading.profile.to(gradient.dtype)[:, query_rows(site, gradient.shape[-1])]
-        attention, gradient = ((profile[:, None, None] @ m).squeeze(-2) for m in (attention, gradient))
+        profile = reading.profile[..., query_rows(site, gradient.shape[-1])]
+        attention, gradient = ((profile[:, :, None, None] @ m).squeeze(-2) for m in (attention, gradient))
         explained = reading.explained_tokens
         if explained is None:
             explained = torch.ones(gradient.shape[-1], dtype=torch.bool, device=gradient.device)

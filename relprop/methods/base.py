@@ -35,7 +35,7 @@ class Reading:
 
     Attributes:
         batch, targets: sizes B and T.
-        profile: how much the output reads of each token after the last attention layer. [B, N]
+        profile: how much the output reads of each token after the last attention layer. [T or 1, B, N]
         explained_tokens: for each token whether it comes from an explained input (not a class or register token). [N]
         streams: (value, stream name) -> tensor [T, *shape].
         inputs: value -> the tensor it had in the forward pass.

@@ -53,13 +53,8 @@ def entry_value(graph: Graph, method: str) -> Value:
     Raises:
         UnsupportedTopologyError: there is not exactly one.
     """
-    explained = {value.index for value in graph.explained}
     found = [value for value in graph.explained if value.dtype.is_floating_point]
-    for node in graph.nodes:
-        if node.kind == "embedding":
-            ids = node.operands[1]
-            if ids is not None and ids.index in explained:
-                found.append(node.outputs[0])
+    found += [node.outputs[0] for node in graph.nodes if node.kind == "embedding" and node.role == "tokens"]
     if len(found) != 1:
         names = ", ".join(value.name for value in found) or "none"
         raise UnsupportedTopologyError(f"method {method!r}: expected one explained input, got {names}")

@@ -126,43 +126,42 @@ def profile_nodes(graph: Graph) -> list[Node]:
     return [node for node in graph.nodes[at + 1 :] if node.carrying]
 
 
-def read_profile(
-    graph: Graph, tensors: dict[int, Any], shapes: dict[int, torch.Size], batch: int, dtype: torch.dtype
-) -> Tensor:
-    """How much the output reads of each token after the last attention layer, adding up to 1. [B, N]
+def read_profile(graph: Graph, tensors: dict[int, Any], shapes: dict[int, torch.Size], seed: Tensor) -> Tensor:
+    """How much the seeded outputs read of each token after the last attention layer, adding up to 1. [T or 1, B, N]
 
     One where a single class token is read, 1 / N each for a mean over tokens. Found by sending a constant back from
-    the output through selections and pools alone: every other operation hands it on unchanged, so what arrives at
-    the last attention layer tells tokens apart by how they are read, not by what they say.
+    the outputs that are explained through selections and pools alone: every other operation hands it on unchanged, so
+    what arrives at the last attention layer tells tokens apart by how they are read, not by what they say.
 
+    Args:
+        seed: of the reverse sweep; where it is 0 nothing is asked of the output. [T, *output shape]
     Raises:
         UnsupportedTopologyError: tokens are mixed after the last attention layer in a way that is no pool.
     """
     site = graph.attention_sites()[-1]
     output = site.outputs[0]
-    device = next(t.device for t in tensors.values() if isinstance(t, Tensor))
+    batch = seed.shape[1]
     length = shapes[site.operands[1].index][-2]  # type: ignore[union-attr]
     rows = query_rows(site, length)
     if len(range(*rows.indices(length))) == 1:
-        profile = torch.zeros(batch, length, dtype=dtype, device=device)
-        profile[:, rows] = 1.0
+        profile = seed.new_zeros(1, batch, length)
+        profile[..., rows] = 1.0
         return profile
-    streams = {graph.output.index: torch.ones(1, *shapes[graph.output.index], dtype=dtype, device=device)}
+    streams = {graph.output.index: (seed != 0).to(seed.dtype)}
     for node in reversed(profile_nodes(graph)):
         parts = [streams.pop(v.index, None) for v in node.outputs]
         given = [part for part in parts if part is not None]
         if not given:
             continue
-        call = Call(node, tensors, shapes, tuple(v is not None and v.carrying for v in node.operands), dtype, _as_is)
+        carrying = tuple(v is not None and v.carrying for v in node.operands)
+        call = Call(node, tensors, shapes, carrying, seed.dtype, _as_is)
         for value, part in zip(node.operands, _unmixed(graph, node, call, parts, given), strict=False):
             if value is not None and value.carrying and part is not None:
                 streams[value.index] = streams[value.index] + part if value.index in streams else part
-    arrived = streams[output.index][0]
-    sample = output.sample
-    assert sample is not None
-    per_token = arrived.reshape(batch, -1, *arrived.shape[-2:]).mean((1, 3))
-    profile = torch.zeros(batch, length, dtype=dtype, device=device)
-    profile[:, rows] = per_token / per_token.sum(-1, keepdim=True)
+    arrived = streams[output.index]
+    per_token = arrived.reshape(len(seed), batch, -1, *arrived.shape[-2:]).mean((2, 4))
+    profile = seed.new_zeros(len(seed), batch, length)
+    profile[..., rows] = per_token / per_token.sum(-1, keepdim=True)
     return profile
 
 
@@ -174,7 +173,7 @@ def _unmixed(graph: Graph, node: Node, call: Call, parts: list[Tensor | None], g
     """A constant sent back through one operation."""
     carrying = [v is not None and v.carrying for v in node.operands]
     if node.kind == "linear":
-        shape = (1, *call.shape(0))
+        shape = (len(given[0]), *call.shape(0))
         return (given[0].mean(-1, keepdim=True).expand(shape),)
     if node.kind in ("norm", "activation"):
         return (given[0],)

@@ -1,15 +1,9 @@
-"""Makes `rule_checks` importable: pytest's importlib mode does not add a test's folder to the path."""
-
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture(scope="module", autouse=True)

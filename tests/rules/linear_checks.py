@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rule_checks import Op, Parts, check_rule, random
 from torch import Tensor, nn
 
 from relprop.rules import Rule
+from tests.rules.rule_checks import Op, Parts, check_rule, random
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from linear_checks import CASES, Dense, check_linear_rule, dense, linear_op
-from rule_checks import SIZES, assert_near, away_from_zero, check_gradient, check_ledger, divide, random
 from torch import Tensor
 
 from relprop.rules import LinearEpsilon, LinearGamma, Stabiliser
+from tests.rules.linear_checks import CASES, Dense, check_linear_rule, dense, linear_op
+from tests.rules.rule_checks import SIZES, assert_near, away_from_zero, check_gradient, check_ledger, divide, random
 
 RULES = {
     "default": LinearGamma(),
