@@ -226,11 +226,16 @@ class Engine:
         """
         with torch.no_grad():
             inputs = self._bind(args, kwargs)
-            explanation, forward_target = self._explain(inputs, target, ledger)
+            explanation, resolved, reading = self._explain(inputs, target, ledger)
             if not check:
                 return explanation
-            moved, _ = self._explain(inputs, target, False, forward_target, moved=True)
-            disagreement = trust.disagreement(explanation.relevance, moved.relevance, forward_target.several)
+            moved, _, _ = self._explain(inputs, target, False, resolved, moved=True)
+            own = reading.profile if self.program.readout.starts_from_profile else None
+            if own is not None:
+                own = own.transpose(0, 1) if resolved.several else own[0]
+            disagreement = trust.disagreement(
+                explanation.relevance, moved.relevance, resolved.several, own, reading.explained_tokens
+            )
             limit = trust.threshold(self.program.method.name, self._dtype)
             return replace(explanation, disagreement=disagreement, trustworthy=disagreement <= limit)
 
@@ -253,7 +258,7 @@ class Engine:
         resolved: Target | None = None,
         moved: bool = False,
         trace: Trace | None = None,
-    ) -> tuple[Explanation, Target]:
+    ) -> tuple[Explanation, Target, Reading]:
         program, graph = self.program, self.program.graph
         bound = {**inputs, **self._weights.read(), **graph.constants}
         forward = run_forward(program, bound, trust.mover(graph) if moved else None)
@@ -267,7 +272,7 @@ class Engine:
         )
         books = sweep.run(resolved.seed)
         relevance = reader.finish(reading)
-        return self._explanation(relevance, output, resolved, reading, forward, books), resolved
+        return self._explanation(relevance, output, resolved, reading, forward, books), resolved, reading
 
     def _reading(self, forward: Forward, output: Tensor, target: Target) -> Reading:
         program, graph = self.program, self.program.graph

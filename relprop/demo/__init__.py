@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from relprop.demo.bundle import bundled_scenes
+from relprop.demo.bundled import bundled_scenes
 from relprop.demo.digits import DigitScenes, Scene, SceneBatch
 from relprop.demo.model import CLASS_NAMES, MEAN, STD, build_model, load_model, preprocess
 

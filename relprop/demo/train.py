@@ -9,6 +9,10 @@ multi-label loss alone, on whole images.
 All that depends on progress (learning rate, stages) follows the clock, so that any machine ends in the given minutes
 with a finished schedule; the outcome therefore depends on the machine's speed, and only the scenes are reproducible.
 The moving average of the weights is written every two minutes: a run that is cut off leaves some.
+
+The shipped weights come from four runs, each from the end of the one before (`training_runs` in digits_vit.json): the
+first had single digits, AdamW for all weights and no labels of patches; the others had `--mixed`, the second without
+leaving patches out.
 """
 
 from __future__ import annotations
@@ -52,7 +56,7 @@ _PEAK_LR = 1e-3
 _PEAK_RATE = 0.004  # of `_Muon`
 _WARMUP_STEPS = 100
 _MIXED = (2, 3)  # digits per scene in the second stage: more truth per image than pairs alone
-_DECAY = 0.998  # of the weights' moving average
+_DECAY = 0.996  # of the weights' moving average
 _SINGLE_ACCURACY = 0.96  # running accuracy on single digits that ends the first stage ...
 _SINGLE_LIMIT = 0.35  # ... or this share of the time, whichever comes first
 
@@ -105,13 +109,19 @@ def evaluate(weights: Path, report: Path, *, num_scenes: int = EVALUATION_SCENES
 
 
 def train(
-    out: Path, *, minutes: float = 40.0, seed: int = 0, start_from: Path | None = None, mixed: bool = False
+    out: Path,
+    *,
+    minutes: float = 40.0,
+    seed: int = 0,
+    start_from: Path | None = None,
+    mixed: bool = False,
+    pace: float = 1.0,
 ) -> Path:
     """Train for `minutes` of wall time; writes `digits_vit.safetensors` and `digits_vit_log.csv` to `out`.
 
-    With `start_from` it goes on from the weights of an earlier run; `mixed` leaves the stage of single digits out.
-    Returns the path of the weights. Raises ValueError for a length that is not positive, and WeightsError where
-    `start_from` does not fit.
+    With `start_from` it goes on from the weights of an earlier run; `mixed` leaves the stage of single digits out;
+    `pace` multiplies the learning rates. Returns the path of the weights. Raises ValueError for a length that is not
+    positive, and WeightsError where `start_from` does not fit.
     """
     if not minutes > 0:
         raise ValueError(f"expected minutes > 0, got {minutes}")
@@ -137,7 +147,13 @@ def train(
                 single, batches = False, _batches(DigitScenes("train", seed, _MIXED), seed)
             if done >= 1 or elapsed - saved >= 2:
                 saved = elapsed
-                run = {"minutes": round(elapsed, 1), "steps": step - 1, "seed": seed, "batch_size": _BATCH}
+                run = {
+                    "minutes": round(elapsed, 1),
+                    "steps": step - 1,
+                    "seed": seed,
+                    "batch_size": _BATCH,
+                    "pace": pace,
+                }
                 _save(average, weights, [*earlier, run])
                 score = float(average_precision(average, watch, _WATCH_SCENES).mean())
                 told = [elapsed, step - 1, float(np.mean(losses or [math.nan])), accuracy, score]
@@ -147,9 +163,9 @@ def train(
                 if done >= 1:
                     return weights
             images, labels, patches = next(batches)
-            pace = min(1.0, step / _WARMUP_STEPS) * (0.01 + 0.495 * (1 + math.cos(math.pi * done)))
+            rate = pace * min(1.0, step / _WARMUP_STEPS) * (0.01 + 0.495 * (1 + math.cos(math.pi * done)))
             for group in optimizer.param_groups:
-                group["lr"] = _PEAK_LR * pace
+                group["lr"] = _PEAK_LR * rate
             if done < _SPARSE_UNTIL:
                 features, patches = _sparse_features(model, images, patches)
             else:
@@ -163,7 +179,7 @@ def train(
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-            muon.step(_PEAK_RATE * pace)
+            muon.step(_PEAK_RATE * rate)
             with torch.no_grad():
                 decay = min(_DECAY, step / (step + 10))
                 torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
@@ -281,6 +297,7 @@ def main(arguments: Sequence[str] | None = None, *, say: Callable[[str], None] =
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights and of the training scenes")
     parser.add_argument("--start-from", type=Path, help="weights of an earlier run to go on from")
     parser.add_argument("--mixed", action="store_true", help="leave the stage of single digits out")
+    parser.add_argument("--pace", type=float, default=1.0, help="factor of the learning rates")
     parser.add_argument("--evaluate", action="store_true", help="evaluate the weights in --out instead of training")
     options = parser.parse_args(arguments)
     if options.evaluate:
@@ -288,7 +305,12 @@ def main(arguments: Sequence[str] | None = None, *, say: Callable[[str], None] =
         say(f"mAP {evaluate(options.out / WEIGHTS.name, report):.4f}, written to {report}")
     else:
         path = train(
-            options.out, minutes=options.minutes, seed=options.seed, start_from=options.start_from, mixed=options.mixed
+            options.out,
+            minutes=options.minutes,
+            seed=options.seed,
+            start_from=options.start_from,
+            mixed=options.mixed,
+            pace=options.pace,
         )
         say(f"weights written to {path}")
 

@@ -50,6 +50,11 @@ class RowWalk(Readout):
     start_layer: int = 0
     normalise: bool = False
 
+    @property
+    def starts_from_profile(self) -> bool:
+        """The start is a summand of the answer, unless rows are normalised on the way."""
+        return not self.normalise
+
     def require(self, graph: Graph) -> Requirements:
         """Maps of every layer from `start_layer` on."""
         sites = self_attention_sites(graph, self.method)

@@ -66,6 +66,11 @@ class Reader:
 class Readout:
     """Says what it needs of a graph and makes a reader for each run."""
 
+    @property
+    def starts_from_profile(self) -> bool:
+        """Whether the answer holds the row that the walk started from, which says nothing about the input."""
+        return False
+
     def require(self, graph: Graph) -> Requirements:
         """Requirements for a graph.
 

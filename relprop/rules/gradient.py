@@ -151,8 +151,10 @@ def _norm(call: Call, gradient: Tensor) -> Relevances:
     node = call.node
     if node.target is not aten.layer_norm.default:
         return vjp(call, gradient)
+    from relprop.rules.norm_sigma_constant import layer_norm_arguments
+
     x = call.x
-    shape, weight, bias, eps = (*node.args[1:5], None, None, 1e-5)[:4] if len(node.args) < 5 else node.args[1:5]
+    shape, weight, bias, eps = layer_norm_arguments(node)
     scale = call.tensor(weight) if isinstance(weight, Value) else None
     offset = call.tensor(bias) if isinstance(bias, Value) else None
     _, mean, inverse = torch.native_layer_norm(x, shape, scale, offset, eps)

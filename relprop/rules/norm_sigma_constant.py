@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from relprop.capture.ops import Region
 from relprop.errors import UnsupportedOpError
+from relprop.graph import Node, Value
 from relprop.rules.base import Call, Relevances, Rule, register_rule
 from relprop.rules.stabiliser import Stabiliser
 
@@ -43,7 +44,7 @@ class NormSigmaConstant(Rule):
         """J^T s with 1 / sigma constant. [T, *shape of x]"""
         node = call.node
         if node.target is aten.layer_norm.default:
-            shape, weight, _, eps = (*node.args[1:5], None, None, 1e-5)[:4]
+            shape, weight, _, eps = layer_norm_arguments(node)
             axes = tuple(range(-len(shape), 0))
             inverse = torch.rsqrt(x.var(axes, unbiased=False, keepdim=True) + eps)
             scaled = s * inverse if weight is None else s * call.tensor(weight) * inverse
@@ -62,3 +63,9 @@ class NormSigmaConstant(Rule):
                 rows = [torch.autograd.grad(y, leaf, g, retain_graph=True, create_graph=x.requires_grad) for g in s]
             return torch.stack([row[0] for row in rows])
         raise UnsupportedOpError(f"norm rule sigma_constant: expected a layer norm or RMS norm, got {node.describe()}")
+
+
+def layer_norm_arguments(node: Node) -> tuple[Any, Value | None, Value | None, float]:
+    """Normalised shape, weight, bias and epsilon of a layer norm; a capture leaves trailing defaults out."""
+    given = node.args[1:5]
+    return (*given, *(None, None, 1e-5)[len(given) - 1 :])

@@ -41,7 +41,8 @@ class Stabiliser:
             return torch.where(z == 0, 0.0, relevance / denominator)
         if self.is_exact:
             return torch.where(z == 0, 0.0, relevance / torch.where(z == 0, 1.0, z))
-        return relevance / (z + torch.where(z < 0, -self.epsilon, self.epsilon))
+        # Not z + where(z < 0, -epsilon, epsilon): a choice between two Python numbers is float32.
+        return relevance / torch.where(z < 0, z - self.epsilon, z + self.epsilon)
 
 
 REFERENCE = Stabiliser(1e-9, "reference")

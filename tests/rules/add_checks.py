@@ -54,8 +54,8 @@ def add_op(name: str) -> Op:
     return Op(module_of(case.function, case.carrying, **constants), *inputs, kind="add")
 
 
-def operands(name: str, batch: int) -> list[Tensor]:
-    return [random(batch, *shape, seed=batch + i, zeros=True) for i, shape in enumerate(CASES[name].shapes)]
+def operands(name: str, batch: int, zeros: bool = True) -> list[Tensor]:
+    return [random(batch, *shape, seed=batch + i, zeros=zeros) for i, shape in enumerate(CASES[name].shapes)]
 
 
 def handed_out(name: str, parts: tuple[Tensor, Tensor], inputs: tuple[Tensor, ...]) -> Parts:

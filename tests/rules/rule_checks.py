@@ -55,7 +55,7 @@ def divide(relevance: Tensor, z: Tensor, stabiliser: Stabiliser) -> Tensor:
     elif stabiliser.epsilon == 0:
         z = torch.where(z == 0, torch.inf, z)
     else:
-        z = z + epsilon * (2.0 * (z >= 0) - 1.0)
+        z = z + epsilon * (2.0 * (z >= 0).to(z.dtype) - 1.0)
     return relevance / z
 
 

@@ -44,7 +44,7 @@ def test_ledger(name: str, rule: AddEpsilon) -> None:
 
 @pytest.mark.parametrize("name", ["difference", "broadcast-both", "scaled-difference", "positional"])
 def test_gradient(name: str) -> None:
-    op, inputs = add_op(name), operands(name, 2)
+    op, inputs = add_op(name), operands(name, 2, zeros=False)
     check_gradient(op, AddEpsilon(Stabiliser(0.1)), inputs, op.relevance(inputs, 2))
 
 

@@ -33,9 +33,11 @@ def preferred(gamma: float, a: Tensor, b: Tensor) -> Tensor:
 def test_formula(name: str, rule: AddGamma, batch: int, targets: int) -> None:
     def oracle(relevance: Tensor, *inputs: Tensor) -> Parts:
         a, b = CASES[name].summands(*inputs)
+        zero = a + b == 0
         a, b = preferred(rule.gamma, a, b), preferred(rule.gamma, b, a)
         s = divide(relevance, a + b, rule.stabiliser)
-        return handed_out(name, (a * s, b * s), inputs)
+        parts = (torch.where(zero, relevance / 2, a * s), torch.where(zero, relevance / 2, b * s))
+        return handed_out(name, parts, inputs)
 
     op, inputs = add_op(name), operands(name, batch)
     check_rule(op, rule, inputs, op.relevance(inputs, targets), oracle, settled(name))
@@ -62,8 +64,18 @@ def test_amplification_is_bounded(gamma: float) -> None:
     assert bool((plain.abs() > bound).any())
 
 
+@pytest.mark.parametrize("size", [0.0, 2.5])
+def test_cancelled_sum_goes_half_each_way(size: float) -> None:
+    op, a = add_op("residual"), torch.full((4, 3, 63), size, dtype=torch.float64)
+    relevance = op.relevance([a, -a], 3)
+    for part in AddGamma().propagate(op.call([a, -a]), relevance):
+        assert part is not None and torch.equal(part, relevance / 2)
+    entry = check_ledger(op, AddGamma(), [a, -a], relevance, ["epsilon"])
+    assert not entry.absorbed["epsilon"].any()
+
+
 def test_gamma_zero_is_epsilon() -> None:
-    op, inputs = add_op("residual"), operands("residual", 4)
+    op, inputs = add_op("residual"), operands("residual", 4, zeros=False)
     relevance, stabiliser = op.relevance(inputs, 3), Stabiliser(1e-6)
     got = AddGamma(0.0, stabiliser).propagate(op.call(inputs), relevance)
     assert_parts(got, AddEpsilon(stabiliser).propagate(op.call(inputs), relevance), 1e-13)

@@ -109,5 +109,5 @@ def test_samples_on_another_axis() -> None:
 
 
 def test_gradient() -> None:
-    op, inputs = add_op("broadcast"), operands("broadcast", 2)
+    op, inputs = add_op("broadcast"), operands("broadcast", 2, zeros=False)
     check_gradient(op, AddNormalised(Stabiliser(0.1)), inputs, op.relevance(inputs, 2))

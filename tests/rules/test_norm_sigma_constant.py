@@ -56,8 +56,7 @@ def norm_op(name: str) -> Op:
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.copy_(torch.randn_like(parameter) + 1.0)
-    op = Op(module, random(2, *NORMS[name][1]), kind="norm") if name != "rms-spelled" else None
-    return op or Op(module, random(2, *NORMS[name][1]), kind="norm")
+    return Op(module, random(2, *NORMS[name][1]), kind="norm")
 
 
 def linear_part(name: str, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,7 +64,8 @@ def linear_part(name: str, x: Tensor) -> tuple[Tensor, Tensor]:
     module, size = norm_op(name).module, x.shape[-1]
     centre = torch.eye(size, dtype=x.dtype) - (1.0 / size if NORMS[name][3] else 0.0)
     sigma = ((x @ centre.T).square().mean(-1) + NORMS[name][4]).sqrt()
-    weight = getattr(module, "weight", None)
+    # Spelled out, the norm is x / sigma alone: the weight is a product of its own.
+    weight = None if name == "rms-spelled" else getattr(module, "weight", None)
     bias = getattr(module, "bias", None)
     scale = torch.ones(size, dtype=x.dtype) if weight is None else weight.detach().reshape(-1)
     offset = torch.zeros(size, dtype=x.dtype) if bias is None else bias.detach().reshape(-1)
@@ -122,9 +122,7 @@ def test_epsilon_may_be_left_to_its_default() -> None:
 
 def test_other_norms_are_refused() -> None:
     op, x = Op(nn.GroupNorm(2, 4), random(2, 4, 3), kind="norm"), random(2, 4, 3)
-    with pytest.raises(
-        UnsupportedOpError, match="norm rule sigma_constant: expected a layer norm or RMS norm, got group"
-    ):
+    with pytest.raises(UnsupportedOpError, match="expected a layer norm or RMS norm, got group_norm"):
         NormSigmaConstant().propagate(op.call([x]), op.relevance([x], 1))
 
 
