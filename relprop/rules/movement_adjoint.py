@@ -19,7 +19,7 @@ class MovementAdjoint(Rule):
     """R_in = P^T R_out for y = P x with P a selection, permutation or repetition of elements.
 
     Conservation:
-        exact; what moves back to a constant (a class token in a `cat`) is absorbed.
+        exact; what moves back to a constant (a class token in a `cat`, padding) is absorbed.
     Source: the chain rule of a linear map with entries 0 and 1.
     """
 
@@ -33,13 +33,27 @@ class MovementAdjoint(Rule):
 
     def propagate(self, call: Call, relevance: Any) -> Relevances:
         """relevance: [T, *output shape], or one per output -> [T, *operand shape] per operand."""
-        return adjoint(call, relevance)
+        passed = adjoint(call, relevance)
+        if call.absorbed is not None and call.node.target in _PADDING:
+            _absorb_padding(call, relevance, passed[0])
+        return passed
 
 
 def adjoint(call: Call, relevance: Any) -> Relevances:
     """The adjoint of a movement node; by a closed form for the common ops, else by automatic differentiation."""
     found = _ADJOINTS.get(call.node.target)
     return found(call, relevance) if found is not None else vjp(call, relevance)
+
+
+def _absorb_padding(call: Call, relevance: Tensor, passed: Tensor | None) -> None:
+    """What an operation that pads has nowhere to hand to."""
+    source, output = call.node.operands[0], call.node.outputs[0]
+    assert call.absorbed is not None and source is not None and passed is not None
+    before, after = (
+        value.per_sample(stream).sum(-1, dtype=torch.float64)
+        for value, stream in ((output, relevance), (source, passed))
+    )
+    call.absorbed.add("constant", before - after)
 
 
 def _one(call: Call, back: Tensor) -> Relevances:
@@ -221,4 +235,11 @@ def _table() -> dict[Any, Callable[[Call, Any], Relevances]]:
     return {op: form for form, names in _FORMS.items() for op in overloads(names)}
 
 
+def _padding() -> frozenset[Any]:
+    from relprop.capture.ops import overloads
+
+    return overloads("pad constant_pad_nd im2col")
+
+
 _ADJOINTS = _table()
+_PADDING = _padding()
