@@ -217,7 +217,7 @@ class Engine:
             args, kwargs: as the model takes them. First axes are the batch.
             target: what to explain; see `relprop.targets.resolve_target`.
             ledger: keep the books of the relevance pass (slower).
-            check: run a second time with a slightly moved input and fill `disagreement` and `trustworthy`.
+            check: run twice more with a slightly moved input and fill `disagreement` and `trustworthy`.
         Returns:
             Each sample's explanation is what it would be alone.
         Raises:
@@ -229,13 +229,21 @@ class Engine:
             explanation, resolved, reading = self._explain(inputs, target, ledger)
             if not check:
                 return explanation
-            moved, _, _ = self._explain(inputs, target, False, resolved, moved=True)
             own = reading.profile if self.program.readout.starts_from_profile else None
             if own is not None:
                 own = own.transpose(0, 1) if resolved.several else own[0]
-            disagreement = trust.disagreement(
-                explanation.relevance, moved.relevance, resolved.several, own, reading.explained_tokens
-            )
+            disagreement = torch.stack(
+                [
+                    trust.disagreement(
+                        explanation.relevance,
+                        self._explain(inputs, target, False, resolved, moved=seed)[0].relevance,
+                        resolved.several,
+                        own,
+                        reading.explained_tokens,
+                    )
+                    for seed in trust.SEEDS
+                ]
+            ).amax(0)
             limit = trust.threshold(self.program.method.name, self._dtype)
             return replace(explanation, disagreement=disagreement, trustworthy=disagreement <= limit)
 
@@ -256,12 +264,12 @@ class Engine:
         target: TargetLike,
         ledger: bool,
         resolved: Target | None = None,
-        moved: bool = False,
+        moved: int | None = None,
         trace: Trace | None = None,
     ) -> tuple[Explanation, Target, Reading]:
         program, graph = self.program, self.program.graph
         bound = {**inputs, **self._weights.read(), **graph.constants}
-        forward = run_forward(program, bound, trust.mover(graph) if moved else None)
+        forward = run_forward(program, bound, None if moved is None else trust.mover(graph, moved))
         output = forward.tensors[graph.output.index]
         if resolved is None:
             resolved = resolve_target(target, output, self._dtype)

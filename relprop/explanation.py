@@ -27,7 +27,7 @@ class Explanation:
         grid: (h, w) of the patches of an image model, None otherwise.
         image_size: (H, W) of the input image, None otherwise.
         ledger: the books of the pass, if asked for.
-        disagreement: relative difference to a second run with a slightly moved input, if asked for. [B] or [B, T]
+        disagreement: relative difference to runs with a slightly moved input, the larger, if asked for. [B] or [B, T]
         trustworthy: disagreement below the method's threshold, if asked for. [B] or [B, T], bool
     """
 

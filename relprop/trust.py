@@ -10,15 +10,16 @@ from torch import Tensor
 from relprop.graph import Graph, Value
 
 STEP = 2.0**-22
-SEED = 20210621
+SEEDS = (20210621, 20210622)  # of the moved runs; the larger disagreement counts
 
 # Largest disagreement of a trustworthy answer. Frozen on the random models in the rows "calibration" of
-# benchmarks/results/trust_check.csv (95.7 % of the bad answers found, 2.9 % false alarms); the rows "evaluation" of
-# other models say what it is worth.
-THRESHOLD = 1.5e-3
+# benchmarks/results/trust_check.csv (97.8 % of the bad answers found, 2.7 % false alarms); the rows "evaluation", of
+# other models and the trained one, say what it is worth. One moved run instead of two was too little: at 1.5e-3 it
+# found 95.7 % on calibration models and 92.3 % on others, with a lower bound of 89.5 %.
+THRESHOLD = 2e-3
 
 
-def mover(graph: Graph) -> Callable[[Value, Tensor], Tensor]:
+def mover(graph: Graph, seed: int = SEEDS[0]) -> Callable[[Value, Tensor], Tensor]:
     """A function that moves explained inputs by one rounding unit of half a float32 mantissa step.
 
     Each element is multiplied by 1 +- 2^-22 (signs drawn once, the same for every sample, so that an answer does not
@@ -35,7 +36,7 @@ def mover(graph: Graph) -> Callable[[Value, Tensor], Tensor]:
     def move(value: Value, tensor: Tensor) -> Tensor:
         if not moves(value) or value.sample is None or value.sample.axis != 0:
             return tensor
-        generator = torch.Generator().manual_seed(SEED)
+        generator = torch.Generator().manual_seed(seed)
         signs = torch.randint(0, 2, tensor.shape[1:], generator=generator).to(tensor.device) * 2 - 1
         size = tensor.float().square().mean(tuple(range(1, tensor.ndim)), keepdim=True).sqrt().to(tensor.dtype)
         step = signs.to(tensor.dtype) * max(STEP, torch.finfo(tensor.dtype).eps if tensor.dtype.itemsize == 2 else 0.0)

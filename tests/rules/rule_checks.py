@@ -120,15 +120,16 @@ class Op:
         *,
         weights: dict[str, Tensor] | None = None,
         absorbed: Absorbed | None = None,
+        node: Node | None = None,
     ) -> Call:
-        """What a rule sees of the operation for these inputs; all operands are wanted."""
+        """What a rule sees of the operation (or of another node) for these inputs; all operands are wanted."""
         given = self.weights() if weights is None else weights
         bound: dict[int, Any] = {**self.graph.constants, **dict(zip(self.places, inputs, strict=True))}
         bound |= {index: given[name] for index, name in self.graph.parameters.items()}
         bound = {i: t.to(dtype) if t.is_floating_point() else t for i, t in bound.items()}
         program: Any = SimpleNamespace(graph=self.graph, forward=[ForwardStep(n, ()) for n in self.graph.nodes])
         forward = run_forward(program, bound)
-        return make_call(self.node, forward.tensors, forward.shapes, dtype, absorbed)
+        return make_call(node or self.node, forward.tensors, forward.shapes, dtype, absorbed)
 
     def output(self, inputs: Sequence[Tensor]) -> Tensor:
         """The operation's output. [B, ...]"""
@@ -200,6 +201,36 @@ def each(function: Callable[[Tensor], Tensor], relevance: Any) -> Any:
     return function(relevance)
 
 
+def only_needed(op: Op, rule: Rule, inputs: Sequence[Tensor]) -> Call:
+    """The call as a plan leaves it: without what the rule says that it does not need."""
+    call, (needs_inputs, needs_output) = op.call(inputs), rule.needs(op.node)
+    for value in op.node.operands:
+        if value is not None and value.carrying and not needs_inputs:
+            call.tensors.pop(value.index, None)
+    for value in op.node.outputs:
+        if not needs_output:
+            call.tensors.pop(value.index, None)
+    return call
+
+
+def by_autograd(op: Op, relevance: Any, inputs: Sequence[Tensor]) -> Parts:
+    """The vector-Jacobian product of the node's function alone, one target at a time."""
+    call = op.call(inputs)
+    carrying = [v for v in op.node.operands if v is not None and v.carrying]
+    leaves = {v.index: call.tensors[v.index].detach().clone().requires_grad_() for v in carrying}
+    call.tensors.update(leaves)
+    outputs = op.node.target(*call.raw(op.node.args), **call.raw(op.node.kwargs))
+    given = relevance if isinstance(relevance, tuple) else (relevance,)
+    outputs = outputs if isinstance(outputs, (tuple, list)) else (outputs,) * len(given)  # a fan-out has one
+    rows = []
+    for target in range(next(len(r) for r in given if r is not None)):
+        total = sum((out * r[target]).sum() for out, r in zip(outputs, given, strict=True) if r is not None)
+        assert isinstance(total, Tensor)
+        rows.append(torch.autograd.grad(total, list(leaves.values()), retain_graph=True))
+    found = dict(zip(leaves, (torch.stack(parts) for parts in zip(*rows, strict=True)), strict=True))
+    return tuple(None if v is None else found.get(v.index) for v in op.node.operands)
+
+
 def check_rule(
     op: Op,
     rule: Rule,
@@ -217,6 +248,8 @@ def check_rule(
     got = rule.propagate(op.call(inputs), relevance)
     want = oracle(relevance, *inputs)
     assert_parts(got, want, EXACT_TOLERANCE)
+
+    assert_parts(rule.propagate(only_needed(op, rule, inputs), relevance), got, ALONE_TOLERANCE)
 
     strided = rule.propagate(op.call([spread_out(x) for x in inputs]), each(spread_out, relevance))
     assert_parts(strided, got, ALONE_TOLERANCE)

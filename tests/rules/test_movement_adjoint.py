@@ -16,9 +16,9 @@ from relprop.rules.movement_adjoint import _ADJOINTS, _FORMS
 from tests.rules.rule_checks import (
     SIZES,
     Op,
-    Parts,
     assert_near,
     assert_parts,
+    by_autograd,
     call_by_hand,
     check_gradient,
     check_ledger,
@@ -95,25 +95,6 @@ def movement_op(name: str) -> Op:
     return Op(module_of(whole, len(shapes), **constants), *inputs, kind="movement", target=f".{target}.")
 
 
-def by_autograd(op: Op, relevance: Any, inputs: tuple[Tensor, ...]) -> Parts:
-    """The vector-Jacobian product of the node's function alone, one target at a time."""
-    call = op.call(inputs)
-    carrying = [v for v in op.node.operands if v is not None and v.carrying]
-    leaves = {v.index: call.tensors[v.index].detach().clone().requires_grad_() for v in carrying}
-    bound = call.tensors | leaves
-    call.tensors = bound
-    outputs = op.node.target(*call.raw(op.node.args), **call.raw(op.node.kwargs))
-    given = relevance if isinstance(relevance, tuple) else (relevance,)
-    outputs = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
-    rows = []
-    for target in range(next(len(r) for r in given if r is not None)):
-        total = sum((out * r[target]).sum() for out, r in zip(outputs, given, strict=True) if r is not None)
-        assert isinstance(total, Tensor)
-        rows.append(torch.autograd.grad(total, list(leaves.values()), retain_graph=True))
-    found = dict(zip(leaves, (torch.stack(parts) for parts in zip(*rows, strict=True)), strict=True))
-    return tuple(None if v is None else found.get(v.index) for v in op.node.operands)
-
-
 def moves_samples(op: Op) -> bool:
     values = [*op.node.outputs, *(v for v in op.node.operands if v is not None and v.carrying)]
     return any(v.sample is None or (v.sample.axis, v.sample.factor) != (0, 1) for v in values)
@@ -131,7 +112,7 @@ def test_formula(name: str) -> None:
             check_rule(op, MovementAdjoint(), inputs, relevance, lambda r, *x, op=op: by_autograd(op, r, x))
             continue
         got = MovementAdjoint().propagate(op.call(inputs), relevance)
-        assert_parts(got, by_autograd(op, relevance, tuple(inputs)), 1e-13)
+        assert_parts(got, by_autograd(op, relevance, inputs), 1e-13)
 
 
 @pytest.mark.parametrize("name", ["unbind", "unbind-qkv", "split", "split-sizes", "chunk", "chunk-first"])
@@ -142,7 +123,7 @@ def test_output_that_nothing_arrived_at(name: str) -> None:
     for missing in range(len(whole)):
         relevance = tuple(None if i == missing else r for i, r in enumerate(whole))
         got = MovementAdjoint().propagate(op.call(inputs), relevance)
-        assert_parts(got, by_autograd(op, relevance, tuple(inputs)), 1e-13)
+        assert_parts(got, by_autograd(op, relevance, inputs), 1e-13)
 
 
 @pytest.mark.parametrize("name", CASES)
