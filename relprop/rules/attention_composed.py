@@ -105,7 +105,7 @@ class AttentionComposed(Rule):
         wanted = tuple(want or booked for want in call.wanted[:3])
         # The stored output, also where it was rounded: what arrives is proportional to it, element by element, and a
         # product computed anew may differ in sign where it nearly vanishes.
-        s = call.share(av.stabiliser, relevance, av.denominator(call, at.probabilities, at.v, call.y))
+        s = av.share(call, relevance, av.denominator(call, at.probabilities, at.v, call.y))
         map_relevance, value_relevance = av.back(call, s, at.probabilities, at.v, (True, wanted[2]))
         assert map_relevance is not None
         call.maps["relevance"] = map_relevance
@@ -116,8 +116,7 @@ class AttentionComposed(Rule):
         elif wanted[0] or wanted[1]:
             if passed is not map_relevance:
                 call.absorb("rule", map_relevance - passed)
-            z = qk.denominator(call, at.q, at.k.mT, at.dots)
-            s = torch.where(z == 0, 0.0, call.share(qk.stabiliser, passed, z))
+            s = qk.share(call, passed, qk.denominator(call, at.q, at.k.mT, at.dots))
             query, transposed = qk.back(call, s, at.q, at.k.mT, wanted[:2])
             key = None if transposed is None else transposed.mT
         return self._hand_out(call, (query, at.fold(key), at.fold(value_relevance)))

@@ -35,13 +35,16 @@ class MatmulAlphaBeta(Rule):
         """relevance: [T, ..., M, N] -> ([T, ..., M, K], [T, ..., K, N])."""
         a, b = call.x, call.operand(1)
         assert b is not None
-        z = self.denominator(call, a, b, multiply(call, a, b))
-        s = torch.where(z == 0, 0.0, call.share(self.stabiliser, relevance, z))
+        s = self.share(call, relevance, self.denominator(call, a, b, multiply(call, a, b)))
         left, right = self.back(call, s, a, b, call.wanted)
         return (
             None if left is None else unbroadcast(left, a.shape),
             None if right is None else unbroadcast(right, b.shape),
         )
+
+    def share(self, call: Call, relevance: Tensor, z: Tensor) -> Tensor:
+        """s = R / stab(z), 0 where nothing supports the product. [T, ..., M, N]"""
+        return torch.where(z == 0, 0.0, call.share(self.stabiliser, relevance, z))
 
     def denominator(self, call: Call, a: Tensor, b: Tensor, product: Tensor) -> Tensor:
         """z of the share-out. [..., M, N]"""

@@ -37,6 +37,10 @@ class MatmulHalf(Rule):
             None if right is None else unbroadcast(right, b.shape),
         )
 
+    def share(self, call: Call, relevance: Tensor, z: Tensor) -> Tensor:
+        """s = R / stab(z). [T, ..., M, N]"""
+        return call.share(self.stabiliser, relevance, z)
+
     def denominator(self, call: Call, a: Tensor, b: Tensor, product: Tensor) -> Tensor:
         """z of the share-out, from the product A B. [..., M, N]"""
         return product

@@ -29,7 +29,8 @@ SINGLE_TOLERANCE = 1e-4
 # One sample or target alone goes through the same sums, in blocks of another size.
 ALONE_TOLERANCE = 1e-11
 
-SIZES = [(batch, targets) for batch in (1, 4) for targets in (1, 3)]
+# Batch and targets. (4, 3) holds (1, 3) and (4, 1) as well: `check_rule` runs each sample and each target alone.
+SIZES = [(1, 1), (4, 3)]
 
 
 def random(*shape: int, seed: int = 0, zeros: bool = False) -> Tensor:

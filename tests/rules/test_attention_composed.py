@@ -171,6 +171,19 @@ def test_formula(name: str, rule: AttentionComposed, batch: int, targets: int) -
     check_rule(op, rule, inputs, op.relevance(inputs, targets), oracle, settled(CASES[name], rule))
 
 
+@pytest.mark.parametrize("stabiliser", [Stabiliser(), Stabiliser(0.1), EXACT, REFERENCE])
+def test_query_and_key_that_cancel_to_the_bit(stabiliser: Stabiliser) -> None:
+    """A product of exactly 0 from parts that are not: the stabiliser alone says what its share is."""
+    q = torch.tensor([[[[1.0, 1.0], [1.0, 2.0]]]], dtype=torch.float64)
+    k = torch.tensor([[[[1.0, -1.0], [0.5, 1.0]]]], dtype=torch.float64)
+    inputs = [q, k, random(1, 1, 2, 2)]
+    op = Op(module_of(lambda q, k, v: F.scaled_dot_product_attention(q, k, v), 3), *inputs, kind="attention")
+    rule = AttentionComposed(qk=MatmulHalf(stabiliser), av=MatmulHalf(stabiliser))
+    relevance = op.relevance(inputs, 3)
+    want = expected(Case(((1, 2, 2),) * 3), rule, relevance, *inputs)
+    assert_parts(rule.propagate(op.call(inputs), relevance), want[: len(op.node.operands)], 1e-10)
+
+
 def test_map_is_left_for_the_read_out() -> None:
     op, inputs = attention_op("plain"), operands("plain", 4)
     call, relevance = op.call(inputs), op.relevance(inputs, 3)

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import relprop
 from relprop import native
@@ -27,7 +28,7 @@ from relprop.rules import (
     Stabiliser,
 )
 from tests.engine.models import vit
-from tests.rules.rule_checks import Op, assert_near, assert_parts, each, random
+from tests.rules.rule_checks import Op, assert_near, assert_parts, each, module_of, random
 
 if not native.available()[0]:
     pytest.skip(native.available()[1], allow_module_level=True)
@@ -103,6 +104,17 @@ def test_attention_only_what_is_wanted(wanted: tuple[bool, ...]) -> None:
     assert_parts(got, want, 1e-10)
     assert [part is not None for part in got] == list(wanted)
     assert_near(calls[0].maps["relevance"], calls[1].maps["relevance"], 1e-10)
+
+
+@pytest.mark.parametrize("stabiliser", [Stabiliser(), EXACT, REFERENCE])
+def test_attention_where_products_cancel_to_the_bit(stabiliser: Stabiliser) -> None:
+    q = torch.tensor([[[[1.0, 1.0], [1.0, 2.0]]]], dtype=torch.float64)
+    k = torch.tensor([[[[1.0, -1.0], [0.5, 1.0]]]], dtype=torch.float64)
+    inputs = [q, k, random(1, 1, 2, 2)]
+    op = Op(module_of(lambda q, k, v: F.scaled_dot_product_attention(q, k, v), 3), *inputs, kind="attention")
+    rule, relevance = with_stabiliser(AttentionComposed(), stabiliser), op.relevance(inputs, 3)
+    got, want = KERNELS[AttentionComposed](rule, op.call(inputs), relevance), rule.propagate(op.call(inputs), relevance)
+    assert_parts(got[:3], want[:3], 1e-12)
 
 
 @pytest.mark.parametrize("composite", ["chefer", "chefer_stable"])

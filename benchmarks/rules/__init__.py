@@ -1,0 +1,1 @@
+"""Benchmarks of single rules, one file per rule, named like it."""
