@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.symbolic_shapes import guard_or_false
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils import _pytree as pytree
 
 from relprop.capture import ops
@@ -111,7 +111,7 @@ def _is_noop(node: fx.Node) -> bool:
         return before.dtype == after.dtype and before.device == after.device
     if node.target in (aten.slice.Tensor, aten.expand.default, aten.expand_as.default):
         return len(before.shape) == len(after.shape) and all(
-            guard_or_false(a == b) for a, b in zip(before.shape, after.shape, strict=True)
+            statically_known_true(a == b) for a, b in zip(before.shape, after.shape, strict=True)
         )
     return False
 
@@ -132,13 +132,26 @@ def remove_identities(captured: Captured) -> None:
 
 
 def insert(
-    graph: fx.Graph, before: fx.Node, target: Callable[..., Any], args: tuple[Any, ...], like: fx.Node
+    graph: fx.Graph,
+    before: fx.Node,
+    target: Callable[..., Any],
+    args: tuple[Any, ...],
+    like: fx.Node,
+    value: Tensor | None = None,
 ) -> fx.Node:
-    """A new node before another, with its shape and the provenance of `like`."""
+    """A new node before another, with its shape and the provenance of `like`.
+
+    Args:
+        value: a fake tensor of the new node's shape, where one is at hand; tracing an operation on fake tensors can tie
+            free sizes to the example's.
+    """
     with graph.inserting_before(before):
         node = graph.call_function(target, args)
     node.meta = {k: like.meta[k] for k in ("nn_module_stack", "stack_trace") if k in like.meta}
-    infer(node)
+    if value is None:
+        infer(node)
+    else:
+        node.meta["val"] = value
     node.meta["carrying"] = any(p.meta.get("carrying", False) for p in node.all_input_nodes)
     return node
 
@@ -165,7 +178,7 @@ def fold_products(graph: fx.Graph) -> None:
         plain = bias is None or (len(bias.meta["val"].shape) == 1 and not bias.meta["carrying"])
         if not plain or w.meta["carrying"] or not x.meta["carrying"] or w.meta["val"].ndim != 2:
             if node.target is aten.addmm.default:
-                product = insert(graph, node, aten.mm.default, (x, w), node)
+                product = insert(graph, node, aten.mm.default, (x, w), node, node.meta["val"])
                 node.target, node.args = aten.add.Tensor, (product, bias)
             continue
         weight = insert(graph, node, aten.t.default, (w,), node)
@@ -245,7 +258,7 @@ def _from_softmax(graph: fx.Graph, softmax: fx.Node) -> None:
     args = (q, key, product.args[1], masks[0] if masks else None, float(scale), False, False)
     if q.meta["val"].ndim < 3:
         return
-    joined = insert(graph, product, ops.attention, args, product)
+    joined = insert(graph, product, ops.attention, args, product, product.meta["val"])
     product.replace_all_uses_with(joined)
 
 
@@ -315,7 +328,7 @@ def _close_region(graph: fx.Graph, node: fx.Node, source: fx.Node, inside: list[
             statistics.add(environment[member].name)
     body.output(environment[node])
     region = ops.Region(name, fx.GraphModule(torch.nn.Module(), body), frozenset(statistics))
-    joined = insert(graph, node, region, (source, *constants), node)
+    joined = insert(graph, node, region, (source, *constants), node, node.meta["val"])
     node.replace_all_uses_with(joined)
     graph.erase_node(node)
     for member in reversed(inside):

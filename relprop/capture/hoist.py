@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import guard_or_false
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from relprop.capture import ops
-from relprop.capture.canonicalise import infer, insert, is_tensor
+from relprop.capture.canonicalise import insert, is_tensor
 
 aten = torch.ops.aten
 
@@ -109,7 +109,7 @@ def _hoist(graph: fx.Graph, node: fx.Node) -> bool:
     with graph.inserting_before(node):
         moved_node = graph.call_function(target, tuple(args), dict(source.kwargs))
     moved_node.meta = dict(source.meta)
-    infer(moved_node)
+    moved_node.meta["val"] = node.meta["val"]
     if kind == "attention":
         before = source.meta.get("query_rows")
         moved_node.meta["query_rows"] = (start, stop) if before is None else before
@@ -125,7 +125,7 @@ def _broadcast_rows(operand: Any, axis: int, output: fx.Node, rows: Any) -> Any:
         return operand
     shape, target = operand.meta["val"].shape, output.meta["val"].shape
     at = axis - (len(target) - len(shape))
-    if at < 0 or not guard_or_false(shape[at] == target[axis]) or shape[at] == 1:
+    if at < 0 or not statically_known_true(shape[at] == target[axis]) or shape[at] == 1:
         return operand
     return rows(operand, at)
 
@@ -162,7 +162,7 @@ def _kept_axis(before: Any, after: Any, axis: int) -> int | None:
         count = count * size
     seen = 1
     for i, size in enumerate(before):
-        if guard_or_false(seen == count) and guard_or_false(size == after[axis]):
+        if statically_known_true(seen == count) and statically_known_true(size == after[axis]):
             return i
         seen = seen * size
     return None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from relprop.rules.base import Call, Relevances, Rule, register_rule, unbroadcast
-from relprop.rules.gradient import vjp
+from relprop.rules.vjp import vjp
 
 aten = torch.ops.aten
 

@@ -7,8 +7,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from relprop.rules.base import Call, Relevances, Rule, register_rule
-from relprop.rules.gradient import vjp
 from relprop.rules.stabiliser import Stabiliser
+from relprop.rules.vjp import vjp
 
 
 @register_rule
