@@ -26,6 +26,7 @@ from torch import Tensor
 import relprop
 from benchmarks.numerics.reference import Reference
 from benchmarks.numerics.rows import write_rows
+from relprop.rules.linear_map import native_bfloat16
 
 MODELS = ("vit_base_patch16_224", "vit_tiny_patch16_224")
 
@@ -56,7 +57,7 @@ def contenders(model: Any, images: Tensor, reference: Path | None) -> dict[str, 
     found: dict[str, Callable[[], Any]] = {"forward": forward, "forward_backward": forward_backward}
     for name, options in {
         "relprop": {},
-        "relprop_medium": {"precision": "medium"},
+        **({"relprop_medium": {"precision": "medium"}} if native_bfloat16() else {}),
         "relprop_torch": {"backend": "torch"},
         "relprop_stable": {"composite": "chefer_stable"},
     }.items():
@@ -161,7 +162,7 @@ def main() -> None:
                     f"{name} batch {batch} {row['contender']:<18} {row['ms_median']:>9} ms  x{row['ratio_to_forward']}"
                 )
             rows += found
-    write_rows(options.out, rows)
+            write_rows(options.out, rows)
 
 
 if __name__ == "__main__":

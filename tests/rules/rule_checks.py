@@ -6,6 +6,7 @@ Nothing here computes a share the way a rule does: oracles build every single co
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -232,6 +233,10 @@ def by_autograd(op: Op, relevance: Any, inputs: Sequence[Tensor]) -> Parts:
     return tuple(None if v is None else found.get(v.index) for v in op.node.operands)
 
 
+def _cut(stream: Tensor, axis: int, at: slice) -> Tensor:
+    return stream[at] if axis == 0 else stream[:, at]
+
+
 def check_rule(
     op: Op,
     rule: Rule,
@@ -258,11 +263,11 @@ def check_rule(
     first = relevance if isinstance(relevance, Tensor) else next(r for r in relevance if r is not None)
     for sample in range(first.shape[1]):
         at = slice(sample, sample + 1)
-        alone = rule.propagate(op.call([x[at] for x in inputs]), each(lambda r, at=at: r[:, at], relevance))
+        alone = rule.propagate(op.call([x[at] for x in inputs]), each(partial(_cut, axis=1, at=at), relevance))
         assert_parts(alone, tuple(None if p is None else p[:, at] for p in got), ALONE_TOLERANCE)
     for target in range(first.shape[0]):
         at = slice(target, target + 1)
-        alone = rule.propagate(op.call(inputs), each(lambda r, at=at: r[at], relevance))
+        alone = rule.propagate(op.call(inputs), each(partial(_cut, axis=0, at=at), relevance))
         assert_parts(alone, tuple(None if p is None else p[at] for p in got), ALONE_TOLERANCE)
 
     if settled is not None:
