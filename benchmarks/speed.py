@@ -109,7 +109,6 @@ def measure(name: str, batch: int, rounds: int, reference: Path | None) -> list[
     runs = contenders(model, images, reference)
     for run in runs.values():
         run()
-        run()
     times: dict[str, list[float]] = {contender: [] for contender in runs}
     for _ in range(rounds):
         for contender, run in runs.items():
