@@ -524,9 +524,9 @@ def test_info() -> None:
 def test_a_missing_module_says_why() -> None:
     program = (
         "import sys; sys.modules['relprop._C'] = None\n"
-        "import torch; from relprop import native; print(native.available())\n"
+        "import torch; from relprop import errors, native; print(native.available())\n"
         "try: native.select(torch.ones(2), torch.ones(1, 2), torch.ones(1, 2))\n"
-        "except native.BackendError as error: print(error)"
+        "except errors.BackendError as error: print(error)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("(False, 'the compiled module relprop._C cannot be used: an import error")

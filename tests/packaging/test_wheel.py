@@ -68,7 +68,7 @@ def environment(folder: Path) -> Path:
 def test_wheel_contents(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert any(name.startswith("relprop/_C.") and name.endswith(".so") for name in names)
-    assert {"relprop/kernels/__init__.py", "relprop/native.py"} <= set(names)
+    assert {"relprop/kernels/__init__.py", "relprop/native/__init__.py"} <= set(names)
     assert {name.split("/")[0] for name in names} == {"relprop", wheel.name.split("-cp")[0] + ".dist-info"}
     sources = {
         path.relative_to(ROOT).as_posix()
