@@ -4,7 +4,8 @@ VENV ?= .venv
 PYTEST_ARGS ?= -n 2
 
 BIN := $(VENV)/bin
-SOURCES := setup.py pyproject.toml MANIFEST.in $(wildcard csrc/*.h csrc/*.cpp)
+SOURCES := setup.py pyproject.toml MANIFEST.in $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh)
+CPP := $(wildcard $(foreach folder,csrc csrc/emulation tests/csrc,$(foreach kind,h cpp cu cuh,$(folder)/*.$(kind))))
 
 .PHONY: help demo test test-full lint format clean
 .DELETE_ON_ERROR:
@@ -25,12 +26,12 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy relprop
-	$(BIN)/clang-format --dry-run -Werror csrc/*.h csrc/*.cpp
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
 
 format: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i csrc/*.h csrc/*.cpp
+	$(BIN)/clang-format -i $(CPP)
 
 $(VENV)/.created:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
