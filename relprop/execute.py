@@ -63,7 +63,8 @@ def run_forward(
             for value in node.outputs:
                 tensors[value.index], shapes[value.index] = result, result.shape
         else:
-            result = node.target(*_bind(node.args, tensors), **_bind(node.kwargs, tensors))
+            args, kwargs = _bind(node.args, tensors), _bind(node.kwargs, tensors)
+            result = node.target(*args, **kwargs) if step.kernel is None else step.kernel(node, *args, **kwargs)
             if len(node.outputs) == 1 and not isinstance(result, (list, tuple)):
                 index = node.outputs[0].index
                 if move is not None and node.kind == "embedding":

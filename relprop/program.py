@@ -14,6 +14,7 @@ from relprop.methods.topology import profile_nodes
 from relprop.rules import Call, Relevances, Rule, make_rule
 
 Kernel = Callable[[Rule, Call, Any], Relevances]
+ForwardKernel = Callable[..., Any]  # (node, *the operation's arguments) -> its output
 ChooseBackend = Callable[[Node, Rule], tuple[str, Kernel | None]]
 
 
@@ -49,10 +50,11 @@ class ReverseStep:
 
 @dataclass(frozen=True)
 class ForwardStep:
-    """One operation of the forward pass, and the values that are dead after it."""
+    """One operation of the forward pass, the values that are dead after it, and a kernel in place of its own."""
 
     node: Node
     frees: tuple[int, ...]
+    kernel: ForwardKernel | None = None
 
 
 @dataclass
@@ -197,12 +199,14 @@ def build_program(
     choose: ChooseBackend,
     batch_symbols: frozenset[Any],
     everything: bool = False,
+    choose_forward: Callable[[Node], ForwardKernel | None] = lambda node: None,
 ) -> Program:
     """Plan a method on a graph.
 
     Args:
         choose: the backend of a rule at a node.
         everything: run every step of every stream down to the inputs (for tracing).
+        choose_forward: the kernel of an operation's forward, None for its own.
     Raises:
         UnsupportedOpError: operations without a rule; all are named.
         UnsupportedTopologyError: the method does not apply to this structure.
@@ -245,7 +249,7 @@ def build_program(
         composite=composite,
         readout=readout,
         requirements=requirements,
-        forward=_forward_steps(graph, reverse, requirements),
+        forward=_forward_steps(graph, reverse, requirements, choose_forward),
         reverse=_reverse_steps(reverse),
         seeds=tuple(streams),
         batch_symbols=batch_symbols,
@@ -301,7 +305,10 @@ def _reverse_steps(plan: list[tuple[Node, tuple[StreamStep, ...], frozenset[str]
 
 
 def _forward_steps(
-    graph: Graph, plan: list[tuple[Node, tuple[StreamStep, ...], frozenset[str]]], requirements: Requirements
+    graph: Graph,
+    plan: list[tuple[Node, tuple[StreamStep, ...], frozenset[str]]],
+    requirements: Requirements,
+    choose: Callable[[Node], ForwardKernel | None],
 ) -> tuple[ForwardStep, ...]:
     kept = {index for item in plan for index in _needed(*item)}
     kept |= {graph.output.index} | {v.index for v, _ in requirements.values}
@@ -316,7 +323,7 @@ def _forward_steps(
     for index, i in last.items():
         if index not in kept and index not in outside:
             dying.setdefault(i, []).append(index)
-    return tuple(ForwardStep(node, tuple(dying.get(i, ()))) for i, node in enumerate(graph.nodes))
+    return tuple(ForwardStep(node, tuple(dying.get(i, ())), choose(node)) for i, node in enumerate(graph.nodes))
 
 
 __all__ = ["ForwardStep", "Program", "ReverseStep", "StreamStep", "build_program"]

@@ -11,10 +11,10 @@ from collections.abc import Callable
 
 import torch
 
-from relprop.backends import cpp
+from relprop.backends import cpp, products
 from relprop.errors import BackendError, unknown_name
 from relprop.graph import Node
-from relprop.program import Kernel
+from relprop.program import ForwardKernel, Kernel
 from relprop.rules import Rule
 
 BACKENDS = ("torch", "cpp")
@@ -56,10 +56,23 @@ def choose_backend(
     return choose
 
 
+def choose_forward(
+    name: str, dtype: torch.dtype, device: torch.device, precision: str
+) -> Callable[[Node], ForwardKernel | None]:
+    """A chooser of forward kernels for a plan: None leaves an operation to the model's own.
+
+    Only `precision="medium"` changes the forward pass. Its linear layers then multiply what their relevance rules will
+    multiply, so that the parts of a z+ come from the same numbers.
+    """
+    if precision != "medium" or name == "torch" or cpp.reasons_against(dtype, device):
+        return lambda node: None
+    return lambda node: products.forward if node.kind == "linear" else None
+
+
 def backends() -> dict[str, str]:
     """Every backend and, where it cannot run on this machine, why."""
     usable, reason = cpp.available()
     return {"torch": "available", "cpp": "available" if usable else f"unavailable: {reason}"}
 
 
-__all__ = ["BACKENDS", "backends", "choose_backend"]
+__all__ = ["BACKENDS", "backends", "choose_backend", "choose_forward"]

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from relprop import native
+from relprop.backends import products
 from relprop.graph import Node, Value
 from relprop.rules import (
     AddNormalised,
     AttentionComposed,
     Call,
     FanoutEpsilon,
+    Gradient,
     LinearAlphaBeta,
     MatmulHalf,
     Relevances,
@@ -46,6 +48,8 @@ def reasons_against(dtype: torch.dtype, device: torch.device) -> list[str]:
 def kernel_reasons(node: Node, rule: Rule) -> list[str]:
     """Why the kernel for a rule does not take this node; empty where it does."""
     reasons: list[str] = []
+    if isinstance(rule, Gradient) and node.kind != "linear":
+        reasons.append("the kernel is for linear layers")
     if isinstance(rule, LinearAlphaBeta):
         if node.kind != "linear":
             reasons.append("the kernel is for linear layers")
@@ -73,6 +77,9 @@ def kernel_reasons(node: Node, rule: Rule) -> list[str]:
 
 def linear_alpha_beta(rule: Any, call: Call, relevance: Tensor) -> Relevances:
     """z+ shares in one pass over memory, the selection in another. relevance: [T, ..., N] -> [T, ..., K]"""
+    made_of = products.of_call(call) if rule.beta == 0 else None
+    if made_of is not None:
+        return products.alpha_beta(rule, call, relevance, made_of)
     x, weight, magnitude = call.x, weight_of(call), weight_of(call, "abs")
     absolute = apply(call, x.abs(), magnitude)
     stored = call.tensors.get(call.node.outputs[0].index)
@@ -142,6 +149,7 @@ def attention_composed(rule: Any, call: Call, relevance: Tensor) -> Relevances:
 
 KERNELS: dict[type[Rule], Callable[[Any, Call, Any], Relevances]] = {
     LinearAlphaBeta: linear_alpha_beta,
+    Gradient: products.gradient,
     AddNormalised: add_normalised,
     FanoutEpsilon: fanout_epsilon,
     AttentionComposed: attention_composed,

@@ -9,6 +9,7 @@ from relprop.native.add import add_normalised, fanout_epsilon
 from relprop.native.linear import select, share_out
 from relprop.native.matmul import attention_shares, rollout_matrix, share
 from relprop.native.module import _C, available, info
+from relprop.native.products import back_product, linear_apply, linear_transpose, products_fast, share_out_product
 from relprop.native.tensors import REFERENCE, SIGNED, Stabiliser
 
 __all__ = [
@@ -19,10 +20,15 @@ __all__ = [
     "add_normalised",
     "attention_shares",
     "available",
+    "back_product",
     "fanout_epsilon",
     "info",
+    "linear_apply",
+    "linear_transpose",
+    "products_fast",
     "rollout_matrix",
     "select",
     "share",
     "share_out",
+    "share_out_product",
 ]

@@ -36,8 +36,11 @@ def rounding(call: Call, dtype: torch.dtype) -> float:
 
 
 def multiply(call: Call, left: Tensor, right: Tensor) -> Tensor:
-    """left @ right at the call's precision, in the streams' dtype."""
-    if reduced_precision(call):
+    """left @ right at the call's precision, in the streams' dtype.
+
+    On a CPU only products with weights are reduced: those between activations have too few channels for it to pay.
+    """
+    if reduced_precision(call) and (call.node.kind == "linear" or left.is_cuda):
         return (left.bfloat16() @ right.bfloat16()).to(call.dtype)
     return left @ right
 

@@ -1,0 +1,159 @@
+// Matrix products with the work around them fused: operands are read once, transformed while they are packed, and the
+// result is handed to an epilogue while it is still in the first-level cache.
+//
+//     C = f(A) g(B)            A [m, depth], B [depth, n], f and g: as is or absolute value
+//     C1 = A B, C2 = f(A) |B|  both from one pass over A and B ("dual")
+//
+// float32 accumulation. Sums over the depth are cut into chunks of kChunk that are summed in order, so results do not
+// depend on the number of threads; they do depend on the instruction set (fused multiply-adds, or bfloat16 operands).
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#include "isa.h"
+#include "parallel.h"
+#include "scalar.h"
+
+namespace relprop {
+
+// A matrix in memory: element (i, j) is at i * row + j * column elements; one of the two strides is 1.
+struct Matrix {
+  const void* data;
+  Scalar scalar;
+  int64_t row, column;  // strides, in elements
+};
+
+// What the products are made of: float32, or bfloat16 operands (rounded to nearest even while packed).
+enum class Operands : int { kFloat32 = 0, kBfloat16 = 1 };
+
+// Whether this CPU has a micro-kernel for these operands that is worth calling (AVX-512, AVX512-BF16).
+bool gemm_fast(Operands operands);
+
+constexpr int kTileColumns = 32;
+constexpr int kChunkBytes = 1024;                   // of one row of A in a chunk
+constexpr int kRowBytes = kChunkBytes + 64;         // apart, so that rows do not meet in one cache set
+constexpr int64_t kPackedBytes = int64_t{4} << 20;  // of A at a time
+
+// tile (and tile_abs): [rows][kTileColumns], added to. a: packed rows, kRowBytes apart; b: packed columns.
+// steps: 32-bit elements of a row, each one float32 or two bfloat16.
+using MicroKernel = void (*)(float* tile, float* tile_abs, const char* a, const char* b, int64_t steps);
+
+struct GemmKernels {
+  int rows;            // of the largest tile
+  int per_step;        // depth of one step: 1 or 2
+  MicroKernel of[15];  // by number of rows, 1 to `rows`
+};
+
+// Kinds of product: A B alone; A B and A |B|; A B and |A| |B|.
+enum class Kind : int { kSingle = 0, kDual = 1, kDualAbs = 2 };
+
+GemmKernels gemm_kernels(Operands operands, Kind kind);
+
+// Packs rows first + [begin, end) of a matrix, depth elements each, of a block of `rows` rows, kRowBytes apart:
+// [chunk][row][...]. Depth is padded with zeros to whole steps.
+void pack_rows(char* packed, const Matrix& a, int64_t first, int64_t rows, int64_t begin, int64_t end, int64_t depth,
+               Operands operands, bool abs);
+
+// Packs kTileColumns columns from `column` on (zeros beyond n): [step][kTileColumns] elements of 32 bits.
+void pack_columns(char* packed, const Matrix& b, int64_t column, int64_t n, int64_t depth, Operands operands, bool abs);
+
+// Asks for one part of the memory that pack_columns will read.
+void prefetch_columns(const Matrix& b, int64_t column, int64_t n, int64_t depth, int64_t part, int64_t parts);
+
+// Buffers that only grow and live as long as their thread: for one piece of work, and for all pieces of a call.
+char* thread_buffer(int64_t bytes);
+char* shared_buffer(int64_t bytes);
+
+struct Sizes {
+  int64_t m, n, depth;
+};
+
+namespace gemm_detail {
+
+template <class Epilogue>
+struct Tiles {
+  const Epilogue& epilogue;
+  const GemmKernels kernels;
+  const Matrix& b;
+  const char* packed;  // rows of A from `first` on
+  Operands operands;
+  bool dual, abs_b;
+  Sizes sizes;
+  int64_t first, rows;  // of A, in this block
+  int64_t row_pieces;   // the block's rows are cut into this many pieces
+  int64_t ahead;        // panels from the one at work to the next that this thread may take
+
+  RELPROP_INLINE void operator()(int64_t begin, int64_t end) const {
+    const int64_t steps = (sizes.depth + kernels.per_step - 1) / kernels.per_step;
+    const int64_t chunk_steps = kChunkBytes / 4;
+    const int64_t chunks = (steps + chunk_steps - 1) / chunk_steps;
+    char* panel = thread_buffer(steps * kTileColumns * 4);
+    int64_t held = -1;
+    alignas(64) float tile[15 * kTileColumns];
+    alignas(64) float tile_abs[15 * kTileColumns];
+    for (int64_t piece = begin; piece < end; ++piece) {
+      const int64_t column = piece / row_pieces * kTileColumns;
+      if (column != held) pack_columns(panel, b, column, sizes.n, sizes.depth, operands, abs_b);
+      held = column;
+      const int64_t part = piece % row_pieces;
+      const int64_t row_begin = rows * part / row_pieces, row_end = rows * (part + 1) / row_pieces;
+      const int64_t count = row_end - row_begin;
+      const int64_t tiles = (count + kernels.rows - 1) / kernels.rows;
+      for (int64_t i = 0; i < tiles; ++i) {
+        const int64_t at = row_begin + count * i / tiles;
+        const int height = static_cast<int>(row_begin + count * (i + 1) / tiles - at);
+        if (part == 0) prefetch_columns(b, column + ahead * kTileColumns, sizes.n, sizes.depth, i, tiles);
+        std::memset(tile, 0, sizeof(float) * height * kTileColumns);
+        if (dual) std::memset(tile_abs, 0, sizeof(float) * height * kTileColumns);
+        for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+          const int64_t from = chunk * chunk_steps;
+          kernels.of[height](tile, tile_abs, packed + (chunk * rows + at) * kRowBytes, panel + from * kTileColumns * 4,
+                             std::min(chunk_steps, steps - from));
+        }
+        epilogue(tile, tile_abs, first + at, height, column, std::min<int64_t>(kTileColumns, sizes.n - column));
+      }
+    }
+  }
+};
+
+struct PackRows {
+  char* packed;
+  const Matrix& a;
+  int64_t first, rows, depth;
+  Operands operands;
+  bool abs;
+
+  RELPROP_INLINE void operator()(int64_t begin, int64_t end) const {
+    pack_rows(packed, a, first, rows, begin, end, depth, operands, abs);
+  }
+};
+
+}  // namespace gemm_detail
+
+// Runs the product, and epilogue(tile, tile_abs, row, rows, column, columns) on every finished tile: `rows` rows of
+// kTileColumns floats, of which `columns` belong to the result. tile_abs: only of a dual kind.
+// abs_a, abs_b: the transforms f and g of a single product.
+template <class Epilogue>
+void gemm(const Sizes& sizes, const Matrix& a, const Matrix& b, Operands operands, Kind kind, bool abs_a, bool abs_b,
+          int threads, const Epilogue& epilogue) {
+  const GemmKernels kernels = gemm_kernels(operands, kind);
+  const int64_t steps = (sizes.depth + kernels.per_step - 1) / kernels.per_step;
+  const int64_t chunks = std::max<int64_t>(1, (steps + kChunkBytes / 4 - 1) / (kChunkBytes / 4));
+  const int64_t block = std::max<int64_t>(64, kPackedBytes / (chunks * kRowBytes));
+  char* packed = shared_buffer(std::min(sizes.m, block) * chunks * kRowBytes);
+  const int64_t panels = (sizes.n + kTileColumns - 1) / kTileColumns;
+  for (int64_t first = 0; first < sizes.m; first += block) {
+    const int64_t rows = std::min(block, sizes.m - first);
+    for_ranges(gemm_detail::PackRows{packed, a, first, rows, sizes.depth, operands, abs_a}, rows, sizes.depth, threads);
+    // Enough pieces to even out the threads, of enough rows to be worth packing the columns once more.
+    const int64_t wanted = (4 * threads + panels - 1) / panels;
+    const int64_t row_pieces = std::max<int64_t>(1, std::min(wanted, rows / 64));
+    const gemm_detail::Tiles<Epilogue> tiles{epilogue, kernels, b,     packed, operands,   kind != Kind::kSingle,
+                                             abs_b,    sizes,   first, rows,   row_pieces, threads};
+    run_pieces(range_function<gemm_detail::Tiles<Epilogue>>(), &tiles, panels * row_pieces, 1, threads);
+  }
+}
+
+}  // namespace relprop

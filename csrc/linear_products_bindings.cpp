@@ -1,0 +1,97 @@
+#include "bindings.h"
+#include "linear_products.h"
+
+namespace relprop {
+namespace {
+
+Matrix matrix(const char* name, Pointer data, int scalar, int64_t row, int64_t column) {
+  if (scalar < 0 || scalar > 2) {
+    throw std::invalid_argument(std::string(name) + ": expected scalar 0, 1 or 2, got " + std::to_string(scalar));
+  }
+  if (row != 1 && column != 1) {
+    throw std::invalid_argument(std::string(name) + ": expected rows or columns next to each other, got strides " +
+                                std::to_string(row) + ", " + std::to_string(column));
+  }
+  check_pointers({{name, data}});
+  return {as<const void>(data), static_cast<Scalar>(scalar), row, column};
+}
+
+Operands checked_operands(int operands) {
+  if (operands != 0 && operands != 1) {
+    throw std::invalid_argument("operands: expected 0 (float32) or 1 (bfloat16), got " + std::to_string(operands));
+  }
+  return static_cast<Operands>(operands);
+}
+
+// x: (pointer, scalar); w: (pointer, scalar, row stride, column stride).
+struct PythonLinear {
+  std::pair<Pointer, int> x;
+  std::tuple<Pointer, int, int64_t, int64_t> w;
+  int64_t rows, k, n;
+  int operands;
+};
+
+// The layer, and whether there is anything to do.
+std::pair<Linear, bool> checked(const PythonLinear& given, int64_t targets, int threads) {
+  check_threads(threads);
+  Linear layer{{}, {}, given.rows, given.k, given.n, checked_operands(given.operands)};
+  const bool some = checked_product({{"targets", targets}, {"rows", given.rows}, {"n", given.n}}) != 0 &&
+                    checked_product({{"n", given.n}, {"k", given.k}}) != 0;
+  if (!some) return {layer, false};
+  const auto& [w, scalar, row, column] = given.w;
+  layer.w = matrix("w", w, scalar, row, column);
+  if (given.x.first != 0) layer.x = matrix("x", given.x.first, given.x.second, given.k, 1);
+  return {layer, true};
+}
+
+void bind_apply(Pointer y, Pointer bias, const PythonLinear& given, int threads) {
+  const auto [layer, some] = checked(given, 1, threads);
+  if (!some) return;
+  check_pointers({{"y", y}, {"x", given.x.first}});
+  linear_apply(as<float>(y), as<const float>(bias), layer, threads);
+}
+
+void bind_transpose(Pointer out, Pointer r, const PythonLinear& given, int64_t targets, int threads) {
+  const auto [layer, some] = checked(given, targets, threads);
+  if (!some) return;
+  check_pointers({{"out", out}, {"r", r}});
+  linear_transpose(as<float>(out), as<const float>(r), layer, targets, threads);
+}
+
+void bind_share_out(Pointer shares, Pointer relevance, Pointer y, Pointer bias, const PythonLinear& given,
+                    int64_t targets, double alpha, double tolerance, int kind, double epsilon, int threads) {
+  const Stabiliser stabiliser = checked_stabiliser(kind, epsilon);
+  const auto [layer, some] = checked(given, targets, threads);
+  if (!some) return;
+  check_pointers({{"shares", shares}, {"relevance", relevance}, {"x", given.x.first}});
+  linear_alpha_beta_share_out_product(as<float>(shares), as<const float>(relevance), as<const float>(y),
+                                      as<const float>(bias), layer, targets, alpha, tolerance, stabiliser, threads);
+}
+
+void bind_back(Pointer out, Pointer shares, const PythonLinear& given, int64_t targets, int threads) {
+  const auto [layer, some] = checked(given, targets, threads);
+  if (!some) return;
+  check_pointers({{"out", out}, {"shares", shares}, {"x", given.x.first}});
+  linear_alpha_beta_back_product(as<float>(out), as<const float>(shares), layer, targets, threads);
+}
+
+const Bindings bindings([](py::module_& module) {
+  py::class_<PythonLinear>(module, "Linear")
+      .def(py::init<std::pair<Pointer, int>, std::tuple<Pointer, int, int64_t, int64_t>, int64_t, int64_t, int64_t,
+                    int>(),
+           py::arg("x"), py::arg("w"), py::arg("rows"), py::arg("k"), py::arg("n"), py::arg("operands"));
+  module.def("gemm_fast", [](int operands) { return gemm_fast(checked_operands(operands)); }, py::arg("operands"));
+  module.def("linear_apply", &bind_apply, release_gil(), py::arg("y"), py::arg("bias"), py::arg("layer"),
+             py::arg("threads"));
+  module.def("linear_transpose", &bind_transpose, release_gil(), py::arg("out"), py::arg("r"), py::arg("layer"),
+             py::arg("targets"), py::arg("threads"));
+  module.def("linear_alpha_beta_share_out_product", &bind_share_out, release_gil(), py::arg("shares"),
+             py::arg("relevance"), py::arg("y"), py::arg("bias"), py::arg("layer"), py::arg("targets"),
+             py::arg("alpha"), py::arg("tolerance"), py::arg("stabiliser_kind"), py::arg("epsilon"),
+             py::arg("threads"));
+  module.def("linear_alpha_beta_back_product", &bind_back, release_gil(), py::arg("out"), py::arg("shares"),
+             py::arg("layer"), py::arg("targets"), py::arg("threads"));
+});
+
+}  // namespace
+}  // namespace relprop

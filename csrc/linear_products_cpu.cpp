@@ -1,0 +1,131 @@
+#include <cmath>
+
+#include "linear_products.h"
+
+namespace relprop {
+namespace {
+
+Matrix stream(const float* data, int64_t columns) { return {data, Scalar::kFloat32, columns, 1}; }
+
+Matrix transposed(const Matrix& matrix) { return {matrix.data, matrix.scalar, matrix.column, matrix.row}; }
+
+struct Store {
+  float* out;
+  const float* bias;
+  int64_t n;
+
+  RELPROP_INLINE void operator()(const float* tile, const float*, int64_t row, int64_t rows, int64_t column,
+                                 int64_t columns) const {
+    for (int64_t i = 0; i < rows; ++i) {
+      float* to = out + (row + i) * n + column;
+      const float* from = tile + i * kTileColumns;
+      if (bias == nullptr) {
+        RELPROP_VECTORISE
+        for (int64_t j = 0; j < columns; ++j) to[j] = from[j];
+      } else {
+        RELPROP_VECTORISE
+        for (int64_t j = 0; j < columns; ++j) to[j] = from[j] + bias[column + j];
+      }
+    }
+  }
+};
+
+template <StabiliserKind kind, bool stored>
+struct Share {
+  float* shares;
+  const float *relevance, *y, *bias;
+  int64_t targets, rows, n;
+  float alpha, tolerance, epsilon;
+
+  // tile: |x||w|^T where the product is stored, else x w^T with |x||w|^T in tile_abs.
+  RELPROP_INLINE void operator()(const float* tile, const float* tile_abs, int64_t row, int64_t count, int64_t column,
+                                 int64_t columns) const {
+    float denominators[kTileColumns];
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t at = (row + i) * n + column;
+      const float* absolute = (stored ? tile : tile_abs) + i * kTileColumns;
+      const float* product = stored ? y + at : tile + i * kTileColumns;
+      const float eps = epsilon, tol = tolerance;
+      RELPROP_VECTORISE
+      for (int64_t j = 0; j < columns; ++j) {
+        const float plain = stored && bias != nullptr ? product[j] - bias[column + j] : product[j];
+        const float z = 0.5f * (absolute[j] + plain);
+        denominators[j] = z <= tol * absolute[j] ? kNoShare<float> : stabilised<kind>(z, eps);
+      }
+      for (int64_t t = 0; t < targets; ++t) {
+        const float* from = relevance + t * rows * n + at;
+        float* to = shares + t * rows * n + at;
+        RELPROP_VECTORISE
+        for (int64_t j = 0; j < columns; ++j) to[j] = alpha * (from[j] / denominators[j]);
+      }
+    }
+  }
+};
+
+template <Scalar scalar>
+struct Select {
+  float* out;
+  Matrix x;
+  int64_t rows, k;
+
+  RELPROP_INLINE void operator()(const float* tile, const float* tile_abs, int64_t row, int64_t count, int64_t column,
+                                 int64_t columns) const {
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t x_at = (row + i) % rows * x.row + column;
+      float* to = out + (row + i) * k + column;
+      const float* c1 = tile + i * kTileColumns;
+      const float* c2 = tile_abs + i * kTileColumns;
+      RELPROP_VECTORISE
+      for (int64_t j = 0; j < columns; ++j) {
+        const float value = element<scalar>(x.data, x_at + j);
+        to[j] = 0.5f * (value * c1[j] + (value < 0.0f ? -value : value) * c2[j]);
+      }
+    }
+  }
+};
+
+}  // namespace
+
+void linear_apply(float* y, const float* bias, const Linear& layer, int threads) {
+  gemm({layer.rows, layer.n, layer.k}, layer.x, transposed(layer.w), layer.operands, Kind::kSingle, false, false,
+       threads, Store{y, bias, layer.n});
+}
+
+void linear_transpose(float* out, const float* r, const Linear& layer, int64_t targets, int threads) {
+  gemm({targets * layer.rows, layer.k, layer.n}, stream(r, layer.n), layer.w, layer.operands, Kind::kSingle, false,
+       false, threads, Store{out, nullptr, layer.k});
+}
+
+void linear_alpha_beta_share_out_product(float* shares, const float* relevance, const float* y, const float* bias,
+                                         const Linear& layer, int64_t targets, double alpha, double tolerance,
+                                         Stabiliser stabiliser, int threads) {
+  with_kind(stabiliser, [&](auto kind) {
+    auto run = [&](auto stored) {
+      const Share<decltype(kind)::value, decltype(stored)::value> share{shares,
+                                                                        relevance,
+                                                                        y,
+                                                                        bias,
+                                                                        targets,
+                                                                        layer.rows,
+                                                                        layer.n,
+                                                                        static_cast<float>(alpha),
+                                                                        static_cast<float>(tolerance),
+                                                                        static_cast<float>(stabiliser.epsilon)};
+      gemm({layer.rows, layer.n, layer.k}, layer.x, transposed(layer.w), layer.operands,
+           decltype(stored)::value ? Kind::kSingle : Kind::kDualAbs, decltype(stored)::value, decltype(stored)::value,
+           threads, share);
+    };
+    y != nullptr ? run(std::true_type()) : run(std::false_type());
+  });
+}
+
+void linear_alpha_beta_back_product(float* out, const float* shares, const Linear& layer, int64_t targets,
+                                    int threads) {
+  with_scalar(layer.x.scalar, [&](auto scalar) {
+    const Select<decltype(scalar)::value> select{out, layer.x, layer.rows, layer.k};
+    gemm({targets * layer.rows, layer.k, layer.n}, stream(shares, layer.n), layer.w, layer.operands, Kind::kDual, false,
+         false, threads, select);
+  });
+}
+
+}  // namespace relprop

@@ -1,0 +1,96 @@
+"""Linear layers of the C++ backend with their matrix products: which layers take them, and on which operands."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from relprop import native
+from relprop.graph import Node
+from relprop.rules import Call, Relevances, linear_map
+
+# With fewer rows than this a product reads its weights faster than it can pack them; torch's own is used.
+FEWEST_ROWS = 12
+
+_STORED = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def row_count(shape: torch.Size) -> int:
+    """Rows of a layer input [..., K]."""
+    return shape[:-1].numel()
+
+
+def operands(rows: int, weight: Tensor, stream: torch.dtype, precision: str) -> torch.dtype | None:
+    """What the products of a linear layer are made of, or None where they are torch's.
+
+    Args:
+        rows: of the layer's input.
+        weight: [N, K]
+        stream: the streams' dtype.
+    """
+    if stream != torch.float32 or weight.dtype not in _STORED or rows < FEWEST_ROWS or not weight.is_cpu:
+        return None
+    if precision == "medium" and linear_map.native_bfloat16():
+        return torch.bfloat16 if native.products_fast(torch.bfloat16) else None
+    return torch.float32 if native.products_fast(torch.float32) else None
+
+
+def of_call(call: Call) -> torch.dtype | None:
+    """The same for a step of the sweep."""
+    node = call.node
+    if node.kind != "linear":
+        return None
+    return operands(row_count(call.shape(0)), _weight(call), call.dtype, call.precision)
+
+
+def _weight(call: Call) -> Tensor:
+    value = call.node.operands[1]
+    assert value is not None
+    return call.tensors[value.index]
+
+
+def alpha_beta(rule: Any, call: Call, relevance: Tensor, made_of: torch.dtype) -> Relevances:
+    """The z+ rule in two products, shares and selection fused. relevance: [T, ..., N] -> [T, ..., K]"""
+    node, weight = call.node, _weight(call)
+    first = node.operands[0]
+    assert first is not None
+    x = call.tensors[first.index]
+    if x.dtype not in _STORED:
+        x = call.x
+    # A product of bfloat16 numbers is exact in bfloat16 operands: nothing is lost and half the time is saved.
+    exact = torch.bfloat16 if {x.dtype, weight.dtype} == {torch.bfloat16} else made_of
+    exact = exact if native.products_fast(exact) else made_of
+    stored = call.tensors.get(node.outputs[0].index)
+    y = stored if stored is not None and stored.dtype == call.dtype else None
+    shares = native.share_out_product(
+        relevance,
+        x,
+        weight,
+        y,
+        None if y is None else linear_map.bias_of(call),
+        operands=exact,
+        alpha=rule.alpha,
+        stabiliser=rule.stabiliser.code,
+        tolerance=4 * torch.finfo(torch.float32).eps,
+    )
+    return native.back_product(shares, x, weight, operands=made_of), None, None
+
+
+def gradient(rule: Any, call: Call, relevance: Tensor) -> Relevances:
+    """The gradient of a linear layer's input. relevance: [T, ..., N] -> [T, ..., K]"""
+    made_of = of_call(call) if call.wanted[0] else None
+    if made_of is None:
+        return rule.propagate(call, relevance)
+    passed = native.linear_transpose(relevance, _weight(call), operands=made_of)
+    return (passed, *[None] * (len(call.node.operands) - 1))
+
+
+def forward(node: Node, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A float32 layer's forward in bfloat16 operands, where its relevance will be; else the layer's own. [..., N]"""
+    if x.dtype == torch.float32 and weight.dtype == torch.float32:
+        made_of = operands(row_count(x.shape), weight, torch.float32, "medium")
+        if made_of == torch.bfloat16:
+            return native.linear_apply(x, weight, bias, operands=made_of)
+    return node.target(x, weight, bias)

@@ -1,0 +1,188 @@
+"""Linear layers with their matrix products: y = x wᵀ + b in float32 streams, everything around the products fused.
+
+x and w are read in the dtype they are stored in (float32, bfloat16 or float16); `operands` is what is multiplied,
+torch.float32 or torch.bfloat16, with float32 accumulation. Results are float32.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from relprop.errors import DTypeError, OptionError, ShapeError
+from relprop.native.module import _C
+from relprop.native.tensors import Stabiliser, input_tensor, output_tensor, target_count, text_of
+
+_SCALARS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_OPERANDS = {torch.float32: 0, torch.bfloat16: 1}
+
+
+def products_fast(operands: torch.dtype) -> bool:
+    """Whether this CPU has instructions for these operands that make the products here worth calling."""
+    return operands in _OPERANDS and bool(_C.gemm_fast(_OPERANDS[operands]))
+
+
+def _layer(x: Tensor | None, weight: Tensor, rows: int, operands: torch.dtype) -> object:
+    n, k = weight.shape
+    strides = weight.stride()
+    pointer = 0 if x is None else x.data_ptr()
+    scalar = 0 if x is None else _SCALARS[x.dtype]
+    w = (weight.data_ptr(), _SCALARS[weight.dtype], *strides)
+    return _C.Linear((pointer, scalar), w, rows, k, n, _OPERANDS[operands])
+
+
+def _operand(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    if tensor.dtype not in _SCALARS:
+        raise DTypeError(f"{name}: expected torch.float32, torch.bfloat16 or torch.float16, got {tensor.dtype}")
+    return input_tensor(name, tensor, shape, tensor.dtype)
+
+
+def _weight(weight: Tensor, operands: torch.dtype) -> Tensor:
+    if weight.dim() != 2:
+        raise ShapeError(f"weight: expected shape [N, K], got {text_of(weight.shape)}")
+    if operands not in _OPERANDS:
+        raise OptionError(f"operands: expected torch.float32 or torch.bfloat16, got {operands}")
+    if weight.is_neg() or 1 not in weight.stride():
+        return _operand("weight", weight.resolve_neg().contiguous(), tuple(weight.shape))
+    if weight.dtype not in _SCALARS:
+        raise DTypeError(f"weight: expected torch.float32, torch.bfloat16 or torch.float16, got {weight.dtype}")
+    return weight
+
+
+def _rows(shape: torch.Size) -> int:
+    rows = 1
+    for size in shape[:-1]:
+        rows *= size
+    return rows
+
+
+def linear_apply(x: Tensor, weight: Tensor, bias: Tensor | None, *, operands: torch.dtype) -> Tensor:
+    """x wᵀ + b.
+
+    Args:
+        x: [..., K]
+        weight: [N, K]
+        bias: [N] or None, float32
+        operands: torch.float32 | torch.bfloat16
+    Returns:
+        [..., N], float32
+    Raises:
+        ShapeError, DTypeError, DeviceError, OptionError
+    """
+    weight = _weight(weight, operands)
+    n, k = weight.shape
+    x = _operand("x", x, (*x.shape[:-1], k))
+    bias = None if bias is None else input_tensor("bias", bias, (n,), torch.float32)
+    if k == 0:
+        return torch.zeros((*x.shape[:-1], n)) if bias is None else bias.expand(*x.shape[:-1], n).clone()
+    y = torch.empty((*x.shape[:-1], n), dtype=torch.float32)
+    layer = _layer(x, weight, _rows(x.shape), operands)
+    _C.linear_apply(y.data_ptr(), 0 if bias is None else bias.data_ptr(), layer, torch.get_num_threads())
+    return y
+
+
+def linear_transpose(stream: Tensor, weight: Tensor, *, operands: torch.dtype) -> Tensor:
+    """stream w, the way back of the gradient.
+
+    Args:
+        stream: [..., N], float32
+        weight: [N, K]
+        operands: torch.float32 | torch.bfloat16
+    Returns:
+        [..., K], float32
+    Raises:
+        ShapeError, DTypeError, DeviceError, OptionError
+    """
+    weight = _weight(weight, operands)
+    n, k = weight.shape
+    stream = input_tensor("stream", stream, (*stream.shape[:-1], n), torch.float32)
+    if n == 0:
+        return torch.zeros((*stream.shape[:-1], k))
+    out = torch.empty((*stream.shape[:-1], k), dtype=torch.float32)
+    layer = _layer(None, weight, _rows(stream.shape), operands)
+    _C.linear_transpose(out.data_ptr(), stream.data_ptr(), layer, 1, torch.get_num_threads())
+    return out
+
+
+def share_out_product(
+    relevance: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    y: Tensor | None,
+    bias: Tensor | None,
+    *,
+    operands: torch.dtype,
+    alpha: float = 1.0,
+    stabiliser: Stabiliser,
+    tolerance: float,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Shares of the z⁺ rule, αR / stab(z⁺) with z⁺ = ½(x wᵀ + |x||w|ᵀ), without |x||w|ᵀ in memory.
+
+    Args:
+        relevance: [T, ..., N], float32
+        x: [..., K]
+        weight: [N, K]
+        y: x wᵀ + b of the same operands, float32; None forms x wᵀ beside |x||w|ᵀ, from one pass. [..., N]
+        bias: of y. [N] or None, float32
+        operands: torch.float32 | torch.bfloat16
+        alpha: factor of the shares
+        stabiliser: (kind, epsilon)
+        tolerance: a z⁺ within tolerance · |x||w|ᵀ of 0 counts as 0 and has share 0
+        out: tensor to write to, may be `relevance` itself. [T, ..., N]
+    Returns:
+        [T, ..., N], float32
+    Raises:
+        ShapeError, DTypeError, DeviceError, OptionError
+    Source: Chefer et al., CVPR 2021, section 3.
+    """
+    weight = _weight(weight, operands)
+    n, k = weight.shape
+    shape = (*x.shape[:-1], n)
+    x = _operand("x", x, (*x.shape[:-1], k))
+    targets = target_count("relevance", relevance, "..., N")
+    relevance = input_tensor("relevance", relevance, (targets, *shape), torch.float32)
+    y = None if y is None else input_tensor("y", y, shape, torch.float32)
+    bias = None if bias is None else input_tensor("bias", bias, (n,), torch.float32)
+    out = output_tensor("out", out, (targets, *shape), torch.float32)
+    if k == 0:
+        return out.zero_()
+    _C.linear_alpha_beta_share_out_product(
+        out.data_ptr(),
+        relevance.data_ptr(),
+        0 if y is None else y.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        _layer(x, weight, _rows(x.shape), operands),
+        targets,
+        alpha,
+        tolerance,
+        *stabiliser,
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def back_product(shares: Tensor, x: Tensor, weight: Tensor, *, operands: torch.dtype) -> Tensor:
+    """End of the z⁺ rule: ½(x ⊙ (s w) + |x| ⊙ (s |w|)), both products from one pass over s and w.
+
+    Args:
+        shares: s. [T, ..., N], float32
+        x: [..., K]
+        weight: [N, K]
+        operands: torch.float32 | torch.bfloat16
+    Returns:
+        [T, ..., K], float32
+    Raises:
+        ShapeError, DTypeError, DeviceError, OptionError
+    """
+    weight = _weight(weight, operands)
+    n, k = weight.shape
+    x = _operand("x", x, (*x.shape[:-1], k))
+    targets = target_count("shares", shares, "..., N")
+    shares = input_tensor("shares", shares, (targets, *x.shape[:-1], n), torch.float32)
+    if n == 0:
+        return torch.zeros((targets, *x.shape))
+    out = torch.empty((targets, *x.shape), dtype=torch.float32)
+    layer = _layer(x, weight, _rows(x.shape), operands)
+    _C.linear_alpha_beta_back_product(out.data_ptr(), shares.data_ptr(), layer, targets, torch.get_num_threads())
+    return out
