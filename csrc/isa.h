@@ -25,6 +25,19 @@
 #define RELPROP_X86 0
 #endif
 
+// Between PUSH and POP every function has that target, for bodies that name vector registers themselves.
+#define RELPROP_PRAGMA(text) _Pragma(#text)
+#if defined(__clang__)
+#define RELPROP_PUSH_TARGET(text) \
+  RELPROP_PRAGMA(clang attribute push(__attribute__((target(text))), apply_to = function))
+#define RELPROP_POP_TARGET RELPROP_PRAGMA(clang attribute pop)
+#else
+#define RELPROP_PUSH_TARGET(text) RELPROP_PRAGMA(GCC push_options) RELPROP_PRAGMA(GCC target(text))
+#define RELPROP_POP_TARGET RELPROP_PRAGMA(GCC pop_options)
+#endif
+#define RELPROP_PUSH_AVX2 RELPROP_PUSH_TARGET("avx2,fma")
+#define RELPROP_PUSH_AVX512 RELPROP_PUSH_TARGET("avx2,fma,avx512f,avx512dq,avx512bw,avx512vl")
+
 namespace relprop {
 
 enum class Isa : int { kBaseline = 0, kAvx2 = 1, kAvx512 = 2 };

@@ -6,6 +6,7 @@ history.
 """
 
 from relprop.native.add import add_normalised, fanout_epsilon
+from relprop.native.attention import attention_relevance
 from relprop.native.linear import select, share_out
 from relprop.native.matmul import attention_shares, rollout_matrix, share
 from relprop.native.module import _C, available, info
@@ -18,6 +19,7 @@ __all__ = [
     "_C",
     "Stabiliser",
     "add_normalised",
+    "attention_relevance",
     "attention_shares",
     "available",
     "back_product",

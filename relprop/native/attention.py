@@ -1,0 +1,203 @@
+"""Attention relevance in tiles: both streams and the walk through one layer, no tensor of queries times keys."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from relprop.errors import DeviceError, DTypeError, OptionError, ShapeError
+from relprop.native.module import _C
+from relprop.native.tensors import Stabiliser, check, dtype_of, text_of
+
+QK_RULES = {"half": 0, "positive": 1, "detached": 2}
+EDGES = {"gradient_x_relevance": 1, "gradient_x_attention": 2, "relevance": 3, "attention": 4}
+Wanted = tuple[bool, bool, bool]
+Parts = tuple[Tensor | None, Tensor | None, Tensor | None]
+_ALL: Wanted = (True, True, True)
+_NONE: Wanted = (False, False, False)
+
+
+@dataclass(frozen=True)
+class AttentionStreams:
+    """What leaves an attention layer; None where it was not wanted or nothing arrived.
+
+    Attributes:
+        gradients, relevances: of q, k and v. [T, B, H, Nq, d], [T, B, Hk, Nk, d], [T, B, Hk, Nk, dv]
+        row: the walked row. [T, B, Nk]
+    """
+
+    gradients: Parts
+    relevances: Parts
+    row: Tensor | None
+
+
+def _rows(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Checked, with a contiguous last axis; other strides stay as they are."""
+    check(name, tensor, shape, dtype)
+    if tensor.is_neg() or (tensor.stride(-1) != 1 and tensor.shape[-1] > 1):
+        return tensor.resolve_neg().contiguous()
+    return tensor
+
+
+def _mask(mask: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[str, Tensor]:
+    """The mask's name in the kernel and the mask expanded to [B, H, Nq, Nk]."""
+    if mask.dtype not in (torch.bool, dtype):
+        raise DTypeError(f"mask: expected torch.bool or {dtype} as the other tensors, got {mask.dtype}")
+    if not mask.is_cpu:
+        raise DeviceError(f"mask: expected a tensor on the cpu, got one on {mask.device}")
+    fits = mask.dim() <= 4 and all(m in (1, s) for m, s in zip(mask.shape[::-1], shape[::-1], strict=False))
+    if not fits:
+        raise ShapeError(f"mask: expected a shape that broadcasts to {text_of(shape)}, got {text_of(mask.shape)}")
+    if mask.shape[-1:] != shape[-1:]:
+        mask = mask.expand(*mask.shape[:-1], shape[-1])
+    if mask.is_neg() or mask.stride(-1) != 1:
+        mask = mask.resolve_neg().contiguous()
+    if mask.dtype == torch.bool:
+        return "seen", mask.view(torch.uint8).expand(shape)
+    return "bias", mask.expand(shape)
+
+
+def _check_rank(name: str, tensor: Tensor, rank: int, axes: str) -> None:
+    if tensor.dim() != rank:
+        raise ShapeError(f"{name}: expected shape [{axes}], got {text_of(tensor.shape)}")
+
+
+def attention_relevance(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    output: Tensor | None = None,
+    exact_output: bool = True,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    gradient: Tensor | None = None,
+    relevance: Tensor | None = None,
+    gradients_wanted: Wanted = _ALL,
+    relevances_wanted: Wanted = _ALL,
+    qk: str = "half",
+    qk_stabiliser: Stabiliser = (0, 0.0),
+    av_stabiliser: Stabiliser = (0, 0.0),
+    edge: str | None = None,
+    row: Tensor | None = None,
+) -> AttentionStreams:
+    """Gradient and relevance through O = A v, A = softmax(scale q kᵀ + mask), and row E, in memory linear in N.
+
+    With s = R_O / stab(O): R_A = ½ A ⊙ (s vᵀ), R_v = ½ v ⊙ (Aᵀ s), s' = R_A / stab(q kᵀ), R_q = ½ q ⊙ (s' k),
+    R_k = ½ k ⊙ (s'ᵀ q); E is the mean over heads of the edge's positive part. q, k, v and the streams are read through
+    their strides, and not copied where their last axis is contiguous.
+
+    Args:
+        q: [B, H, Nq, d], float32 | float64
+        k: H is a multiple of Hk, whose heads are shared in order. [B, Hk, Nk, d]
+        v: [B, Hk, Nk, dv]
+        scale: of the products in the softmax
+        output: O, needed with `relevance` and with `exact_output`. [B, H, Nq, dv]
+        exact_output: whether O has the precision of its dtype; where it was rounded to less, the gradient's own O is
+            computed anew
+        mask: True where a key is seen, or a summand of the logits. broadcastable to [B, H, Nq, Nk], bool | as q
+        causal: query i sees the keys up to i
+        gradient, relevance: the streams at O. [T, B, H, Nq, dv]
+        gradients_wanted, relevances_wanted: of q, k and v
+        qk: "half", "positive" (z⁺ shares of q kᵀ, 0 where z⁺ is 0) or "detached" (R_v is v ⊙ (Aᵀ s), nothing for q, k)
+        qk_stabiliser, av_stabiliser: (kind, epsilon), kind `SIGNED` or `REFERENCE`
+        edge: a name of `EDGES`; None for no walk
+        row: the row to multiply with E; its T may be 1. [T, B, Nq]
+    Returns:
+        the streams at q, k and v, and the row. Same bits for any number of threads.
+    Conservation:
+        a query that sees no key absorbs what arrives there
+    Raises:
+        ShapeError, DTypeError, DeviceError, OptionError
+    Source: Chefer et al., CVPR 2021, section 3; tiles as in FlashAttention (Dao et al., NeurIPS 2022).
+    """
+    dtype, itemsize = dtype_of("q", q)
+    if qk not in QK_RULES:
+        raise OptionError(f"qk: expected one of {', '.join(QK_RULES)}, got {qk!r}")
+    if qk == "detached":
+        relevances_wanted = (False, False, relevances_wanted[2])
+    if relevance is not None and output is None:
+        raise OptionError("output: expected a tensor, which the relevance stream needs, got None")
+    ready, sizes = _layer(q, k, v, output, mask, dtype)
+    targets = next((s.shape[0] for s in (gradient, relevance) if s is not None and s.dim()), 0)
+    streams = {"gradient": (gradient, gradients_wanted), "relevance": (relevance, relevances_wanted)}
+    made: dict[str, Parts] = {}
+    results: dict[str, Tensor] = {}
+    for name, (stream, wanted) in streams.items():
+        made[name] = (None, None, None)
+        if stream is not None:
+            _check_rank(name, stream, 5, "T, B, H, Nq, dv")
+            ready[name] = _rows(name, stream, (targets, *sizes[:2], sizes[3], sizes[6]), dtype)
+            made[name] = _outputs(q, k, v, targets, wanted)
+        results |= {f"{name}_{part}": t for part, t in zip("qkv", made[name], strict=True) if t is not None}
+    walked = None
+    if edge is not None:
+        ready["row"] = _row(edge, row, targets, (sizes[0], sizes[3]), dtype)
+        walked = results["row_out"] = q.new_empty(len(ready["row"]), sizes[0], sizes[4])
+    streamless = gradient is None and relevance is None
+    if 0 in (sizes[0], sizes[3], sizes[4]) or (targets == 0 and not streamless):
+        for tensor in results.values():
+            tensor.zero_()
+        return AttentionStreams(made["gradient"], made["relevance"], walked)
+    _C.attention_relevance(
+        itemsize,
+        (targets, *sizes, 0 if walked is None else len(walked)),
+        {name: (tensor.data_ptr(), tensor.stride()[:-1]) for name, tensor in (ready | results).items()},
+        scale,
+        causal,
+        exact_output and output is not None,
+        QK_RULES[qk],
+        0 if edge is None else EDGES[edge],
+        *qk_stabiliser,
+        *av_stabiliser,
+        torch.get_num_threads(),
+    )
+    return AttentionStreams(made["gradient"], made["relevance"], walked)
+
+
+def _layer(
+    q: Tensor, k: Tensor, v: Tensor, output: Tensor | None, mask: Tensor | None, dtype: torch.dtype
+) -> tuple[dict[str, Tensor], tuple[int, ...]]:
+    """The layer's tensors as the kernel reads them, and the sizes B, H, Hk, Nq, Nk, d, dv."""
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        _check_rank(name, tensor, 4, "B, H, N, d")
+    batch, heads, queries, width = q.shape
+    key_heads, keys, value_width = k.shape[1], k.shape[2], v.shape[3]
+    if key_heads == 0 or heads % key_heads:
+        raise ShapeError(f"k: expected a number of heads that divides {heads}, got {key_heads}")
+    ready = {
+        "q": _rows("q", q, (batch, heads, queries, width), dtype),
+        "k": _rows("k", k, (batch, key_heads, keys, width), dtype),
+        "v": _rows("v", v, (batch, key_heads, keys, value_width), dtype),
+    }
+    if output is not None:
+        ready["output"] = _rows("output", output, (batch, heads, queries, value_width), dtype)
+    if mask is not None:
+        name, expanded = _mask(mask, (batch, heads, queries, keys), dtype)
+        ready[name] = expanded
+    return ready, (batch, heads, key_heads, queries, keys, width, value_width)
+
+
+def _row(edge: str, row: Tensor | None, targets: int, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """The row with a leading axis of as many targets as the edge has. [T, B, Nq]"""
+    if edge not in EDGES:
+        raise OptionError(f"edge: expected one of {', '.join(EDGES)}, got {edge!r}")
+    if row is None:
+        raise OptionError(f"row: expected a tensor, which the edge {edge!r} needs, got None")
+    _check_rank("row", row, 3, "T, B, Nq")
+    shared = edge == "attention" or row.shape[0] == 1
+    row = _rows("row", row, (row.shape[0] if shared else targets, *shape), dtype)
+    return row if edge == "attention" else row.expand(targets, -1, -1)
+
+
+def _outputs(q: Tensor, k: Tensor, v: Tensor, targets: int, wanted: Wanted) -> Parts:
+    """New tensors [T, B, H, N, width], laid out token by token as projections have their heads."""
+    parts = []
+    for like, want in zip((q, k, v), wanted, strict=True):
+        batch, heads, rows, width = like.shape
+        shape = (targets, batch, rows, heads, width)
+        parts.append(torch.empty(shape, dtype=q.dtype).transpose(2, 3) if want else None)
+    return (parts[0], parts[1], parts[2])
