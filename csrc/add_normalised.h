@@ -8,6 +8,7 @@
 
 #include <cstdint>
 
+#include "dtype.h"
 #include "stabiliser.h"
 
 namespace relprop {
@@ -15,11 +16,11 @@ namespace relprop {
 // Sums are taken in float64 over pieces of fixed length and added in a fixed order: the same bits for any number of
 // threads, any instruction set and any batch around a sample.
 template <typename T>
-void add_normalised(T* relevance_a,      // [targets, batch, size]; may be `relevance` itself
-                    T* relevance_b,      // [targets, batch, size]; may be `relevance` itself, not `relevance_a`
-                    const T* relevance,  // [targets, batch, size]
-                    const T* a,          // [batch, size]
-                    const T* b,          // [b_batch, size]
+void add_normalised(Result<T> relevance_a,  // [targets, batch, size]; may be `relevance` itself
+                    Result<T> relevance_b,  // [targets, batch, size]; may be `relevance` itself, not `relevance_a`
+                    Operand<T> relevance,   // [targets, batch, size]
+                    Operand<T> a,           // [batch, size]
+                    Operand<T> b,           // [b_batch, size]
                     int64_t targets, int64_t batch, int64_t b_batch,  // b_batch is batch or 1 (the same b for each)
                     int64_t size, Stabiliser stabiliser, int threads);
 

@@ -25,32 +25,44 @@ RELPROP_INLINE double sum_of_lanes(double* lanes) {
   return lanes[0];
 }
 
+// Both summands of a piece and their stabilised sum.
+template <typename T>
+struct Piece {
+  int64_t count;
+  const T *a, *b;
+  T a_block[kPiece], b_block[kPiece], denominator[kPiece];
+};
+
 template <typename T, StabiliserKind kind>
 struct Add {
-  T *relevance_a, *relevance_b;
-  const T *relevance, *a, *b;
+  Result<T> relevance_a, relevance_b;
+  Operand<T> relevance, a, b;
   int64_t targets, batch, b_stride, size, pieces;
   double epsilon;
   Sums* sums;  // [batch, pieces, targets]
 
-  RELPROP_INLINE int64_t denominators(T* denominator, int64_t sample, int64_t begin) const {
+  RELPROP_INLINE void read(Piece<T>& piece, int64_t sample, int64_t begin) const {
     const int64_t count = std::min(kPiece, size - begin);
-    const T* a_at = a + sample * size + begin;
-    const T* b_at = b + sample * b_stride + begin;
+    const T* a_at = a.read(sample * size + begin, count, piece.a_block);
+    const T* b_at = b.read(sample * b_stride + begin, count, piece.b_block);
     const T eps = static_cast<T>(epsilon);
+    T* denominator = piece.denominator;
     RELPROP_VECTORISE
     for (int64_t i = 0; i < count; ++i) denominator[i] = stabilised<kind>(a_at[i] + b_at[i], eps);
-    return count;
+    piece.count = count;
+    piece.a = a_at;
+    piece.b = b_at;
   }
 
-  RELPROP_INLINE void sum_piece(int64_t sample, int64_t piece) const {
-    T denominator[kPiece];
-    const int64_t begin = piece * kPiece;
-    const int64_t count = denominators(denominator, sample, begin);
-    const T* a_at = a + sample * size + begin;
-    const T* b_at = b + sample * b_stride + begin;
+  RELPROP_INLINE void sum_piece(int64_t sample, int64_t index) const {
+    Piece<T> piece;
+    T r_block[kPiece];
+    const int64_t begin = index * kPiece;
+    read(piece, sample, begin);
+    const int64_t count = piece.count;
+    const T *a_at = piece.a, *b_at = piece.b, *denominator = piece.denominator;
     for (int64_t t = 0; t < targets; ++t) {
-      const T* r = relevance + (t * batch + sample) * size + begin;
+      const T* r = relevance.read((t * batch + sample) * size + begin, count, r_block);
       double sum_a[kLanes] = {}, sum_b[kLanes] = {}, sum_r[kLanes] = {};
       int64_t i = 0;
       for (; i + kLanes <= count; i += kLanes) {
@@ -67,7 +79,7 @@ struct Add {
         sum_b[lane] += static_cast<double>(b_at[i] * share);
         sum_r[lane] += static_cast<double>(r[i]);
       }
-      sums[(sample * pieces + piece) * targets + t] = {sum_of_lanes(sum_a), sum_of_lanes(sum_b), sum_of_lanes(sum_r)};
+      sums[(sample * pieces + index) * targets + t] = {sum_of_lanes(sum_a), sum_of_lanes(sum_b), sum_of_lanes(sum_r)};
     }
   }
 
@@ -90,17 +102,18 @@ struct Add {
     return static_cast<T>(wanted / stabilised<kind>(branch, epsilon));
   }
 
-  RELPROP_INLINE void scale_piece(int64_t sample, int64_t piece) const {
-    T denominator[kPiece];
-    const int64_t begin = piece * kPiece;
-    const int64_t count = denominators(denominator, sample, begin);
-    const T* a_at = a + sample * size + begin;
-    const T* b_at = b + sample * b_stride + begin;
+  RELPROP_INLINE void scale_piece(int64_t sample, int64_t index) const {
+    Piece<T> piece;
+    T r_block[kPiece], out_block[kPiece], other_block[kPiece];
+    const int64_t begin = index * kPiece;
+    read(piece, sample, begin);
+    const int64_t count = piece.count;
+    const T *a_at = piece.a, *b_at = piece.b, *denominator = piece.denominator;
     for (int64_t t = 0; t < targets; ++t) {
       const int64_t offset = (t * batch + sample) * size + begin;
-      const T* r = relevance + offset;
-      T* out_a = relevance_a + offset;
-      T* out_b = relevance_b + offset;
+      const T* r = relevance.read(offset, count, r_block);
+      T* out_a = relevance_a.place(offset, out_block);
+      T* out_b = relevance_b.place(offset, other_block);
       const Sums& sum = sums[sample * pieces * targets + t];
       const T factor_a = factor(sum.a, sum);
       const T factor_b = factor(sum.b, sum);
@@ -111,6 +124,8 @@ struct Add {
         out_a[i] = a_at[i] * share * factor_a;
         out_b[i] = b_at[i] * share * factor_b;
       }
+      relevance_a.write(offset, count, out_a);
+      relevance_b.write(offset, count, out_b);
     }
   }
 };
@@ -146,8 +161,8 @@ struct WholeSamples {
 }  // namespace
 
 template <typename T>
-void add_normalised(T* relevance_a, T* relevance_b, const T* relevance, const T* a, const T* b, int64_t targets,
-                    int64_t batch, int64_t b_batch, int64_t size, Stabiliser stabiliser, int threads) {
+void add_normalised(Result<T> relevance_a, Result<T> relevance_b, Operand<T> relevance, Operand<T> a, Operand<T> b,
+                    int64_t targets, int64_t batch, int64_t b_batch, int64_t size, Stabiliser stabiliser, int threads) {
   const int64_t pieces = (size + kPiece - 1) / kPiece;
   std::vector<Sums> sums(static_cast<size_t>(batch * pieces * targets));
   const int64_t b_stride = b_batch == 1 ? 0 : size;
@@ -167,9 +182,9 @@ void add_normalised(T* relevance_a, T* relevance_b, const T* relevance, const T*
   });
 }
 
-template void add_normalised<float>(float*, float*, const float*, const float*, const float*, int64_t, int64_t, int64_t,
-                                    int64_t, Stabiliser, int);
-template void add_normalised<double>(double*, double*, const double*, const double*, const double*, int64_t, int64_t,
-                                     int64_t, int64_t, Stabiliser, int);
+template void add_normalised<float>(Result<float>, Result<float>, Operand<float>, Operand<float>, Operand<float>,
+                                    int64_t, int64_t, int64_t, int64_t, Stabiliser, int);
+template void add_normalised<double>(Result<double>, Result<double>, Operand<double>, Operand<double>, Operand<double>,
+                                     int64_t, int64_t, int64_t, int64_t, Stabiliser, int);
 
 }  // namespace relprop

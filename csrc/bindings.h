@@ -10,8 +10,10 @@
 #include <initializer_list>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
+#include "dtype.h"
 #include "stabiliser.h"
 
 namespace relprop {
@@ -59,9 +61,15 @@ inline int64_t checked_product(std::initializer_list<Size> sizes) {
   return product;
 }
 
+// A tensor as Python hands it over: its address and dtype code (DType); the address 0 for none.
+using TensorArgument = std::pair<Pointer, int>;
+
 struct Argument {
   const char* name;
   Pointer value;
+
+  Argument(const char* name, Pointer value) : name(name), value(value) {}
+  Argument(const char* name, const TensorArgument& tensor) : name(name), value(tensor.first) {}
 };
 
 inline void check_pointers(std::initializer_list<Argument> arguments) {
@@ -102,6 +110,42 @@ void with_type(int itemsize, Function&& function) {
     default:
       throw std::invalid_argument("itemsize: expected 4 (float32) or 8 (float64), got " + std::to_string(itemsize));
   }
+}
+
+inline DType checked_dtype(const char* name, int code) {
+  if (code < 0 || code > 3) {
+    throw std::invalid_argument(std::string(name) +
+                                ": expected the dtype 0 (float32), 1 (bfloat16), 2 (float16) or 3 (float64), got " +
+                                std::to_string(code));
+  }
+  return static_cast<DType>(code);
+}
+
+// Calls function(T()) with what a kernel computes in: double where the stream is float64, else float.
+template <class Function>
+void with_stream_type(const char* name, const TensorArgument& stream, Function&& function) {
+  if (checked_dtype(name, stream.second) == DType::kFloat64) return function(double());
+  return function(float());
+}
+
+template <typename T>
+Operand<T> operand(const char* name, const TensorArgument& tensor) {
+  const DType dtype = checked_dtype(name, tensor.second);
+  const DType other = sizeof(T) == 8 ? DType::kFloat32 : DType::kFloat64;
+  if (tensor.first != 0 && dtype == other) {
+    throw std::invalid_argument(std::string(name) + ": expected the stream's dtype or a half precision, got " +
+                                (sizeof(T) == 8 ? "float32 with float64" : "float64 with float32"));
+  }
+  return {reinterpret_cast<const void*>(tensor.first), dtype};
+}
+
+template <typename T>
+Result<T> result(const char* name, const TensorArgument& tensor) {
+  const DType dtype = operand<T>(name, tensor).dtype;
+  if (tensor.first != 0 && sizeof(T) == 8 && dtype != DType::kFloat64) {
+    throw std::invalid_argument(std::string(name) + ": expected float64 as the stream, got a half precision");
+  }
+  return {reinterpret_cast<void*>(tensor.first), dtype};
 }
 
 }  // namespace relprop

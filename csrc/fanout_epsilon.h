@@ -4,14 +4,15 @@
 
 #include <cstdint>
 
+#include "dtype.h"
 #include "stabiliser.h"
 
 namespace relprop {
 
 template <typename T>
-void fanout_epsilon(T* out,                      // [targets, size]; may be one of the relevances itself
-                    const T* const* relevances,  // [count] pointers, each to [targets, size]
-                    const T* x,                  // [size]
+void fanout_epsilon(Result<T> out,                 // [targets, size]; may be one of the relevances itself
+                    const Operand<T>* relevances,  // [count] of them, each [targets, size]
+                    Operand<T> x,                  // [size]
                     int64_t count, int64_t targets, int64_t size, Stabiliser stabiliser, int threads);
 
 }  // namespace relprop

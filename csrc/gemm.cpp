@@ -29,22 +29,22 @@ struct Buffer {
   }
 };
 
-template <Operands operands, Scalar scalar>
+template <Operands operands, DType dtype>
 RELPROP_INLINE void pack_row(char* out, const void* row, int64_t count, uint32_t mask) {
   if constexpr (operands == Operands::kFloat32) {
     float* to = reinterpret_cast<float*>(out);
     RELPROP_VECTORISE
-    for (int64_t i = 0; i < count; ++i) to[i] = float_of(bits_of(element<scalar>(row, i)) & mask);
+    for (int64_t i = 0; i < count; ++i) to[i] = bits_of<float>(bits_of<uint32_t>(element<dtype>(row, i)) & mask);
   } else {
     uint16_t* to = reinterpret_cast<uint16_t*>(out);
     const uint16_t mask16 = static_cast<uint16_t>(mask >> 16);
     RELPROP_VECTORISE
-    for (int64_t i = 0; i < count; ++i) to[i] = bfloat16_of(element<scalar>(row, i)) & mask16;
+    for (int64_t i = 0; i < count; ++i) to[i] = BFloat16::narrow(element<dtype>(row, i)) & mask16;
     if (count % 2 != 0) to[count] = 0;
   }
 }
 
-template <Operands operands, Scalar scalar>
+template <Operands operands, DType dtype>
 struct RowPacker {
   char* packed;
   const Matrix& a;
@@ -54,10 +54,10 @@ struct RowPacker {
   RELPROP_INLINE void operator()(int64_t begin, int64_t end) const {
     constexpr int64_t kDepth = kChunkBytes / (operands == Operands::kFloat32 ? 4 : 2);
     for (int64_t row = begin; row < end; ++row) {
-      const void* from = offset<scalar>(a.data, (first + row) * a.row);
+      const void* from = offset<dtype>(a.data, (first + row) * a.row);
       for (int64_t k = 0; k < depth; k += kDepth) {
         char* to = packed + ((k / kDepth) * rows + row) * kRowBytes;
-        pack_row<operands, scalar>(to, offset<scalar>(from, k), std::min(kDepth, depth - k), mask);
+        pack_row<operands, dtype>(to, offset<dtype>(from, k), std::min(kDepth, depth - k), mask);
       }
     }
   }
@@ -103,7 +103,7 @@ RELPROP_TARGET_AVX512 void transpose_16(uint32_t* to, const uint32_t (*block)[16
 #pragma GCC diagnostic pop
 #endif
 
-template <Operands operands, Scalar scalar>
+template <Operands operands, DType dtype>
 struct ColumnPacker {
   char* packed;
   const Matrix& b;
@@ -120,20 +120,20 @@ struct ColumnPacker {
     constexpr int kPerStep = operands == Operands::kFloat32 ? 1 : 2;
     for (int64_t k = 0; k < depth; k += kPerStep) {
       char* to = packed + (k / kPerStep) * kTileColumns * 4;
-      const void* row = offset<scalar>(b.data, k * b.row + column);
+      const void* row = offset<dtype>(b.data, k * b.row + column);
       if (columns < kTileColumns) std::memset(to, 0, kTileColumns * 4);
       if constexpr (kPerStep == 1) {
-        pack_row<operands, scalar>(to, row, columns, mask);
+        pack_row<operands, dtype>(to, row, columns, mask);
       } else {
         uint32_t* pairs = reinterpret_cast<uint32_t*>(to);
         const bool last = k + 1 == depth;
-        const void* next = last ? row : offset<scalar>(row, b.row);
+        const void* next = last ? row : offset<dtype>(row, b.row);
         const uint32_t next_mask = last ? 0u : mask & 0xffff0000u;
         const uint32_t low_mask = mask >> 16;
         RELPROP_VECTORISE
         for (int64_t i = 0; i < columns; ++i) {
-          const uint32_t low = bfloat16_of(element<scalar>(row, i)) & low_mask;
-          const uint32_t high = static_cast<uint32_t>(bfloat16_of(element<scalar>(next, i))) << 16;
+          const uint32_t low = BFloat16::narrow(element<dtype>(row, i)) & low_mask;
+          const uint32_t high = static_cast<uint32_t>(BFloat16::narrow(element<dtype>(next, i))) << 16;
           pairs[i] = low | (high & next_mask);
         }
       }
@@ -151,8 +151,8 @@ struct ColumnPacker {
       const int64_t k = step * kPerStep;
       const int64_t count = std::min(kSteps * kPerStep, depth - k);
       for (int64_t j = 0; j < columns; ++j) {
-        const void* from = offset<scalar>(b.data, k + (column + j) * b.column);
-        pack_row<operands, scalar>(reinterpret_cast<char*>(block[j]), from, count, mask);
+        const void* from = offset<dtype>(b.data, k + (column + j) * b.column);
+        pack_row<operands, dtype>(reinterpret_cast<char*>(block[j]), from, count, mask);
       }
       uint32_t* to = reinterpret_cast<uint32_t*>(packed) + step * kTileColumns;
       transpose_block(to, block, std::min(kSteps, steps - step));
@@ -173,15 +173,15 @@ struct ColumnPacker {
   }
 };
 
-template <template <Operands, Scalar> class Packer, class... Arguments>
-void pack(int64_t begin, int64_t end, Operands operands, Scalar scalar, const Arguments&... arguments) {
+template <template <Operands, DType> class Packer, class... Arguments>
+void pack(int64_t begin, int64_t end, Operands operands, DType dtype, const Arguments&... arguments) {
   auto with = [&](auto o, auto s) {
     const Packer<decltype(o)::value, decltype(s)::value> packer{arguments...};
     range_function<Packer<decltype(o)::value, decltype(s)::value>>()(&packer, begin, end);
   };
-  with_scalar(scalar, [&](auto s) {
+  with_stored(dtype, [&](auto s) {
     operands == Operands::kFloat32 ? with(std::integral_constant<Operands, Operands::kFloat32>(), s)
-                                   : with(std::integral_constant<Operands, Operands::kBfloat16>(), s);
+                                   : with(std::integral_constant<Operands, Operands::kBFloat16>(), s);
   });
 }
 
@@ -193,8 +193,8 @@ template <Operands operands, Kind kind, int rows>
 void micro_portable(float* tile, float* tile_abs, const char* a, const char* b, int64_t steps) {
   constexpr int kParts = operands == Operands::kFloat32 ? 1 : 2;
   auto part = [](uint32_t bits, int p) {
-    if constexpr (kParts == 1) return float_of(bits);
-    return float_of(p == 0 ? bits << 16 : bits & 0xffff0000u);
+    if constexpr (kParts == 1) return bits_of<float>(bits);
+    return bits_of<float>(p == 0 ? bits << 16 : bits & 0xffff0000u);
   };
   for (int64_t s = 0; s < steps; ++s) {
     const uint32_t* columns = reinterpret_cast<const uint32_t*>(b) + s * kTileColumns;
@@ -203,11 +203,12 @@ void micro_portable(float* tile, float* tile_abs, const char* a, const char* b, 
       std::memcpy(&bits, a + i * kRowBytes + s * 4, 4);
       for (int p = 0; p < kParts; ++p) {
         const float left = part(bits, p);
-        const float left_abs = kind == Kind::kDualAbs ? float_of(bits_of(left) & kNoSign) : left;
+        const float left_abs = kind == Kind::kDualAbs ? bits_of<float>(bits_of<uint32_t>(left) & kNoSign) : left;
         for (int j = 0; j < kTileColumns; ++j) {
           const float right = part(columns[j], p);
           tile[i * kTileColumns + j] += left * right;
-          if (kind != Kind::kSingle) tile_abs[i * kTileColumns + j] += left_abs * float_of(bits_of(right) & kNoSign);
+          if (kind != Kind::kSingle)
+            tile_abs[i * kTileColumns + j] += left_abs * bits_of<float>(bits_of<uint32_t>(right) & kNoSign);
         }
       }
     }
@@ -363,21 +364,21 @@ GemmKernels gemm_kernels(Operands operands, Kind kind) {
     }
   };
   return operands == Operands::kFloat32 ? with(std::integral_constant<Operands, Operands::kFloat32>())
-                                        : with(std::integral_constant<Operands, Operands::kBfloat16>());
+                                        : with(std::integral_constant<Operands, Operands::kBFloat16>());
 }
 
 void pack_rows(char* packed, const Matrix& a, int64_t first, int64_t rows, int64_t begin, int64_t end, int64_t depth,
                Operands operands, bool abs) {
-  pack<RowPacker>(begin, end, operands, a.scalar, packed, a, first, rows, depth, abs ? kNoSign : kAll);
+  pack<RowPacker>(begin, end, operands, a.dtype, packed, a, first, rows, depth, abs ? kNoSign : kAll);
 }
 
 void pack_columns(char* packed, const Matrix& b, int64_t column, int64_t n, int64_t depth, Operands operands,
                   bool abs) {
-  pack<ColumnPacker>(0, 1, operands, b.scalar, packed, b, column, n, depth, abs ? kNoSign : kAll);
+  pack<ColumnPacker>(0, 1, operands, b.dtype, packed, b, column, n, depth, abs ? kNoSign : kAll);
 }
 
 void prefetch_columns(const Matrix& b, int64_t column, int64_t n, int64_t depth, int64_t part, int64_t parts) {
-  const int64_t size = b.scalar == Scalar::kFloat32 ? 4 : 2;
+  const int64_t size = b.dtype == DType::kFloat32 ? 4 : 2;
   const int64_t columns = std::min<int64_t>(kTileColumns, n - column);
   if (columns <= 0) return;
   const bool along_rows = b.column == 1;

@@ -11,22 +11,24 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
+#include "dtype.h"
+#include "half.h"
 #include "isa.h"
 #include "parallel.h"
-#include "scalar.h"
 
 namespace relprop {
 
 // A matrix in memory: element (i, j) is at i * row + j * column elements; one of the two strides is 1.
 struct Matrix {
   const void* data;
-  Scalar scalar;
+  DType dtype;
   int64_t row, column;  // strides, in elements
 };
 
 // What the products are made of: float32, or bfloat16 operands (rounded to nearest even while packed).
-enum class Operands : int { kFloat32 = 0, kBfloat16 = 1 };
+enum class Operands : int { kFloat32 = 0, kBFloat16 = 1 };
 
 // Whether this CPU has a micro-kernel for these operands that is worth calling (AVX-512, AVX512-BF16).
 bool gemm_fast(Operands operands);
@@ -65,6 +67,33 @@ void prefetch_columns(const Matrix& b, int64_t column, int64_t n, int64_t depth,
 // Buffers that only grow and live as long as their thread: for one piece of work, and for all pieces of a call.
 char* thread_buffer(int64_t bytes);
 char* shared_buffer(int64_t bytes);
+
+// Element `i` of a run of elements, as float.
+template <DType dtype>
+RELPROP_INLINE float element(const void* data, int64_t i) {
+  if constexpr (dtype == DType::kFloat32) return static_cast<const float*>(data)[i];
+  const uint16_t bits = static_cast<const uint16_t*>(data)[i];
+  if constexpr (dtype == DType::kBFloat16) return BFloat16::widen(bits);
+  return Float16::widen(bits);
+}
+
+template <DType dtype>
+RELPROP_INLINE const void* offset(const void* data, int64_t elements) {
+  return static_cast<const char*>(data) + elements * (dtype == DType::kFloat32 ? 4 : 2);
+}
+
+// Calls function(std::integral_constant<DType, dtype>()), so that loops are compiled for one of the three.
+template <class Function>
+void with_stored(DType dtype, Function&& function) {
+  switch (dtype) {
+    case DType::kBFloat16:
+      return function(std::integral_constant<DType, DType::kBFloat16>());
+    case DType::kFloat16:
+      return function(std::integral_constant<DType, DType::kFloat16>());
+    default:
+      return function(std::integral_constant<DType, DType::kFloat32>());
+  }
+}
 
 struct Sizes {
   int64_t m, n, depth;

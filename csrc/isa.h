@@ -10,6 +10,8 @@
 // there.
 #define RELPROP_INLINE inline __attribute__((always_inline))
 
+#define RELPROP_INLINE_LAMBDA __attribute__((always_inline))
+
 // "Iterations are independent": outputs may be the very same array as an input (in place), never a shifted one.
 #if defined(__clang__)
 #define RELPROP_VECTORISE _Pragma("clang loop vectorize(assume_safety)")

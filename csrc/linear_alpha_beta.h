@@ -10,28 +10,29 @@
 
 #include <cstdint>
 
+#include "dtype.h"
 #include "stabiliser.h"
 
 namespace relprop {
 
 // The shares p1, p2. A z+ or -z- that is not above tolerance * absz is rounding noise and counts as 0: its share is 0.
-// With beta = 0, p1 = p2: only p1 is written and p2 may be null.
+// With beta = 0, p1 = p2: only p1 is written.
 template <typename T>
-void linear_alpha_beta_share_out(T* p1,               // [targets, rows, n]; may be `relevance` itself
-                                 T* p2,               // [targets, rows, n] or null; may be `relevance` itself
-                                 const T* relevance,  // [targets, rows, n]
-                                 const T* y,          // [rows, n], with the bias
-                                 const T* bias,       // [n] or null
-                                 const T* absz,       // [rows, n], without the bias
+void linear_alpha_beta_share_out(Result<T> p1,          // [targets, rows, n]; may be `relevance` itself
+                                 Result<T> p2,          // [targets, rows, n], unused with beta = 0; as p1
+                                 Operand<T> relevance,  // [targets, rows, n]
+                                 Operand<T> y,          // [rows, n], with the bias
+                                 Operand<T> bias,       // [n] or null
+                                 Operand<T> absz,       // [rows, n], without the bias
                                  int64_t targets, int64_t rows, int64_t n, double alpha, double beta, double tolerance,
                                  Stabiliser stabiliser, int threads);
 
 // out = (x c1 + |x| c2) / 2, with c1 = p1 w and c2 = p2 |w|.
 template <typename T>
-void linear_alpha_beta_select(T* out,       // [targets, size]; may be `c1` or `c2` itself
-                              const T* x,   // [size], size = rows * k
-                              const T* c1,  // [targets, size]
-                              const T* c2,  // [targets, size]
+void linear_alpha_beta_select(Result<T> out,  // [targets, size]; may be `c1` or `c2` itself
+                              Operand<T> x,   // [size], size = rows * k
+                              Operand<T> c1,  // [targets, size]
+                              Operand<T> c2,  // [targets, size]
                               int64_t targets, int64_t size, int threads);
 
 }  // namespace relprop

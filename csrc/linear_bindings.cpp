@@ -4,39 +4,41 @@
 namespace relprop {
 namespace {
 
-void bind_share_out(int itemsize, Pointer p1, Pointer p2, Pointer relevance, Pointer y, Pointer bias, Pointer absz,
-                    int64_t targets, int64_t rows, int64_t n, double alpha, double beta, double tolerance, int kind,
-                    double epsilon, int threads) {
+void bind_share_out(TensorArgument p1, TensorArgument p2, TensorArgument relevance, TensorArgument y,
+                    TensorArgument bias, TensorArgument absz, int64_t targets, int64_t rows, int64_t n, double alpha,
+                    double beta, double tolerance, int kind, double epsilon, int threads) {
   const Stabiliser stabiliser = checked_stabiliser(kind, epsilon);
   check_threads(threads);
   if (checked_product({{"targets", targets}, {"rows", rows}, {"n", n}}) == 0) return;
   check_pointers({{"p1", p1}, {"relevance", relevance}, {"y", y}, {"absz", absz}});
   if (beta != 0.0) check_pointers({{"p2", p2}});
-  with_type(itemsize, [&](auto zero) {
+  with_stream_type("relevance", relevance, [&](auto zero) {
     using T = decltype(zero);
-    linear_alpha_beta_share_out(as<T>(p1), as<T>(p2), as<const T>(relevance), as<const T>(y), as<const T>(bias),
-                                as<const T>(absz), targets, rows, n, alpha, beta, tolerance, stabiliser, threads);
+    linear_alpha_beta_share_out(result<T>("p1", p1), result<T>("p2", p2), operand<T>("relevance", relevance),
+                                operand<T>("y", y), operand<T>("bias", bias), operand<T>("absz", absz), targets, rows,
+                                n, alpha, beta, tolerance, stabiliser, threads);
   });
 }
 
-void bind_select(int itemsize, Pointer out, Pointer x, Pointer c1, Pointer c2, int64_t targets, int64_t size,
-                 int threads) {
+void bind_select(TensorArgument out, TensorArgument x, TensorArgument c1, TensorArgument c2, int64_t targets,
+                 int64_t size, int threads) {
   check_threads(threads);
   if (checked_product({{"targets", targets}, {"size", size}}) == 0) return;
   check_pointers({{"out", out}, {"x", x}, {"c1", c1}, {"c2", c2}});
-  with_type(itemsize, [&](auto zero) {
+  with_stream_type("c1", c1, [&](auto zero) {
     using T = decltype(zero);
-    linear_alpha_beta_select(as<T>(out), as<const T>(x), as<const T>(c1), as<const T>(c2), targets, size, threads);
+    linear_alpha_beta_select(result<T>("out", out), operand<T>("x", x), operand<T>("c1", c1), operand<T>("c2", c2),
+                             targets, size, threads);
   });
 }
 
 const Bindings bindings([](py::module_& module) {
-  module.def("linear_alpha_beta_share_out", &bind_share_out, release_gil(), py::arg("itemsize"), py::arg("p1"),
-             py::arg("p2"), py::arg("relevance"), py::arg("y"), py::arg("bias"), py::arg("absz"), py::arg("targets"),
-             py::arg("rows"), py::arg("n"), py::arg("alpha"), py::arg("beta"), py::arg("tolerance"),
-             py::arg("stabiliser_kind"), py::arg("epsilon"), py::arg("threads"));
-  module.def("linear_alpha_beta_select", &bind_select, release_gil(), py::arg("itemsize"), py::arg("out"), py::arg("x"),
-             py::arg("c1"), py::arg("c2"), py::arg("targets"), py::arg("size"), py::arg("threads"));
+  module.def("linear_alpha_beta_share_out", &bind_share_out, release_gil(), py::arg("p1"), py::arg("p2"),
+             py::arg("relevance"), py::arg("y"), py::arg("bias"), py::arg("absz"), py::arg("targets"), py::arg("rows"),
+             py::arg("n"), py::arg("alpha"), py::arg("beta"), py::arg("tolerance"), py::arg("stabiliser_kind"),
+             py::arg("epsilon"), py::arg("threads"));
+  module.def("linear_alpha_beta_select", &bind_select, release_gil(), py::arg("out"), py::arg("x"), py::arg("c1"),
+             py::arg("c2"), py::arg("targets"), py::arg("size"), py::arg("threads"));
 });
 
 }  // namespace

@@ -4,16 +4,16 @@
 namespace relprop {
 namespace {
 
-Matrix matrix(const char* name, Pointer data, int scalar, int64_t row, int64_t column) {
-  if (scalar < 0 || scalar > 2) {
-    throw std::invalid_argument(std::string(name) + ": expected scalar 0, 1 or 2, got " + std::to_string(scalar));
+Matrix matrix(const char* name, Pointer data, int dtype, int64_t row, int64_t column) {
+  if (dtype < 0 || dtype > 2) {
+    throw std::invalid_argument(std::string(name) + ": expected dtype 0, 1 or 2, got " + std::to_string(dtype));
   }
   if (row != 1 && column != 1) {
     throw std::invalid_argument(std::string(name) + ": expected rows or columns next to each other, got strides " +
                                 std::to_string(row) + ", " + std::to_string(column));
   }
   check_pointers({{name, data}});
-  return {as<const void>(data), static_cast<Scalar>(scalar), row, column};
+  return {as<const void>(data), static_cast<DType>(dtype), row, column};
 }
 
 Operands checked_operands(int operands) {
@@ -23,7 +23,7 @@ Operands checked_operands(int operands) {
   return static_cast<Operands>(operands);
 }
 
-// x: (pointer, scalar); w: (pointer, scalar, row stride, column stride).
+// x: (pointer, dtype); w: (pointer, dtype, row stride, column stride).
 struct PythonLinear {
   std::pair<Pointer, int> x;
   std::tuple<Pointer, int, int64_t, int64_t> w;
@@ -38,8 +38,8 @@ std::pair<Linear, bool> checked(const PythonLinear& given, int64_t targets, int 
   const bool some = checked_product({{"targets", targets}, {"rows", given.rows}, {"n", given.n}}) != 0 &&
                     checked_product({{"n", given.n}, {"k", given.k}}) != 0;
   if (!some) return {layer, false};
-  const auto& [w, scalar, row, column] = given.w;
-  layer.w = matrix("w", w, scalar, row, column);
+  const auto& [w, dtype, row, column] = given.w;
+  layer.w = matrix("w", w, dtype, row, column);
   if (given.x.first != 0) layer.x = matrix("x", given.x.first, given.x.second, given.k, 1);
   return {layer, true};
 }

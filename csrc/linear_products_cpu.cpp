@@ -5,9 +5,9 @@
 namespace relprop {
 namespace {
 
-Matrix stream(const float* data, int64_t columns) { return {data, Scalar::kFloat32, columns, 1}; }
+Matrix stream(const float* data, int64_t columns) { return {data, DType::kFloat32, columns, 1}; }
 
-Matrix transposed(const Matrix& matrix) { return {matrix.data, matrix.scalar, matrix.column, matrix.row}; }
+Matrix transposed(const Matrix& matrix) { return {matrix.data, matrix.dtype, matrix.column, matrix.row}; }
 
 struct Store {
   float* out;
@@ -62,7 +62,7 @@ struct Share {
   }
 };
 
-template <Scalar scalar>
+template <DType dtype>
 struct Select {
   float* out;
   Matrix x;
@@ -77,7 +77,7 @@ struct Select {
       const float* c2 = tile_abs + i * kTileColumns;
       RELPROP_VECTORISE
       for (int64_t j = 0; j < columns; ++j) {
-        const float value = element<scalar>(x.data, x_at + j);
+        const float value = element<dtype>(x.data, x_at + j);
         to[j] = 0.5f * (value * c1[j] + (value < 0.0f ? -value : value) * c2[j]);
       }
     }
@@ -121,8 +121,8 @@ void linear_alpha_beta_share_out_product(float* shares, const float* relevance, 
 
 void linear_alpha_beta_back_product(float* out, const float* shares, const Linear& layer, int64_t targets,
                                     int threads) {
-  with_scalar(layer.x.scalar, [&](auto scalar) {
-    const Select<decltype(scalar)::value> select{out, layer.x, layer.rows, layer.k};
+  with_stored(layer.x.dtype, [&](auto dtype) {
+    const Select<decltype(dtype)::value> select{out, layer.x, layer.rows, layer.k};
     gemm({targets * layer.rows, layer.k, layer.n}, stream(shares, layer.n), layer.w, layer.operands, Kind::kDual, false,
          false, threads, select);
   });

@@ -8,28 +8,29 @@
 
 #include <cstdint>
 
+#include "dtype.h"
 #include "stabiliser.h"
 
 namespace relprop {
 
 template <typename T>
-void matmul_half_share(T* s,                // [targets, size]; may be `relevance` itself
-                       const T* relevance,  // [targets, size], R_O
-                       const T* z,          // [size], O
+void matmul_half_share(Result<T> s,           // [targets, size]; may be `relevance` itself
+                       Operand<T> relevance,  // [targets, size], R_O
+                       Operand<T> z,          // [size], O
                        int64_t targets, int64_t size, Stabiliser stabiliser, int threads);
 
 template <typename T>
-void matmul_half_attention_shares(T* s_prime,          // [targets, size]; may be `sv` itself
-                                  T* relevance,        // [targets, size], R_A, or null; not `s_prime`, else may be `sv`
-                                  const T* attention,  // [size], A; size = batch * heads * queries * keys
-                                  const T* sv,         // [targets, size], s v^T
-                                  const T* dots,       // [size], q k^T
+void matmul_half_attention_shares(Result<T> s_prime,     // [targets, size]; may be `sv` itself
+                                  Result<T> relevance,   // [targets, size], R_A, or null; as s_prime, not both
+                                  Operand<T> attention,  // [size], A; size = batch * heads * queries * keys
+                                  Operand<T> sv,         // [targets, size], s v^T
+                                  Operand<T> dots,       // [size], q k^T
                                   int64_t targets, int64_t size, Stabiliser stabiliser, int threads);
 
 template <typename T>
-void matmul_half_rollout_matrix(T* e,                // [samples, size]; samples = targets * batch
-                                const T* grad,       // [samples, heads, size]; size = queries * keys
-                                const T* relevance,  // [samples, heads, size], R_A
+void matmul_half_rollout_matrix(Result<T> e,           // [samples, size]; samples = targets * batch
+                                Operand<T> grad,       // [samples, heads, size]; size = queries * keys
+                                Operand<T> relevance,  // [samples, heads, size], R_A
                                 int64_t samples, int64_t heads, int64_t size, int threads);
 
 }  // namespace relprop

@@ -38,4 +38,15 @@ void for_ranges(const Kernel& kernel, int64_t size, int64_t work, int threads) {
   run_pieces(run, &kernel, size, piece, threads);
 }
 
+// Calls part(offset, column, count) for each run of elements [at, at + count) of [rows, n] that lies in one row.
+template <class Part>
+RELPROP_INLINE void for_row_parts(int64_t at, int64_t count, int64_t n, const Part& part) {
+  for (int64_t i = 0; i < count;) {
+    const int64_t column = (at + i) % n;
+    const int64_t run = std::min(count - i, n - column);
+    part(i, column, run);
+    i += run;
+  }
+}
+
 }  // namespace relprop

@@ -24,7 +24,7 @@ from relprop.rules import (
     SoftmaxIdentity,
 )
 from relprop.rules.attention_composed import heads
-from relprop.rules.linear_map import apply, bias_of, multiply, preactivation, rounding, transpose, weight_of
+from relprop.rules.linear_map import bias_of, multiply, reduced_precision, rounding, weight_of
 
 DTYPES = (torch.float32, torch.float64)
 
@@ -75,17 +75,30 @@ def kernel_reasons(node: Node, rule: Rule) -> list[str]:
     return reasons
 
 
+def stored(call: Call, value: Value | None) -> Tensor:
+    """A saved tensor as the kernels read it: a half precision as it is, else in the streams' dtype."""
+    assert value is not None
+    tensor = call.tensors[value.index]
+    return tensor if tensor.dtype in native.HALF else call.tensor(value)
+
+
+def factor_dtype(call: Call) -> torch.dtype:
+    """What the factors and results of this call's matrix products are held in."""
+    return torch.bfloat16 if reduced_precision(call) else call.dtype
+
+
 def linear_alpha_beta(rule: Any, call: Call, relevance: Tensor) -> Relevances:
     """z+ shares in one pass over memory, the selection in another. relevance: [T, ..., N] -> [T, ..., K]"""
     made_of = products.of_call(call) if rule.beta == 0 else None
     if made_of is not None:
         return products.alpha_beta(rule, call, relevance, made_of)
-    x, weight, magnitude = call.x, weight_of(call), weight_of(call, "abs")
-    absolute = apply(call, x.abs(), magnitude)
-    stored = call.tensors.get(call.node.outputs[0].index)
-    y, bias = (
-        (stored, bias_of(call)) if stored is not None and stored.dtype == call.dtype else (preactivation(call), None)
-    )
+    x, weight, magnitude = stored(call, call.node.operands[0]), weight_of(call), weight_of(call, "abs")
+    dtype = factor_dtype(call)
+    factor = x.to(dtype)
+    absolute = factor.abs() @ magnitude.mT
+    y, bias = call.tensors.get(call.node.outputs[0].index), bias_of(call)
+    if y is None or y.dtype != call.dtype:
+        y, bias = factor @ weight.mT, None
     p1, p2 = native.share_out(
         relevance,
         y,
@@ -95,14 +108,15 @@ def linear_alpha_beta(rule: Any, call: Call, relevance: Tensor) -> Relevances:
         beta=rule.beta,
         stabiliser=rule.stabiliser.code,
         tolerance=4 * rounding(call, call.dtype),
+        dtype=dtype,
     )
-    c1 = transpose(call, p1, weight)
-    return native.select(x, c1, transpose(call, p2, magnitude), out=c1), None, None
+    c1, c2 = p1 @ weight, p2 @ magnitude
+    return native.select(x, c1, c2, out=c1 if dtype == call.dtype else None, dtype=call.dtype), None, None
 
 
 def add_normalised(rule: Any, call: Call, relevance: Tensor) -> Relevances:
     """Sums and shares in two passes over memory. relevance: [T, B, ...] -> two of them"""
-    a, b = (call.tensor(v) for v in call.node.args[:2])
+    a, b = (stored(call, v) for v in call.node.args[:2])
     parts = call.node.outputs[0].sample
     assert parts is not None
     batch = relevance.shape[1] // parts.factor
@@ -124,13 +138,13 @@ def add_normalised(rule: Any, call: Call, relevance: Tensor) -> Relevances:
 def fanout_epsilon(rule: Any, call: Call, relevance: Any) -> Relevances:
     """All uses gathered in one pass. relevance: one [T, ...] per use"""
     parts = [part for part in relevance if part is not None]
-    return (native.fanout_epsilon(parts, call.x, stabiliser=rule.stabiliser.code),)
+    return (native.fanout_epsilon(parts, stored(call, call.node.operands[0]), stabiliser=rule.stabiliser.code),)
 
 
 def attention_composed(rule: Any, call: Call, relevance: Tensor) -> Relevances:
     """Shares of both products between the matrix products in one pass. relevance: [T, ..., H, Nq, dv]"""
     at = heads(call)
-    s = native.share(relevance, call.y, stabiliser=rule.av.stabiliser.code)
+    s = native.share(relevance, stored(call, call.node.outputs[0]), stabiliser=rule.av.stabiliser.code)
     value = multiply(call, at.probabilities.mT, s / 2).mul_(at.v) if call.wanted[2] else None
     weighted = multiply(call, s, at.v.mT)
     query = key = None

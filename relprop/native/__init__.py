@@ -1,8 +1,9 @@
 """The C++ kernels of ``csrc/`` for torch tensors: shapes, dtypes and devices are checked here, outputs allocated.
 
-A relevance has a leading axis of T targets; layer inputs and outputs, shared by the targets, have none. The tensors of
-a call are all float32 or all float64, on the CPU; those that are not contiguous are copied. Results carry no autograd
-history.
+A relevance has a leading axis of T targets; layer inputs and outputs, shared by the targets, have none. Tensors are on
+the CPU. Kernels compute in float64 where the stream is float64, else in float32; each tensor is of that dtype or of a
+half precision, converted on the way through the cache. Those that are not contiguous are copied. Results carry no
+autograd history.
 """
 
 from relprop.native.add import add_normalised, fanout_epsilon
@@ -11,9 +12,10 @@ from relprop.native.linear import select, share_out
 from relprop.native.matmul import attention_shares, rollout_matrix, share
 from relprop.native.module import _C, available, info
 from relprop.native.products import back_product, linear_apply, linear_transpose, products_fast, share_out_product
-from relprop.native.tensors import REFERENCE, SIGNED, Stabiliser
+from relprop.native.tensors import HALF, REFERENCE, SIGNED, Stabiliser
 
 __all__ = [
+    "HALF",
     "REFERENCE",
     "SIGNED",
     "_C",

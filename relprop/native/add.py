@@ -9,13 +9,7 @@ from torch import Tensor
 
 from relprop.errors import OptionError, ShapeError
 from relprop.native.module import _C
-from relprop.native.tensors import (
-    Stabiliser,
-    dtype_of,
-    input_tensor,
-    output_tensor,
-    target_count,
-)
+from relprop.native.tensors import Stabiliser, argument, input_tensor, output_tensor, stream_dtype, target_count
 
 
 def add_normalised(
@@ -29,7 +23,7 @@ def add_normalised(
     """Normalised rule of a residual add: a' = aR/stab(a+b) scaled to the sum |Σa'|/(|Σa'|+|Σb'|) · ΣR, b' likewise.
 
     Args:
-        relevance: relevance at a + b. [T, B, ...], float32 | float64
+        relevance: relevance at a + b. [T, B, ...], any dtype; a and b are of that or a half precision
         a: first branch; sums are per target and entry of its first axis. [B, ...]
         b: second branch. [B, ...], or [1, ...] for one that all samples share
         stabiliser: (kind, epsilon), kind `SIGNED` or `REFERENCE`
@@ -39,31 +33,32 @@ def add_normalised(
     Conservation:
         sum(R_a) + sum(R_b) = sum(R) per sample where both branch sums have one sign; never more in size
     Raises:
-        ShapeError, DTypeError, DeviceError
+        ShapeError, DTypeError, DeviceError, OptionError
     Source: Chefer et al., CVPR 2021, section 3.
     """
-    dtype, itemsize = dtype_of("relevance", relevance)
+    compute = stream_dtype("relevance", relevance)
     shape = a.shape
     if not shape:
         raise ShapeError("a: expected shape [B, ...], got []")
     targets = target_count("relevance", relevance, "B, ...")
     full = (targets, *shape)
     batch = shape[0]
-    relevance = input_tensor("relevance", relevance, full, dtype)
-    a = input_tensor("a", a, shape, dtype)
+    relevance = input_tensor("relevance", relevance, full, compute)
+    a = input_tensor("a", a, shape, compute)
     shared = b.shape != shape and b.shape == (1, *shape[1:])
-    b = input_tensor("b", b, b.shape if shared else shape, dtype)
-    relevance_a = output_tensor("out[0]", None if out is None else out[0], full, dtype)
-    relevance_b = output_tensor("out[1]", None if out is None else out[1], full, dtype)
-    if relevance_a is relevance_b:
+    b = input_tensor("b", b, b.shape if shared else shape, compute)
+    given = (None, None) if out is None else out
+    if given[0] is not None and given[0] is given[1]:
         raise OptionError("out: expected two different tensors, got the same one twice")
+    default = relevance.dtype
+    ra = output_tensor("out[0]", given[0], full, compute, default=default, same=[relevance], apart=[a, b])
+    rb = output_tensor("out[1]", given[1], full, compute, default=default, same=[relevance], apart=[a, b, ra])
     _C.add_normalised(
-        itemsize,
-        relevance_a.data_ptr(),
-        relevance_b.data_ptr(),
-        relevance.data_ptr(),
-        a.data_ptr(),
-        b.data_ptr(),
+        argument(ra),
+        argument(rb),
+        argument(relevance),
+        argument(a),
+        argument(b),
         targets,
         batch,
         1 if shared else batch,
@@ -71,7 +66,7 @@ def add_normalised(
         *stabiliser,
         torch.get_num_threads(),
     )
-    return relevance_a, relevance_b
+    return ra, rb
 
 
 def fanout_epsilon(
@@ -80,8 +75,8 @@ def fanout_epsilon(
     """Epsilon rule of a value read by several operations: x ⊙ Σᵢ rᵢ / stab(x).
 
     Args:
-        relevances: one per reader. n × [T, ...], float32 | float64
-        x: the value. [...]
+        relevances: one per reader. n × [T, ...], any dtype
+        x: the value. [...], that dtype or a half precision
         stabiliser: (kind, epsilon), kind `SIGNED` or `REFERENCE`
         out: tensor to write to, may be one of the relevances itself. [T, ...]
     Returns:
@@ -92,18 +87,17 @@ def fanout_epsilon(
     """
     if not relevances:
         raise OptionError("relevances: expected at least one tensor, got none")
-    dtype, itemsize = dtype_of("x", x)
+    compute = stream_dtype("relevances[0]", relevances[0])
     shape = x.shape
     targets = target_count("relevances[0]", relevances[0], "...")
     full = (targets, *shape)
-    x = input_tensor("x", x, shape, dtype)
-    ready = [input_tensor(f"relevances[{i}]", relevance, full, dtype) for i, relevance in enumerate(relevances)]
-    out = output_tensor("out", out, full, dtype)
+    x = input_tensor("x", x, shape, compute)
+    ready = [input_tensor(f"relevances[{i}]", relevance, full, compute) for i, relevance in enumerate(relevances)]
+    out = output_tensor("out", out, full, compute, default=ready[0].dtype, same=ready, apart=[x])
     _C.fanout_epsilon(
-        itemsize,
-        out.data_ptr(),
-        [relevance.data_ptr() for relevance in ready],
-        x.data_ptr(),
+        argument(out),
+        [argument(relevance) for relevance in ready],
+        argument(x),
         targets,
         x.numel(),
         *stabiliser,

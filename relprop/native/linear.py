@@ -8,11 +8,13 @@ from torch import Tensor
 from relprop.errors import OptionError, ShapeError
 from relprop.native.module import _C
 from relprop.native.tensors import (
+    NONE,
     TOLERANCE,
     Stabiliser,
-    dtype_of,
+    argument,
     input_tensor,
     output_tensor,
+    stream_dtype,
     target_count,
 )
 
@@ -27,6 +29,7 @@ def share_out(
     beta: float = 0.0,
     stabiliser: Stabiliser,
     tolerance: float | None = None,
+    dtype: torch.dtype | None = None,
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Shares of the alpha-beta rule of y = x wᵀ + b: p1 = αs⁺ - βs⁻, p2 = αs⁺ + βs⁻, s± = R / stab(z±).
@@ -34,7 +37,7 @@ def share_out(
     z± = ½((y - b) ± |x||w|ᵀ); the way back is ½(x ⊙ (p1 w) + |x| ⊙ (p2 |w|)), see `select`.
 
     Args:
-        relevance: relevance at the output. [T, ..., N], float32 | float64
+        relevance: relevance at the output. [T, ..., N], any dtype; the others are of that or a half precision
         y: layer output, bias included, not rounded to less than its own dtype. [..., N]
         bias: [N] or None
         absz: |x||w|ᵀ, without the bias. [..., N]
@@ -42,82 +45,80 @@ def share_out(
         beta: factor of the z⁻ part
         stabiliser: (kind, epsilon), kind `SIGNED` or `REFERENCE`
         tolerance: a z± within tolerance · absz of 0 counts as 0 and has share 0; 4 machine epsilons unless given
+        dtype: of p1 and p2, `relevance`'s unless given
         out: (p1, p2) to write to; either may be `relevance` itself, not both
     Returns:
         p1, p2, each [T, ..., N]; the same tensor where beta is 0
     Conservation:
         what falls on z± counted as 0 is absorbed
     Raises:
-        ShapeError, DTypeError, DeviceError
+        ShapeError, DTypeError, DeviceError, OptionError
     Source: Chefer et al., CVPR 2021, section 3.
     """
-    dtype, itemsize = dtype_of("relevance", relevance)
+    compute = stream_dtype("relevance", relevance)
     shape = y.shape
     if not shape:
         raise ShapeError("y: expected shape [..., N], got []")
     targets = target_count("relevance", relevance, "..., N")
     full = (targets, *shape)
     n = shape[-1]
-    relevance = input_tensor("relevance", relevance, full, dtype)
-    y = input_tensor("y", y, shape, dtype)
-    absz = input_tensor("absz", absz, shape, dtype)
-    bias_pointer = 0
+    relevance = input_tensor("relevance", relevance, full, compute)
+    y = input_tensor("y", y, shape, compute)
+    absz = input_tensor("absz", absz, shape, compute)
+    inputs = [y, absz]
     if bias is not None:
-        bias = input_tensor("bias", bias, (n,), dtype)
-        bias_pointer = bias.data_ptr()
-    p1 = output_tensor("out[0]", None if out is None else out[0], full, dtype)
-    p2 = p1 if beta == 0 else output_tensor("out[1]", None if out is None else out[1], full, dtype)
-    if beta != 0 and p1 is p2:
-        raise OptionError("out: expected two different tensors where beta is not 0, got the same one twice")
+        bias = input_tensor("bias", bias, (n,), compute)
+        inputs.append(bias)
+    default = relevance.dtype if dtype is None else dtype
+    given = (None, None) if out is None else out
+    p1 = output_tensor("out[0]", given[0], full, compute, default=default, same=[relevance], apart=inputs)
+    p2 = p1
+    if beta != 0:
+        if given[1] is p1:
+            raise OptionError("out: expected two different tensors where beta is not 0, got the same one twice")
+        p2 = output_tensor("out[1]", given[1], full, compute, default=default, same=[relevance], apart=[*inputs, p1])
     _C.linear_alpha_beta_share_out(
-        itemsize,
-        p1.data_ptr(),
-        p2.data_ptr(),
-        relevance.data_ptr(),
-        y.data_ptr(),
-        bias_pointer,
-        absz.data_ptr(),
+        argument(p1),
+        argument(p2),
+        argument(relevance),
+        argument(y),
+        NONE if bias is None else argument(bias),
+        argument(absz),
         targets,
         y.numel() // n if n else 0,
         n,
         alpha,
         beta,
-        TOLERANCE[dtype] if tolerance is None else tolerance,
+        TOLERANCE[compute] if tolerance is None else tolerance,
         *stabiliser,
         torch.get_num_threads(),
     )
     return p1, p2
 
 
-def select(x: Tensor, c1: Tensor, c2: Tensor, out: Tensor | None = None) -> Tensor:
+def select(x: Tensor, c1: Tensor, c2: Tensor, out: Tensor | None = None, *, dtype: torch.dtype | None = None) -> Tensor:
     """End of the alpha-beta rule's way back: ½(x ⊙ c1 + |x| ⊙ c2), with c1 = p1 w and c2 = p2 |w|.
 
     Args:
-        x: layer input. [..., K], float32 | float64
-        c1: [T, ..., K]
-        c2: [T, ..., K]
+        x: layer input. [..., K], c1's dtype or a half precision
+        c1: [T, ..., K], any dtype
+        c2: [T, ..., K], c1's dtype or a half precision
         out: tensor to write to, may be c1 or c2 itself. [T, ..., K]
+        dtype: of the result, c1's unless given
     Returns:
         relevance at the input. [T, ..., K]
     Raises:
-        ShapeError, DTypeError, DeviceError
+        ShapeError, DTypeError, DeviceError, OptionError
     """
-    dtype, itemsize = dtype_of("x", x)
+    compute = stream_dtype("c1", c1)
     targets = target_count("c1", c1, "..., K")
     shape = x.shape
     full = (targets, *shape)
-    x = input_tensor("x", x, shape, dtype)
-    c1 = input_tensor("c1", c1, full, dtype)
-    c2 = input_tensor("c2", c2, full, dtype)
-    out = output_tensor("out", out, full, dtype)
+    x = input_tensor("x", x, shape, compute)
+    c1 = input_tensor("c1", c1, full, compute)
+    c2 = input_tensor("c2", c2, full, compute)
+    out = output_tensor("out", out, full, compute, default=dtype or c1.dtype, same=[c1, c2], apart=[x])
     _C.linear_alpha_beta_select(
-        itemsize,
-        out.data_ptr(),
-        x.data_ptr(),
-        c1.data_ptr(),
-        c2.data_ptr(),
-        targets,
-        x.numel(),
-        torch.get_num_threads(),
+        argument(out), argument(x), argument(c1), argument(c2), targets, x.numel(), torch.get_num_threads()
     )
     return out

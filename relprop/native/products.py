@@ -11,9 +11,9 @@ from torch import Tensor
 
 from relprop.errors import DTypeError, OptionError, ShapeError
 from relprop.native.module import _C
-from relprop.native.tensors import Stabiliser, input_tensor, output_tensor, target_count, text_of
+from relprop.native.tensors import CODES, HALF, Stabiliser, check, dense, is_aligned, target_count, text_of
 
-_SCALARS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_STORED = (torch.float32, *HALF)
 _OPERANDS = {torch.float32: 0, torch.bfloat16: 1}
 
 
@@ -26,15 +26,21 @@ def _layer(x: Tensor | None, weight: Tensor, rows: int, operands: torch.dtype) -
     n, k = weight.shape
     strides = weight.stride()
     pointer = 0 if x is None else x.data_ptr()
-    scalar = 0 if x is None else _SCALARS[x.dtype]
-    w = (weight.data_ptr(), _SCALARS[weight.dtype], *strides)
-    return _C.Linear((pointer, scalar), w, rows, k, n, _OPERANDS[operands])
+    code = 0 if x is None else CODES[x.dtype]
+    w = (weight.data_ptr(), CODES[weight.dtype], *strides)
+    return _C.Linear((pointer, code), w, rows, k, n, _OPERANDS[operands])
 
 
 def _operand(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-    if tensor.dtype not in _SCALARS:
+    if tensor.dtype not in _STORED:
         raise DTypeError(f"{name}: expected torch.float32, torch.bfloat16 or torch.float16, got {tensor.dtype}")
-    return input_tensor(name, tensor, shape, tensor.dtype)
+    check(name, tensor, shape, tensor.dtype)
+    return dense(tensor)
+
+
+def _stream(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    check(name, tensor, shape, torch.float32)
+    return dense(tensor)
 
 
 def _weight(weight: Tensor, operands: torch.dtype) -> Tensor:
@@ -42,9 +48,9 @@ def _weight(weight: Tensor, operands: torch.dtype) -> Tensor:
         raise ShapeError(f"weight: expected shape [N, K], got {text_of(weight.shape)}")
     if operands not in _OPERANDS:
         raise OptionError(f"operands: expected torch.float32 or torch.bfloat16, got {operands}")
-    if weight.is_neg() or 1 not in weight.stride():
+    if weight.is_neg() or 1 not in weight.stride() or not is_aligned(weight):
         return _operand("weight", weight.resolve_neg().contiguous(), tuple(weight.shape))
-    if weight.dtype not in _SCALARS:
+    if weight.dtype not in _STORED:
         raise DTypeError(f"weight: expected torch.float32, torch.bfloat16 or torch.float16, got {weight.dtype}")
     return weight
 
@@ -72,7 +78,7 @@ def linear_apply(x: Tensor, weight: Tensor, bias: Tensor | None, *, operands: to
     weight = _weight(weight, operands)
     n, k = weight.shape
     x = _operand("x", x, (*x.shape[:-1], k))
-    bias = None if bias is None else input_tensor("bias", bias, (n,), torch.float32)
+    bias = None if bias is None else _stream("bias", bias, (n,))
     if k == 0:
         return torch.zeros((*x.shape[:-1], n)) if bias is None else bias.expand(*x.shape[:-1], n).clone()
     y = torch.empty((*x.shape[:-1], n), dtype=torch.float32)
@@ -95,7 +101,7 @@ def linear_transpose(stream: Tensor, weight: Tensor, *, operands: torch.dtype) -
     """
     weight = _weight(weight, operands)
     n, k = weight.shape
-    stream = input_tensor("stream", stream, (*stream.shape[:-1], n), torch.float32)
+    stream = _stream("stream", stream, (*stream.shape[:-1], n))
     if n == 0:
         return torch.zeros((*stream.shape[:-1], k))
     out = torch.empty((*stream.shape[:-1], k), dtype=torch.float32)
@@ -115,7 +121,6 @@ def share_out_product(
     alpha: float = 1.0,
     stabiliser: Stabiliser,
     tolerance: float,
-    out: Tensor | None = None,
 ) -> Tensor:
     """Shares of the z⁺ rule, αR / stab(z⁺) with z⁺ = ½(x wᵀ + |x||w|ᵀ), without |x||w|ᵀ in memory.
 
@@ -129,7 +134,6 @@ def share_out_product(
         alpha: factor of the shares
         stabiliser: (kind, epsilon)
         tolerance: a z⁺ within tolerance · |x||w|ᵀ of 0 counts as 0 and has share 0
-        out: tensor to write to, may be `relevance` itself. [T, ..., N]
     Returns:
         [T, ..., N], float32
     Raises:
@@ -141,10 +145,10 @@ def share_out_product(
     shape = (*x.shape[:-1], n)
     x = _operand("x", x, (*x.shape[:-1], k))
     targets = target_count("relevance", relevance, "..., N")
-    relevance = input_tensor("relevance", relevance, (targets, *shape), torch.float32)
-    y = None if y is None else input_tensor("y", y, shape, torch.float32)
-    bias = None if bias is None else input_tensor("bias", bias, (n,), torch.float32)
-    out = output_tensor("out", out, (targets, *shape), torch.float32)
+    relevance = _stream("relevance", relevance, (targets, *shape))
+    y = None if y is None else _stream("y", y, shape)
+    bias = None if bias is None else _stream("bias", bias, (n,))
+    out = torch.empty_like(relevance)
     if k == 0:
         return out.zero_()
     _C.linear_alpha_beta_share_out_product(
@@ -179,7 +183,7 @@ def back_product(shares: Tensor, x: Tensor, weight: Tensor, *, operands: torch.d
     n, k = weight.shape
     x = _operand("x", x, (*x.shape[:-1], k))
     targets = target_count("shares", shares, "..., N")
-    shares = input_tensor("shares", shares, (targets, *x.shape[:-1], n), torch.float32)
+    shares = _stream("shares", shares, (targets, *x.shape[:-1], n))
     if n == 0:
         return torch.zeros((targets, *x.shape))
     out = torch.empty((targets, *x.shape), dtype=torch.float32)

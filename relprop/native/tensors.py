@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from relprop.errors import DeviceError, DTypeError, ShapeError
+from relprop.errors import DeviceError, DTypeError, OptionError, ShapeError
 
 Stabiliser = tuple[int, float]  # (kind, epsilon)
 SIGNED = 0  # z + epsilon * sign(z), sign(0) = +1; with epsilon 0 the share is 0 where z is 0
@@ -15,6 +15,10 @@ REFERENCE = 1  # z + epsilon; the share is 0 where z is 0
 
 ITEMSIZE = {torch.float32: 4, torch.float64: 8}
 TOLERANCE = {dtype: 4 * torch.finfo(dtype).eps for dtype in ITEMSIZE}
+
+HALF = (torch.bfloat16, torch.float16)
+CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # DType in csrc/dtype.h
+NONE = (0, 0)  # as `argument`, where there is no tensor
 
 
 def dtype_of(name: str, tensor: Tensor) -> tuple[torch.dtype, int]:
@@ -41,22 +45,94 @@ def check(name: str, tensor: Tensor, shape: Sequence[int], dtype: torch.dtype) -
         raise DeviceError(f"{name}: expected a tensor on the cpu, got one on {tensor.device}")
 
 
+def stream_dtype(name: str, tensor: Tensor) -> torch.dtype:
+    """What a kernel computes in for a stream: float64 for float64, else float32."""
+    if tensor.dtype not in CODES:
+        raise DTypeError(f"{name}: expected {_any_of(CODES)}, got {tensor.dtype}")
+    return torch.float64 if tensor.dtype is torch.float64 else torch.float32
+
+
+def _any_of(dtypes: Iterable[torch.dtype]) -> str:
+    names = [str(dtype) for dtype in dtypes]
+    return f"{', '.join(names[:-1])} or {names[-1]}" if len(names) > 1 else names[0]
+
+
+def _check_mixed(name: str, tensor: Tensor, shape: Sequence[int], dtypes: tuple[torch.dtype, ...]) -> None:
+    if tensor.dtype not in dtypes:
+        raise DTypeError(f"{name}: expected {_any_of(dtypes)}, got {tensor.dtype}")
+    check(name, tensor, shape, tensor.dtype)
+
+
+def argument(tensor: Tensor) -> tuple[int, int]:
+    """A tensor as the compiled module takes it: address and dtype code."""
+    return tensor.data_ptr(), CODES[tensor.dtype]
+
+
+def is_aligned(tensor: Tensor) -> bool:
+    """Whether its address is a multiple of its element size, which views of raw bytes need not be."""
+    return tensor.data_ptr() % tensor.element_size() == 0
+
+
 def input_tensor(name: str, tensor: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """The tensor as the kernels read it: checked, contiguous, no lazy negation."""
-    check(name, tensor, shape, dtype)
+    """The tensor as the kernels read it: of the dtype they compute in or a half precision, contiguous, aligned."""
+    _check_mixed(name, tensor, shape, (dtype, *HALF))
+    return dense(tensor)
+
+
+def dense(tensor: Tensor) -> Tensor:
+    """Contiguous, aligned and without lazy negation; copied where it is not."""
     if tensor.is_contiguous() and not tensor.is_neg():
-        return tensor
+        return tensor if is_aligned(tensor) else tensor.clone()
     return tensor.resolve_neg().contiguous()
 
 
-def output_tensor(name: str, tensor: Tensor | None, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """The tensor to write to: the given one, checked, or a new one."""
+def output_tensor(
+    name: str,
+    tensor: Tensor | None,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    *,
+    default: torch.dtype | None = None,
+    same: Sequence[Tensor] = (),
+    apart: Sequence[Tensor] = (),
+) -> Tensor:
+    """The tensor to write to: the given one, checked, or a new one.
+
+    Args:
+        name: in messages.
+        tensor: the given one or None.
+        shape: expected.
+        dtype: what the kernel computes in; float32 can be rounded to a half precision on the way out.
+        default: dtype of a new tensor, `dtype` unless given.
+        same: contiguous tensors that it may be, but not overlap otherwise.
+        apart: contiguous tensors that it must not overlap.
+    Raises:
+        ShapeError, DTypeError, DeviceError, OptionError
+    """
+    dtypes = (dtype,) if dtype is torch.float64 else (dtype, *HALF)
     if tensor is None:
-        return torch.empty(shape, dtype=dtype)
-    check(name, tensor, shape, dtype)
+        if default is not None and default not in dtypes:
+            raise DTypeError(f"{name}: expected {_any_of(dtypes)}, got {default}")
+        return torch.empty(shape, dtype=default or dtype)
+    _check_mixed(name, tensor, shape, dtypes)
     if not tensor.is_contiguous() or tensor.is_neg():
         raise ShapeError(f"{name}: expected a contiguous tensor to write to, got strides {text_of(tensor.stride())}")
+    if not is_aligned(tensor):
+        size = tensor.element_size()
+        raise OptionError(f"{name}: expected memory aligned to {size} bytes, got the address {tensor.data_ptr():#x}")
+    for other in (*same, *apart):
+        if _overlap(tensor, other) and not (any(other is s for s in same) and _identical(tensor, other)):
+            raise OptionError(f"{name}: expected memory apart from the inputs and other results, got an overlap")
     return tensor
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    first, second = a.data_ptr(), b.data_ptr()
+    return first < second + b.nbytes and second < first + a.nbytes
+
+
+def _identical(a: Tensor, b: Tensor) -> bool:
+    return a.data_ptr() == b.data_ptr() and a.dtype is b.dtype and a.numel() == b.numel()
 
 
 def target_count(name: str, tensor: Tensor, trailing: str) -> int:

@@ -87,7 +87,6 @@ def test_alpha_beta(
             stabiliser=stabiliser,
             tolerance=1e-6,
             alpha=2.0,
-            out=torch.full_like(relevance, torch.nan),
         )
         truth = 2 * relevance / denominator
         bound = truth.abs() * (1e-5 + (slack + 1e-6 * bias.abs()) / z.clamp(min=1e-30)) + 1e-12

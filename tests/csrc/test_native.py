@@ -432,11 +432,11 @@ def test_errors_of_tensors() -> None:
         return str(raised.value)
 
     stabiliser = (0, 0.0)
-    assert message(DTypeError, lambda: native.share_out(r.half(), x, None, x, stabiliser=stabiliser)) == (
-        "relevance: expected torch.float32 or torch.float64, got torch.float16"
+    assert message(DTypeError, lambda: native.share_out(r.int(), x, None, x, stabiliser=stabiliser)) == (
+        "relevance: expected torch.float32, torch.bfloat16, torch.float16 or torch.float64, got torch.int32"
     )
     assert message(DTypeError, lambda: native.share_out(r, x.double(), None, x, stabiliser=stabiliser)) == (
-        "y: expected torch.float32 as the other tensors, got torch.float64"
+        "y: expected torch.float32, torch.bfloat16 or torch.float16, got torch.float64"
     )
     assert message(ShapeError, lambda: native.share_out(r[0], x, None, x, stabiliser=stabiliser)) == (
         "relevance: expected shape [3, 3, 4], got [3, 4]"
@@ -471,20 +471,23 @@ def test_errors_of_tensors() -> None:
 
 
 def test_errors_of_the_module() -> None:
-    pointer = torch.ones(8).data_ptr()
+    one, none, double = (torch.ones(8).data_ptr(), 0), (0, 0), (torch.ones(8).double().data_ptr(), 3)
+    half, unknown = (one[0], 1), (one[0], 7)
     for arguments, text in [
-        ((4, 0, pointer, pointer, pointer, 1, 8, 1), "out: expected a pointer, got null"),
-        ((4, pointer, pointer, pointer, 0, 1, 8, 1), "c2: expected a pointer, got null"),
-        ((4, pointer, pointer, pointer, pointer, 1, -8, 1), "size: expected a size >= 0, got -8"),
-        ((4, pointer, pointer, pointer, pointer, -1, 0, 1), "targets: expected a size >= 0, got -1"),
-        ((2, pointer, pointer, pointer, pointer, 1, 8, 1), "itemsize: expected 4 (float32) or 8 (float64), got 2"),
-        ((4, pointer, pointer, pointer, pointer, 1, 8, 0), "threads: expected at least 1, got 0"),
-        ((4, pointer, pointer, pointer, pointer, 2**40, 2**40, 1), "fewer than 2^63 elements"),
+        ((none, one, one, one, 1, 8, 1), "out: expected a pointer, got null"),
+        ((one, one, one, none, 1, 8, 1), "c2: expected a pointer, got null"),
+        ((one, one, one, one, 1, -8, 1), "size: expected a size >= 0, got -8"),
+        ((one, one, one, one, -1, 0, 1), "targets: expected a size >= 0, got -1"),
+        ((one, unknown, one, one, 1, 8, 1), "x: expected the dtype 0 (float32), 1 (bfloat16), 2 (float16)"),
+        ((one, double, one, one, 1, 8, 1), "x: expected the stream's dtype or a half precision, got float64 with"),
+        ((half, double, double, double, 1, 8, 1), "out: expected float64 as the stream, got a half precision"),
+        ((one, one, one, one, 1, 8, 0), "threads: expected at least 1, got 0"),
+        ((one, one, one, one, 2**40, 2**40, 1), "fewer than 2^63 elements"),
     ]:
         with pytest.raises(ValueError) as raised:
             _C.linear_alpha_beta_select(*arguments)
         assert text in str(raised.value)
-    _C.linear_alpha_beta_select(4, 0, 0, 0, 0, 3, 0, 1)  # nothing to do, so nothing to point at
+    _C.linear_alpha_beta_select(none, none, none, none, 3, 0, 1)  # nothing to do, so nothing to point at
 
 
 def alone(statement: str, **environment: str) -> str:
@@ -504,7 +507,7 @@ def test_the_instruction_set_can_be_chosen() -> None:
     for name in ISAS:
         assert alone("print(m.build_info()['isa'])", RELPROP_ISA=name) == name
     assert alone("print(m.build_info()['isa'])", RELPROP_ISA="") == ISAS[-1]
-    for first_call in ("m.build_info()", "m.linear_alpha_beta_select(4, 8, 8, 8, 8, 1, 1, 1)"):
+    for first_call in ("m.build_info()", "m.linear_alpha_beta_select(*[(8, 0)] * 4, 1, 1, 1)"):
         assert alone(first_call, RELPROP_ISA="sse9") == (
             "ValueError: RELPROP_ISA: expected one of baseline, avx2, avx512, got 'sse9'"
         )

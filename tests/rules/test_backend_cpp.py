@@ -26,6 +26,7 @@ from relprop.rules import (
     Rule,
     SoftmaxDetached,
     Stabiliser,
+    make_rule,
 )
 from tests.engine.models import vit
 from tests.rules.rule_checks import Op, assert_near, assert_parts, each, module_of, random
@@ -60,8 +61,10 @@ def with_stabiliser(rule: Rule, stabiliser: Stabiliser) -> Rule:
 def test_kernel_equals_rule(stabiliser: Stabiliser, dtype: torch.dtype, targets: int) -> None:
     op, images = vit_op(), random(3, 3, 32, 32, seed=1)
     seen: Counter[type[Rule]] = Counter()
-    for node, assigned in find_composite("chefer").assign(op.graph).items():
-        rule = with_stabiliser(assigned, stabiliser)
+    rules = find_composite("chefer").assign(op.graph)
+    pairs = [(node, with_stabiliser(rule, stabiliser)) for node, rule in rules.items()]
+    pairs += [(node, make_rule("linear", "gradient")) for node in rules if node.kind == "linear"]
+    for node, rule in pairs:
         kernel = KERNELS.get(type(rule))
         if kernel is None or kernel_reasons(node, rule):
             continue
@@ -77,6 +80,23 @@ def test_kernel_equals_rule(stabiliser: Stabiliser, dtype: torch.dtype, targets:
         seen[type(rule)] += 1
     assert set(seen) == set(KERNELS)
     assert seen[LinearAlphaBeta] >= 8 and seen[AddNormalised] >= 4 and seen[FanoutEpsilon] >= 4
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_kernels_read_half_precision(half: torch.dtype) -> None:
+    """A half precision model: its saved tensors as they are, streams in float32, results as of the rule on casts."""
+    op, images = vit_op(), random(3, 3, 32, 32, seed=1)
+    for node, rule in find_composite("chefer").assign(op.graph).items():
+        kernel = KERNELS.get(type(rule))
+        if kernel is None or kernel_reasons(node, rule):
+            continue
+        calls = [op.call([images], half, node=node) for _ in range(2)]
+        for call in calls:
+            call.dtype = torch.float32
+        shapes = calls[0].shapes
+        made = tuple(random(2, *shapes[v.index], seed=i).float() for i, v in enumerate(node.outputs))
+        relevance = made if len(made) > 1 else made[0]
+        assert_parts(kernel(rule, calls[0], relevance), rule.propagate(calls[1], relevance), TOLERANCE[torch.float32])
 
 
 @pytest.mark.parametrize("rule", [LinearAlphaBeta(2.0, 1.0, REFERENCE), LinearAlphaBeta(stabiliser=EXACT)])
