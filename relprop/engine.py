@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from relprop import trust
-from relprop.backends import choose_backend
+from relprop.backends import choose_backend, choose_joint
 from relprop.capture import Captured, capture, lower
 from relprop.capture.export import bind_arguments
 from relprop.composites import Composite, find_composite
@@ -97,7 +97,9 @@ def compile(
         plan = _plan(model, args, dict(kwargs or {}), output)
         program = plan.programs.get(key)
         if program is None:
-            program = build_program(plan.graph, chosen, method_options, rules, choose, plan.captured.batch_symbols)
+            joint = choose_joint(backend, dtype, device)
+            symbols = plan.captured.batch_symbols
+            program = build_program(plan.graph, chosen, method_options, rules, choose, symbols, joint=joint)
             plan.programs[key] = program
     return Engine(model, plan.captured, program, backend, precision, dtype, device)
 
