@@ -8,6 +8,11 @@
 #define RELPROP_VERSION "unknown"
 #endif
 
+// Why there is no relprop._cuda; empty where it was built along.
+#ifndef RELPROP_NO_CUDA_REASON
+#define RELPROP_NO_CUDA_REASON "unknown"
+#endif
+
 namespace relprop {
 namespace {
 
@@ -29,8 +34,9 @@ py::dict build_info() {
   info["isas_built"] = isas_built();
   info["isas_supported"] = isas_supported();
   info["openmp"] = openmp_runtime();
-  info["cuda"] = false;
-  info["cuda_reason"] = "this build has no CUDA sources";
+  const std::string no_cuda = RELPROP_NO_CUDA_REASON;
+  info["cuda"] = no_cuda.empty();
+  info["cuda_reason"] = no_cuda;
   return info;
 }
 

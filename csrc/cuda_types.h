@@ -6,9 +6,9 @@
 
 #include <cstdint>
 
-namespace relprop {
+#include "dtype.h"
 
-enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+namespace relprop {
 
 // How the factors of a matrix product are multiplied; sums are float32 throughout.
 enum class Product : int {

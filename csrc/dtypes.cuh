@@ -112,6 +112,8 @@ void with_dtype(DType dtype, Function&& function) {
       return function(TypeTag<bfloat16>());
     case DType::kFloat16:
       return function(TypeTag<float16>());
+    default:
+      break;
   }
   throw std::invalid_argument("dtype: expected 0 (float32), 1 (bfloat16) or 2 (float16), got " +
                               std::to_string(static_cast<int>(dtype)));

@@ -1,10 +1,17 @@
-// The stabiliser: how a share R / z keeps away from a zero denominator. Defined here once for every CPU kernel.
+// The stabiliser: how a share R / z keeps away from a zero denominator. Defined here once for every CPU and
+// CUDA kernel.
 #pragma once
 
 #include <limits>
 #include <type_traits>
 
 #include "isa.h"
+
+#if defined(__CUDACC__)
+#define RELPROP_ON_DEVICE __host__ __device__
+#else
+#define RELPROP_ON_DEVICE
+#endif
 
 namespace relprop {
 
@@ -24,7 +31,7 @@ constexpr T kNoShare = std::numeric_limits<T>::infinity();
 
 // stab(z): the share of relevance R is R / stabilised(z).
 template <StabiliserKind kind, typename T>
-RELPROP_INLINE T stabilised(T z, T epsilon) {
+RELPROP_ON_DEVICE RELPROP_INLINE T stabilised(T z, T epsilon) {
   if constexpr (kind == StabiliserKind::kSigned) {
     const T denominator = z + (z >= T(0) ? epsilon : -epsilon);
     return denominator == T(0) ? kNoShare<T> : denominator;

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from relprop import trust
-from relprop.backends import choose_kernels
+from relprop.backends import choose_backend, choose_forward
 from relprop.capture import Captured, capture, lower
 from relprop.capture.export import bind_arguments
 from relprop.composites import Composite, find_composite
@@ -91,13 +91,21 @@ def compile(
     rules = find_composite(composite if composite is not None else chosen.composite)
     _check_mode(model)
     device, dtype = _placement(model, args, dict(kwargs or {}))
-    kernels = choose_kernels(backend, dtype, device, precision)
+    choose = choose_backend(backend, dtype, device)
     key = (method, rules, _hashable(method_options), backend, dtype, str(device), precision)
     with _CACHE.lock:
         plan = _plan(model, args, dict(kwargs or {}), output)
         program = plan.programs.get(key)
         if program is None:
-            program = build_program(plan.graph, chosen, method_options, rules, kernels, plan.captured.batch_symbols)
+            program = build_program(
+                plan.graph,
+                chosen,
+                method_options,
+                rules,
+                choose,
+                plan.captured.batch_symbols,
+                choose_forward=choose_forward(backend, dtype, device, precision),
+            )
             plan.programs[key] = program
     return Engine(model, plan.captured, program, backend, precision, dtype, device)
 

@@ -6,10 +6,11 @@ import importlib.metadata
 import os
 import platform
 import textwrap
+from typing import Any
 
 import torch
 
-from relprop import native
+from relprop import native, native_cuda
 from relprop.backends import backends
 from relprop.composites import COMPOSITES
 from relprop.methods import METHODS
@@ -47,8 +48,7 @@ def installation() -> dict[str, dict[str, str]]:
             f" this CPU: {', '.join(built['isas_supported'])})",
             "OpenMP": str(built["openmp"]) or "none",
         }
-    no_cuda = built.get("cuda_reason") or "there are no compiled kernels at all"
-    kernels["CUDA kernels"] = "built" if built.get("cuda") else f"not built: {no_cuda}"
+    kernels["CUDA kernels"] = _cuda_kernels(built)
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
@@ -61,6 +61,14 @@ def installation() -> dict[str, dict[str, str]]:
         "backends": backends(),
         "kernels": kernels,
     }
+
+
+def _cuda_kernels(built: dict[str, Any]) -> str:
+    if not built.get("cuda"):
+        return f"not built: {built.get('cuda_reason') or 'there are no compiled kernels at all'}"
+    found = native_cuda.info()
+    made = f"built by {found['compiler']}" if "compiler" in found else "built"
+    return made if found["available"] else f"{made}; unavailable: {found['reason']}"
 
 
 def describe_installation() -> str:

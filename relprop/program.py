@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
-
-from torch import Tensor
+from typing import Any
 
 from relprop import cost
 from relprop.composites import Composite
@@ -17,47 +15,7 @@ from relprop.rules import Call, Relevances, Rule, make_rule
 
 Kernel = Callable[[Rule, Call, Any], Relevances]
 ForwardKernel = Callable[..., Any]  # (node, *the operation's arguments) -> its output
-
-
-class JointKernel(Protocol):
-    """All streams of one step at once, and the walk of a row through it, without the step's maps."""
-
-    def __call__(
-        self, call: Call, streams: Mapping[str, JointStream], edge: str | None, row: Tensor | None
-    ) -> tuple[dict[str, Relevances], Tensor | None]:
-        """Streams at the operands by name, and row E.
-
-        Args:
-            edge: what E is made of, None for no walk.
-            row: [T or 1, B, Nq]
-        """
-
-
-def _own_rule(node: Node, rule: Rule) -> tuple[str, Kernel | None]:
-    return "torch", None
-
-
-def _no_joint(node: Node, rules: Mapping[str, Rule], edge: str | None) -> tuple[str, JointKernel] | None:
-    return None
-
-
-def _own_forward(node: Node) -> ForwardKernel | None:
-    return None
-
-
-@dataclass(frozen=True)
-class Kernels:
-    """Where a plan's kernels come from; by default every operation and rule is its own.
-
-    Attributes:
-        stream: of a rule at a node, with the backend's name.
-        joint: for all streams of a node at once, by their rules and the edge of the read-out's row.
-        forward: of a node's forward.
-    """
-
-    stream: Callable[[Node, Rule], tuple[str, Kernel | None]] = _own_rule
-    joint: Callable[[Node, Mapping[str, Rule], str | None], tuple[str, JointKernel] | None] = _no_joint
-    forward: Callable[[Node], ForwardKernel | None] = _own_forward
+ChooseBackend = Callable[[Node, Rule], tuple[str, Kernel | None]]
 
 
 @dataclass(frozen=True)
@@ -80,35 +38,6 @@ class StreamStep:
 
 
 @dataclass(frozen=True)
-class JointStream:
-    """One stream as a joint kernel takes it.
-
-    Attributes:
-        rule: what it does there.
-        arrived: the stream at the output. [T, *output shape]
-        wanted: which operands receive anything.
-    """
-
-    rule: Rule
-    arrived: Tensor
-    wanted: tuple[bool, ...]
-
-
-@dataclass(frozen=True)
-class JointStep:
-    """A kernel that takes a whole step, where neither the ledger nor a trace asks for its parts.
-
-    Attributes:
-        backend: the kernel's, with its name.
-        edge: what the read-out's row is multiplied with there, None where nothing is read.
-    """
-
-    backend: str
-    kernel: JointKernel
-    edge: str | None
-
-
-@dataclass(frozen=True)
 class ReverseStep:
     """One operation on the way back: its streams, the read-out's maps, and what is freed after it."""
 
@@ -117,7 +46,6 @@ class ReverseStep:
     maps: frozenset[str]
     tensors: tuple[int, ...]  # values that the step reads
     frees: tuple[int, ...]
-    joint: JointStep | None = None
 
 
 @dataclass(frozen=True)
@@ -227,7 +155,6 @@ class Program:
             names = {v.index: v.name for v in (*node.operands, *node.outputs) if v is not None}
             tensors = ", ".join(names[t] for t in step.tensors if t in names)
             size = cost.nbytes([v for v in (*node.operands, *node.outputs) if v is not None], self.batch_symbols)
-            joint = step.joint.backend if step.joint is not None else None
             for stream in step.streams or (None,):
                 share = cost.products(node, stream.rule, stream.stream, stream.wanted) if stream else 0
                 rows.append(
@@ -235,9 +162,9 @@ class Program:
                         str(i),
                         node.kind + (f" ({node.role})" if node.role else ""),
                         node.module,
-                        stream.stream if stream else "row" if joint else "map",
+                        stream.stream if stream else "map",
                         stream.rule.describe() if stream else "-",
-                        joint or (stream.backend if stream else "torch"),
+                        stream.backend if stream else "torch",
                         tensors,
                         self._rows_of(node.outputs[0]),
                         f"{share * cost.forward_flops(node, self.batch_symbols) / 1e6:.4g}",
@@ -269,15 +196,17 @@ def build_program(
     method: Method,
     options: Mapping[str, Any] | None,
     composite: Composite,
-    kernels: Kernels,
+    choose: ChooseBackend,
     batch_symbols: frozenset[Any],
     everything: bool = False,
+    choose_forward: Callable[[Node], ForwardKernel | None] = lambda node: None,
 ) -> Program:
     """Plan a method on a graph.
 
     Args:
-        kernels: what may run in place of rules and operations.
+        choose: the backend of a rule at a node.
         everything: run every step of every stream down to the inputs (for tracing).
+        choose_forward: the kernel of an operation's forward, None for its own.
     Raises:
         UnsupportedOpError: operations without a rule; all are named.
         UnsupportedTopologyError: the method does not apply to this structure.
@@ -308,7 +237,7 @@ def build_program(
                 continue
             wanted = tuple(v is not None and v.carrying and v.index in reached[name] for v in node.operands)
             live[name].update(v.index for v in node.operands if v is not None and v.carrying)
-            backend, kernel = kernels.stream(node, rules[node])
+            backend, kernel = choose(node, rules[node])
             steps.append(StreamStep(name, rules[node], backend, kernel, wanted))
         if steps or maps:
             reverse.append((node, tuple(steps), maps))
@@ -320,23 +249,12 @@ def build_program(
         composite=composite,
         readout=readout,
         requirements=requirements,
-        forward=_forward_steps(graph, reverse, requirements, kernels),
-        reverse=_reverse_steps(reverse, [_joint(*item, readout, kernels) for item in reverse]),
+        forward=_forward_steps(graph, reverse, requirements, choose_forward),
+        reverse=_reverse_steps(reverse),
         seeds=tuple(streams),
         batch_symbols=batch_symbols,
         frontier={name: tuple(values) for name, values in frontier.items()},
     )
-
-
-def _joint(
-    node: Node, steps: tuple[StreamStep, ...], maps: frozenset[str], readout: Readout, kernels: Kernels
-) -> JointStep | None:
-    """The kernel for a whole step; none where the read-out wants the maps themselves."""
-    edge = readout.row_edge(node) if maps else None
-    if maps and edge is None:
-        return None
-    found = kernels.joint(node, {step.stream: step.rule for step in steps}, edge)
-    return None if found is None else JointStep(*found, edge)
 
 
 def _uses(requirements: Requirements, stream: str) -> bool:
@@ -375,15 +293,13 @@ def _needed(node: Node, steps: tuple[StreamStep, ...], maps: frozenset[str]) -> 
     return list(dict.fromkeys(found))
 
 
-def _reverse_steps(
-    plan: list[tuple[Node, tuple[StreamStep, ...], frozenset[str]]], joints: list[JointStep | None]
-) -> tuple[ReverseStep, ...]:
+def _reverse_steps(plan: list[tuple[Node, tuple[StreamStep, ...], frozenset[str]]]) -> tuple[ReverseStep, ...]:
     last: dict[int, int] = {}
     needed = [_needed(*item) for item in plan]
     for i, indices in enumerate(needed):
         last.update(dict.fromkeys(indices, i))
     return tuple(
-        ReverseStep(node, steps, maps, tuple(needed[i]), tuple(v for v in needed[i] if last[v] == i), joints[i])
+        ReverseStep(node, steps, maps, tuple(needed[i]), tuple(v for v in needed[i] if last[v] == i))
         for i, (node, steps, maps) in enumerate(plan)
     )
 
@@ -392,7 +308,7 @@ def _forward_steps(
     graph: Graph,
     plan: list[tuple[Node, tuple[StreamStep, ...], frozenset[str]]],
     requirements: Requirements,
-    kernels: Kernels,
+    choose: Callable[[Node], ForwardKernel | None],
 ) -> tuple[ForwardStep, ...]:
     kept = {index for item in plan for index in _needed(*item)}
     kept |= {graph.output.index} | {v.index for v, _ in requirements.values}
@@ -407,19 +323,7 @@ def _forward_steps(
     for index, i in last.items():
         if index not in kept and index not in outside:
             dying.setdefault(i, []).append(index)
-    return tuple(
-        ForwardStep(node, tuple(dying.get(i, ())), kernels.forward(node)) for i, node in enumerate(graph.nodes)
-    )
+    return tuple(ForwardStep(node, tuple(dying.get(i, ())), choose(node)) for i, node in enumerate(graph.nodes))
 
 
-__all__ = [
-    "ForwardStep",
-    "JointKernel",
-    "JointStep",
-    "JointStream",
-    "Kernels",
-    "Program",
-    "ReverseStep",
-    "StreamStep",
-    "build_program",
-]
+__all__ = ["ForwardStep", "Program", "ReverseStep", "StreamStep", "build_program"]

@@ -7,14 +7,14 @@ all the reasons.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable
 
 import torch
 
-from relprop.backends import cpp, cpp_attention, products
+from relprop.backends import cpp, products
 from relprop.errors import BackendError, unknown_name
 from relprop.graph import Node
-from relprop.program import ForwardKernel, JointKernel, Kernel, Kernels
+from relprop.program import ForwardKernel, Kernel
 from relprop.rules import Rule
 
 BACKENDS = ("torch", "cpp")
@@ -22,15 +22,15 @@ _LOG = logging.getLogger("relprop")
 _SAID: set[str] = set()
 
 
-def choose_kernels(name: str, dtype: torch.dtype, device: torch.device, precision: str) -> Kernels:
-    """The kernels that a plan may use.
+def choose_backend(
+    name: str, dtype: torch.dtype, device: torch.device
+) -> Callable[[Node, Rule], tuple[str, Kernel | None]]:
+    """A chooser of kernels for a plan.
 
     Args:
         name: "auto" takes the fastest that can run; a backend's name asks for it where it has a kernel.
         dtype: of the streams.
         device: of the model.
-        precision: of the matrix products. Only "medium" changes the forward pass: its linear layers then multiply what
-            their relevance rules will multiply, so that the parts of a z+ come from the same numbers.
     Raises:
         UnknownNameError: no such backend. BackendError: it cannot run here, with all the reasons.
     """
@@ -45,27 +45,28 @@ def choose_kernels(name: str, dtype: torch.dtype, device: torch.device, precisio
             _SAID.add(text)
             _LOG.info("backend cpp is not used: %s", text)
     if name == "torch" or reasons:
-        return Kernels()
-    if precision != "medium":
-        return Kernels(_stream_kernel, _joint_kernel)
-    return Kernels(_stream_kernel, _joint_kernel, _medium_forward)
+        return lambda node, rule: ("torch", None)
+
+    def choose(node: Node, rule: Rule) -> tuple[str, Kernel | None]:
+        kernel = cpp.KERNELS.get(type(rule))
+        if kernel is None or cpp.kernel_reasons(node, rule):
+            return "torch", None
+        return "cpp", kernel
+
+    return choose
 
 
-def _stream_kernel(node: Node, rule: Rule) -> tuple[str, Kernel | None]:
-    kernel = cpp.KERNELS.get(type(rule))
-    if kernel is None or cpp.kernel_reasons(node, rule):
-        return "torch", None
-    return "cpp", kernel
+def choose_forward(
+    name: str, dtype: torch.dtype, device: torch.device, precision: str
+) -> Callable[[Node], ForwardKernel | None]:
+    """A chooser of forward kernels for a plan: None leaves an operation to the model's own.
 
-
-def _joint_kernel(node: Node, rules: Mapping[str, Rule], edge: str | None) -> tuple[str, JointKernel] | None:
-    if node.kind != "attention" or cpp_attention.kernel_reasons(node, rules, edge):
-        return None
-    return "cpp (tiles)", cpp_attention.attention
-
-
-def _medium_forward(node: Node) -> ForwardKernel | None:
-    return products.forward if node.kind == "linear" else None
+    Only `precision="medium"` changes the forward pass. Its linear layers then multiply what their relevance rules will
+    multiply, so that the parts of a z+ come from the same numbers.
+    """
+    if precision != "medium" or name == "torch" or cpp.reasons_against(dtype, device):
+        return lambda node: None
+    return lambda node: products.forward if node.kind == "linear" else None
 
 
 def backends() -> dict[str, str]:
@@ -74,4 +75,4 @@ def backends() -> dict[str, str]:
     return {"torch": "available", "cpp": "available" if usable else f"unavailable: {reason}"}
 
 
-__all__ = ["BACKENDS", "backends", "choose_kernels"]
+__all__ = ["BACKENDS", "backends", "choose_backend", "choose_forward"]

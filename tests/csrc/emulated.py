@@ -90,6 +90,11 @@ def build(name: str, sources: Sequence[Path], sanitize: bool = False) -> Path:
     return module
 
 
+def build_cuda_module(sanitize: bool = False) -> Path:
+    """relprop._cuda from all of csrc's CUDA sources."""
+    return build("_cuda", [*CSRC.glob("*.cu"), *CSRC.glob("*cuda_bindings.cpp")], sanitize)
+
+
 def sanitizer_library() -> str:
     """AddressSanitizer's runtime, which must be loaded before a Python that is not built with it; empty for none."""
     done = subprocess.run([*COMPILER, "-print-file-name=libasan.so"], capture_output=True, text=True)

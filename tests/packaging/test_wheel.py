@@ -24,8 +24,28 @@ assert native.available()[0], native.available()[1]
 print(relprop.__path__[0], relprop.kernels.__path__[0], native._C.__file__, native.info()["version"], sep="\\n")
 """
 
+# In a process of its own: what the CUDA module says of itself, with no driver in the way of the import.
+CUDA_PROBE = """
+import torch
+from relprop import _cuda, native, native_cuda
+assert native.info()["cuda"], native.info()
+usable, reason = native_cuda.available()
+if not usable:
+    assert reason.startswith("no CUDA device"), reason
+    pointer = torch.ones(4).data_ptr()
+    try:
+        _cuda.matmul_half_share((0, 0, 0, 0), pointer, pointer, pointer, 1, 4, (0, 1.0))
+    except RuntimeError as error:
+        assert "CUDA driver" in str(error) or "no CUDA-capable device" in str(error), error
+    else:
+        raise AssertionError("a launch without a GPU")
+print(_cuda.__file__)
+"""
+
 
 def run(*command: str | Path, cwd: Path, **environment: str) -> str:
+    """Without CUDA kernels, which take minutes, unless the environment says otherwise."""
+    environment = {"RELPROP_NO_CUDA": "1", **environment}
     clean = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "RELPROP_NO_NATIVE")}
     done = subprocess.run(
         [str(part) for part in command],
@@ -68,6 +88,7 @@ def environment(folder: Path) -> Path:
 def test_wheel_contents(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert any(name.startswith("relprop/_C.") and name.endswith(".so") for name in names)
+    assert not any(name.startswith("relprop/_cuda.") for name in names)
     assert {"relprop/kernels/__init__.py", "relprop/native/__init__.py"} <= set(names)
     assert {name.split("/")[0] for name in names} == {"relprop", wheel.name.split("-cp")[0] + ".dist-info"}
     sources = {
@@ -87,7 +108,30 @@ def test_wheel_works_outside_the_checkout(wheel: Path, tmp_path: Path) -> None:
     assert Path(package).is_relative_to(tmp_path) and Path(module).is_relative_to(package)
     assert Path(kernels) == Path(package) / "kernels"
     assert f"relprop-{version}-" in wheel.name
-    run(tmp_path / "venv" / "bin" / "relprop", "info", cwd=tmp_path)
+    info = run(tmp_path / "venv" / "bin" / "relprop", "info", cwd=tmp_path)
+    assert "not built: RELPROP_NO_CUDA was set when relprop was built" in info
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH")
+def test_wheel_with_cuda_kernels(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", tmp_path, checkout(tmp_path)]
+    run(*command, cwd=tmp_path, RELPROP_NO_CUDA="")
+    (wheel,) = tmp_path.glob("relprop-*.whl")
+    python = environment(tmp_path / "venv")
+    run(python, "-m", "pip", "install", "--no-deps", wheel, cwd=tmp_path)
+    module = run(python, "-c", CUDA_PROBE, cwd=tmp_path).strip()
+    assert Path(module).is_relative_to(tmp_path)
+    assert "libcudart" not in run("ldd", module, cwd=tmp_path)
+    assert "built by nvcc" in run(tmp_path / "venv" / "bin" / "relprop", "info", cwd=tmp_path)
+
+
+def test_an_old_nvcc_is_one_clear_reason(tmp_path: Path) -> None:
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 10.2, V10.2.89'\n")
+    nvcc.chmod(0o755)
+    done = build_extension(tmp_path, RELPROP_NO_CUDA="", CUDA_HOME=str(tmp_path), CXX="no-such-compiler")
+    assert "relprop: the CUDA kernels are not built: expected nvcc 11.8 or newer, got release 10.2" in done.stderr
 
 
 def test_editable_install(tmp_path: Path) -> None:
@@ -105,7 +149,7 @@ def test_source_archive_builds(tmp_path: Path) -> None:
     name = run(sys.executable, "-c", backend, tmp_path, cwd=copy).split()[-1]
     with tarfile.open(tmp_path / name) as archive:
         names = {member.split("/", 1)[1] for member in archive.getnames() if "/" in member}
-    wanted = {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").iterdir()}
+    wanted = {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*") if path.is_file()}
     assert wanted <= names and "kernels/__init__.py" in names and "LICENSE" in names
     run(sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", tmp_path, tmp_path / name, cwd=tmp_path)
 
@@ -114,7 +158,7 @@ def build_extension(tmp_path: Path, **environment: str) -> subprocess.CompletedP
     return subprocess.run(
         [sys.executable, "setup.py", "build_ext", "--inplace"],
         cwd=checkout(tmp_path),
-        env={**os.environ, **environment},
+        env={**os.environ, "RELPROP_NO_CUDA": "1", **environment},
         capture_output=True,
         text=True,
     )

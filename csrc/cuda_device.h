@@ -1,0 +1,20 @@
+// What the CUDA module says about itself and the machine.
+#pragma once
+
+#include <string>
+
+namespace relprop {
+
+// nvcc and the GPU architectures compiled for, or what emulates them.
+std::string cuda_compiler();
+
+// Where tensors must lie: "cuda", or "cpu" for the emulation.
+std::string cuda_device_type();
+
+// Why no kernel can be launched here (no driver, no GPU); empty where one can.
+std::string cuda_reason();
+
+// The order of fibres in the emulation; throws std::logic_error elsewhere.
+void set_cuda_order(int order);
+
+}  // namespace relprop
