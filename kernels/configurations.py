@@ -1,0 +1,88 @@
+"""Good configurations per kernel, architecture, kind of product and class of shapes, so that no first call tunes.
+
+Architectures: 80 (A100), 86 (8.6, 8.9 and 12.x: 99 KB of shared memory), 90 (H100, H200), 100 (B200). A device takes
+the row of the largest architecture that is not above its own.
+"""
+
+from __future__ import annotations
+
+from relprop.kernels.launch import Configuration
+
+ARCHITECTURES = (80, 86, 90, 100)
+# Shared memory that one program may have, in bytes.
+SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+
+
+def tabled_architecture(architecture: int) -> int:
+    """The row of the table that a compute capability takes."""
+    if architecture in (86, 87, 89) or architecture >= 110:
+        return 86
+    return max(a for a in (80, 90, 100) if a <= max(architecture, 80))
+
+
+def configuration(kernel: str, architecture: int, kind: str = "", shape_class: str = "") -> Configuration:
+    """The tabled configuration.
+
+    Args:
+        kernel: name of the table, shared by kernels that do the same work.
+        architecture: compute capability, as 90 for 9.0.
+        kind: of products: "half" (16-bit operands), "tf32", "tf32x3" or "ieee"; empty for kernels without any.
+        shape_class: the kernel's own.
+    """
+    rows = TABLE[kernel, kind, shape_class]
+    return rows.get(tabled_architecture(architecture)) or rows[80]
+
+
+def _linear(m: int, n: int, k: int, warps: int, stages: int, group: int = 8) -> Configuration:
+    return Configuration({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP": group}, warps, stages)
+
+
+Rows = dict[int, Configuration]
+
+TABLE: dict[tuple[str, str, str], Rows] = {
+    # BLOCK_K is the contraction.
+    ("linear_share_out", "half", "many"): {
+        80: _linear(128, 64, 64, 4, 3),
+        86: _linear(64, 64, 64, 4, 3),
+        90: _linear(128, 128, 64, 8, 3),
+        100: _linear(128, 128, 64, 8, 3),
+    },
+    ("linear_share_out", "half", "few"): {80: _linear(16, 32, 128, 4, 4), 90: _linear(16, 32, 128, 4, 4)},
+    ("linear_share_out", "tf32", "many"): {
+        80: _linear(64, 64, 32, 4, 3),
+        90: _linear(128, 64, 32, 8, 3),
+        100: _linear(64, 64, 32, 4, 3),
+    },
+    ("linear_share_out", "tf32", "few"): {80: _linear(16, 32, 64, 4, 4)},
+    ("linear_share_out", "tf32x3", "many"): {80: _linear(64, 64, 32, 4, 3)},
+    ("linear_share_out", "tf32x3", "few"): {80: _linear(16, 32, 64, 4, 4)},
+    ("linear_share_out", "ieee", "many"): {80: _linear(64, 64, 16, 8, 3)},
+    ("linear_share_out", "ieee", "few"): {80: _linear(16, 32, 32, 4, 4)},
+    # BLOCK_N is the contraction.
+    ("linear_back", "half", "one_many"): {
+        80: _linear(128, 32, 64, 4, 3),
+        86: _linear(64, 32, 64, 4, 3),
+        90: _linear(128, 64, 128, 8, 3),
+        100: _linear(128, 64, 128, 8, 3),
+    },
+    ("linear_back", "half", "fused_many"): {
+        80: _linear(64, 32, 64, 4, 3),
+        90: _linear(128, 64, 64, 8, 3),
+        100: _linear(128, 64, 64, 8, 3),
+    },
+    ("linear_back", "half", "one_few"): {80: _linear(16, 64, 32, 4, 4)},
+    ("linear_back", "half", "fused_few"): {80: _linear(16, 64, 32, 4, 4)},
+    ("linear_back", "tf32", "one_many"): {80: _linear(64, 32, 64, 4, 3)},
+    ("linear_back", "tf32", "fused_many"): {80: _linear(64, 32, 64, 4, 3)},
+    ("linear_back", "tf32", "one_few"): {80: _linear(16, 64, 32, 4, 3)},
+    ("linear_back", "tf32", "fused_few"): {80: _linear(16, 64, 32, 4, 3)},
+    ("linear_back", "tf32x3", "one_many"): {80: _linear(64, 32, 64, 4, 3)},
+    ("linear_back", "tf32x3", "fused_many"): {80: _linear(64, 32, 32, 4, 3)},
+    ("linear_back", "tf32x3", "one_few"): {80: _linear(16, 64, 32, 4, 3)},
+    ("linear_back", "tf32x3", "fused_few"): {80: _linear(16, 64, 32, 4, 3)},
+    ("linear_back", "ieee", "one_many"): {80: _linear(64, 16, 64, 8, 3)},
+    ("linear_back", "ieee", "fused_many"): {80: _linear(64, 16, 32, 8, 3)},
+    ("linear_back", "ieee", "one_few"): {80: _linear(16, 32, 32, 4, 3)},
+    ("linear_back", "ieee", "fused_few"): {80: _linear(16, 32, 32, 4, 3)},
+    ("elementwise", "", ""): {80: Configuration({"BLOCK": 1024}, 4, 2)},
+}
