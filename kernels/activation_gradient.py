@@ -6,12 +6,12 @@ Source: Hendrycks and Gimpel 2016 (GELU); Elfwing et al. 2018 (SiLU).
 from __future__ import annotations
 
 import torch
-from relprop.kernels.checks import check, check_dtype, check_output, targets_of
-from relprop.kernels.configurations import configuration
-from relprop.kernels.launch import architecture_of, cdiv, jit, launch, tl
 from torch import Tensor
 
 from relprop.errors import OptionError
+from relprop.kernels.checks import check, check_dtype, check_output, targets_of
+from relprop.kernels.configurations import configuration
+from relprop.kernels.launch import architecture_of, cdiv, jit, launch, tl
 
 ACTIVATIONS = {None: 0, "gelu": 1, "gelu_tanh": 2, "silu": 3, "relu": 4}
 

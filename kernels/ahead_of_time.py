@@ -1,8 +1,8 @@
 """Kernels compiled without a GPU: what a launch would compile to on an architecture, and what that uses.
 
-    with recording(90) as launches:
-        linear_alpha_beta_share_out(...)  # on tensors of the meta device
-    built = [compile_launch(launch, 90) for launch in launches]
+with recording(90) as launches:
+    linear_alpha_beta_share_out(...)  # on tensors of the meta device
+built = [compile_launch(launch, 90) for launch in launches]
 """
 
 from __future__ import annotations

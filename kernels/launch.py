@@ -165,16 +165,13 @@ class Products:
         operand: what operands are converted to on the way into the product.
         precision: Triton's `input_precision`; it matters for float32 operands.
         rounding: relative rounding of one product.
+        kind: as the tables of configurations call it: "half", "medium" (float32 in memory), "tf32", "tf32x3", "ieee".
     """
 
     operand: torch.dtype
     precision: str
     rounding: float
-
-    @property
-    def kind(self) -> str:
-        """As the tables of configurations call it."""
-        return "half" if self.operand != torch.float32 else self.precision
+    kind: str
 
     @property
     def constants(self) -> dict[str, Any]:
@@ -201,16 +198,18 @@ def products(dtype: torch.dtype, precision: str) -> Products:
     if precision not in float32:
         raise OptionError(f"precision: expected one of {', '.join(float32)}, got {precision!r}")
     if dtype != torch.float32:
-        return Products(dtype, "tf32", _ROUNDING["ieee"])
+        return Products(dtype, "tf32", _ROUNDING["ieee"], "half")
     found = float32[precision]
     if not found:
-        return Products(torch.bfloat16, "tf32", torch.finfo(torch.bfloat16).eps)
-    return Products(torch.float32, found, _ROUNDING[found])
+        return Products(torch.bfloat16, "tf32", torch.finfo(torch.bfloat16).eps, "medium")
+    return Products(torch.float32, found, _ROUNDING[found], found)
 
 
 def share_products(taken: Products) -> Products:
     """How products with shares are taken: a share R / z overflows float16, tf32 has its bits and float32's range."""
-    return Products(torch.float32, "tf32", _ROUNDING["tf32"]) if taken.operand == torch.float16 else taken
+    if taken.operand != torch.float16:
+        return taken
+    return Products(torch.float32, "tf32", _ROUNDING["tf32"], "tf32")
 
 
 def tl_dtype(dtype: torch.dtype) -> Any:

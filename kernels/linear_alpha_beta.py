@@ -10,14 +10,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from relprop.kernels.checks import Stabiliser, check_output
-from relprop.kernels.configurations import configuration
-from relprop.kernels.launch import architecture_of, cdiv, jit, launch, tl
-from relprop.kernels.linear_back import linear_back
-from relprop.kernels.linear_products import ShareInputs, tile_products
-from relprop.kernels.stabiliser import share, tile_of
 from torch import Tensor
+
+from relprop.kernels.checks import Stabiliser
+from relprop.kernels.launch import jit, tl
+from relprop.kernels.linear_back import linear_back
+from relprop.kernels.linear_products import ShareInputs, share_half, share_tile
+from relprop.kernels.stabiliser import share
 
 
 @jit
@@ -38,15 +37,15 @@ def _linear_alpha_beta_share_out_kernel(
     stride_xm,
     stride_wn,
     stride_ym,
+    epsilon,
     alpha,
     beta,
     tolerance,
-    epsilon,
     KIND: tl.constexpr,
     OPPOSED: tl.constexpr,
+    BIAS_SHARE: tl.constexpr,
     HAS_Y: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    BIAS_SHARE: tl.constexpr,
     EVEN_K: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -55,19 +54,11 @@ def _linear_alpha_beta_share_out_kernel(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    row_tile, column_tile = tile_of(
-        tl.program_id(0), (m_size + BLOCK_M - 1) // BLOCK_M, (n_size + BLOCK_N - 1) // BLOCK_N, GROUP
-    )
-    rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    kept = (rows < m_size)[:, None] & (columns < n_size)[None, :]
-    rows = tl.where(rows < m_size, rows, 0)
-    columns = tl.where(columns < n_size, columns, 0)
-    plain, absolute = tile_products(
+    product, magnified, first_row, first_column = share_tile(
         x_ptr,
         w_ptr,
-        rows,
-        columns,
+        m_size,
+        n_size,
         k_size,
         stride_xm,
         stride_wn,
@@ -79,37 +70,55 @@ def _linear_alpha_beta_share_out_kernel(
         BLOCK_M,
         BLOCK_N,
         BLOCK_K,
+        GROUP,
     )
-    rows = rows.to(tl.int64)
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr + columns).to(tl.float32)[None, :]
-    if HAS_Y:
-        plain = tl.load(y_ptr + rows[:, None] * stride_ym + columns[None, :], mask=kept, other=0.0).to(tl.float32)
-        if HAS_BIAS:
-            plain = plain - bias
-    bound = tolerance * absolute
-    supporting = (plain + absolute) * 0.5
-    supporting = tl.where(supporting <= bound, 0.0, supporting)
-    if BIAS_SHARE:
-        supporting = supporting + tl.maximum(bias, 0.0)
-    if OPPOSED:
-        opposing = (plain - absolute) * 0.5
-        opposing = tl.where(opposing >= -bound, 0.0, opposing)
+    row = tl.arange(0, BLOCK_M)[:, None]
+    relevance_ptr += first_row * stride_rm + first_column
+    p1_ptr += first_row * n_size + first_column
+    p2_ptr += first_row * n_size + first_column
+    for side in tl.static_range(2):
+        plain, absolute, bias, kept = share_half(
+            product,
+            magnified,
+            y_ptr,
+            bias_ptr,
+            first_row,
+            first_column,
+            m_size,
+            n_size,
+            stride_ym,
+            side,
+            HAS_Y,
+            HAS_BIAS,
+            BLOCK_M,
+            BLOCK_N // 2,
+        )
+        column = side * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)[None, :]
+        relevance_at = relevance_ptr
+        p1_at = p1_ptr
+        p2_at = p2_ptr
+        bound = tolerance * absolute
+        supporting = (plain + absolute) * 0.5
+        supporting = tl.where(supporting <= bound, 0.0, supporting)
         if BIAS_SHARE:
-            opposing = opposing + tl.minimum(bias, 0.0)
-    at = rows[:, None] * stride_rm + columns[None, :]
-    out = rows[:, None] * n_size + columns[None, :]
-    for _ in range(targets):
-        relevance = tl.load(relevance_ptr + at, mask=kept, other=0.0).to(tl.float32)
-        # Whatever the stabiliser, nothing supports a z+ of 0.
-        s = alpha * tl.where(supporting == 0, 0.0, share(relevance, supporting, epsilon, KIND))
+            supporting = supporting + tl.maximum(bias, 0.0)
         if OPPOSED:
-            t = beta * tl.where(opposing == 0, 0.0, share(relevance, opposing, epsilon, KIND))
-            tl.store(p2_ptr + out, (s + t).to(p2_ptr.dtype.element_ty), mask=kept)
-            s = s - t
-        tl.store(p1_ptr + out, s.to(p1_ptr.dtype.element_ty), mask=kept)
-        at += stride_rt
-        out += tl.cast(m_size, tl.int64) * n_size
+            opposing = (plain - absolute) * 0.5
+            opposing = tl.where(opposing >= -bound, 0.0, opposing)
+            if BIAS_SHARE:
+                opposing = opposing + tl.minimum(bias, 0.0)
+        for _ in range(targets):
+            relevance = tl.load(relevance_at + (row * stride_rm + column), mask=kept, other=0.0).to(tl.float32)
+            # Whatever the stabiliser, nothing supports a z+ of 0.
+            s = alpha * tl.where(supporting == 0, 0.0, share(relevance, supporting, epsilon, KIND))
+            if OPPOSED:
+                t = beta * tl.where(opposing == 0, 0.0, share(relevance, opposing, epsilon, KIND))
+                tl.store(p2_at + (row * n_size + column), (s + t).to(p2_ptr.dtype.element_ty), mask=kept)
+                s = s - t
+            tl.store(p1_at + (row * n_size + column), s.to(p1_ptr.dtype.element_ty), mask=kept)
+            relevance_at += stride_rt
+            p1_at += tl.cast(m_size, tl.int64) * n_size
+            p2_at += tl.cast(m_size, tl.int64) * n_size
 
 
 def linear_alpha_beta_share_out(
@@ -150,58 +159,18 @@ def linear_alpha_beta_share_out(
     Source: Chefer et al., CVPR 2021, section 3.
     """
     given = ShareInputs(relevance, x, w, y, bias, stabiliser, precision)
-    p1, p2 = _outputs(given, relevance, beta != 0, out)
-    taken = given.products
+    p1, p2 = given.outputs(beta != 0, out)
     if tolerance is None:
-        tolerance = 4 * taken.rounding
-    chosen = configuration("linear_share_out", architecture_of(x.device), taken.kind, given.shape_class)
-    # Pointers that are not read are those of a tensor that is there.
-    y_rows = given.relevance[0] if given.y is None else given.y
-    launch(
+        tolerance = 4 * given.products.rounding
+    given.launch(
         _linear_alpha_beta_share_out_kernel,
-        (cdiv(given.rows, chosen.tiles["BLOCK_M"]) * cdiv(given.n, chosen.tiles["BLOCK_N"]),),
-        (
-            p1,
-            p2,
-            given.relevance,
-            given.x,
-            given.w,
-            y_rows,
-            given.w if given.bias is None else given.bias,
-            given.targets,
-            given.rows,
-            given.n,
-            given.k,
-            given.relevance.stride(0),
-            given.relevance.stride(1),
-            given.x.stride(0),
-            given.w.stride(0),
-            y_rows.stride(0),
-            float(alpha),
-            float(beta),
-            float(tolerance),
-            float(given.epsilon),
-        ),
-        chosen,
-        KIND=given.kind,
+        p1,
+        p2,
+        (alpha, beta, tolerance),
         OPPOSED=beta != 0,
-        HAS_Y=given.y is not None,
-        HAS_BIAS=given.bias is not None,
-        BIAS_SHARE=bias_share and given.bias is not None,
-        EVEN_K=given.k % chosen.tiles["BLOCK_K"] == 0,
-        **taken.constants,
+        BIAS_SHARE=bias_share and bias is not None,
     )
     return p1, p2
-
-
-def _outputs(
-    given: ShareInputs, relevance: Tensor, opposed: bool, out: tuple[Tensor, Tensor] | None
-) -> tuple[Tensor, Tensor]:
-    if out is not None:
-        p1 = check_output("out[0]", out[0], given.full, relevance)
-        return p1, check_output("out[1]", out[1], given.full, relevance) if opposed else p1
-    p1 = torch.empty(given.full, dtype=relevance.dtype, device=relevance.device)
-    return p1, torch.empty_like(p1) if opposed else p1
 
 
 def linear_alpha_beta_back(

@@ -7,14 +7,14 @@ all targets are one matrix, so that targets share the tiles of w; a gradient rid
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
+from relprop.errors import OptionError, ShapeError
 from relprop.kernels.activation_gradient import ACTIVATIONS, slope
 from relprop.kernels.checks import as_rows, as_target_rows, check, check_dtype, check_output, targets_of, text
 from relprop.kernels.configurations import configuration
 from relprop.kernels.launch import architecture_of, cdiv, jit, launch, products, share_products, tl
-from relprop.kernels.stabiliser import magnitude, product, tile_of
-from torch import Tensor
-
-from relprop.errors import OptionError, ShapeError
+from relprop.kernels.stabiliser import magnitude, product, side_of, tile_of
 
 
 @jit
@@ -60,7 +60,7 @@ def _linear_back_kernel(
     )
     rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = column_tile * BLOCK_K + tl.arange(0, BLOCK_K)
-    kept = (rows < rows_size)[:, None] & (columns < k_size)[None, :]
+    rows_inside = (rows < rows_size)[:, None]
     rows = tl.where(rows < rows_size, rows, 0).to(tl.int64)
     columns = tl.where(columns < k_size, columns, 0)
     targets = rows // m_size
@@ -104,18 +104,25 @@ def _linear_back_kernel(
                 c2 = product(p, magnitude(w), c2, PRECISION)
             p1_at += BLOCK_N
         w_at += BLOCK_N * tl.cast(stride_wn, tl.int64)
-    out = rows[:, None] * k_size + columns[None, :]
-    if RELEVANCE:
-        x = tl.load(x_ptr + samples[:, None] * stride_xm + columns[None, :], mask=kept, other=0.0).to(tl.float32)
-        back = plain * x * c1
-        if MAGNITUDE:
-            back += magnified * tl.abs(x) * c2
-        tl.store(out_ptr + out, back.to(out_ptr.dtype.element_ty), mask=kept)
-    if GRADIENT:
-        if ACTIVATION > 0:
-            h = tl.load(h_ptr + samples[:, None] * stride_hm + columns[None, :], mask=kept, other=0.0).to(tl.float32)
-            passed = passed * slope(h, ACTIVATION)
-        tl.store(gradient_out_ptr + out, passed.to(gradient_out_ptr.dtype.element_ty), mask=kept)
+    half: tl.constexpr = BLOCK_K // 2
+    for side in tl.static_range(2):
+        # Half a tile at a time: the epilogue's operands would not fit into registers beside the accumulators.
+        columns = column_tile * BLOCK_K + side * half + tl.arange(0, half)
+        kept = rows_inside & (columns < k_size)[None, :]
+        rows_out = rows * k_size
+        if RELEVANCE:
+            x = tl.load((x_ptr + samples * stride_xm)[:, None] + columns[None, :], mask=kept, other=0.0).to(tl.float32)
+            back = plain * x * side_of(c1, side, BLOCK_M, half)
+            if MAGNITUDE:
+                back += magnified * tl.abs(x) * side_of(c2, side, BLOCK_M, half)
+            tl.store((out_ptr + rows_out)[:, None] + columns[None, :], back.to(out_ptr.dtype.element_ty), mask=kept)
+        if GRADIENT:
+            g = side_of(passed, side, BLOCK_M, half)
+            if ACTIVATION > 0:
+                h_at = (h_ptr + samples * stride_hm)[:, None] + columns[None, :]
+                g = g * slope(tl.load(h_at, mask=kept, other=0.0).to(tl.float32), ACTIVATION)
+            g = g.to(gradient_out_ptr.dtype.element_ty)
+            tl.store((gradient_out_ptr + rows_out)[:, None] + columns[None, :], g, mask=kept)
 
 
 def linear_back(

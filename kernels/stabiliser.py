@@ -58,3 +58,10 @@ def tile_of(program, row_tiles, column_tiles, GROUP: tl.constexpr):
     size = tl.minimum(row_tiles - first, GROUP)
     within = program % (GROUP * column_tiles)
     return first + within % size, within // size
+
+
+@jit
+def side_of(x, side: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The left or the right half of a tile of 2 * COLUMNS columns."""
+    left, right = tl.split(tl.permute(tl.reshape(x, (ROWS, 2, COLUMNS)), (0, 2, 1)))
+    return left if side == 0 else right

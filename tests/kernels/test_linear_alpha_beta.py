@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from relprop.kernels.linear_alpha_beta import linear_alpha_beta_back, linear_alpha_beta_share_out
 from torch import Tensor
 
 from relprop.errors import DeviceError, DTypeError, OptionError, ShapeError
+from relprop.kernels.linear_alpha_beta import linear_alpha_beta_back, linear_alpha_beta_share_out
 from relprop.rules import LinearAlphaBeta, Stabiliser
 from tests.kernels.kernel_checks import (
     DTYPES,
@@ -21,34 +21,14 @@ from tests.kernels.kernel_checks import (
     random,
     spread_out,
 )
-from tests.rules.rule_checks import call_by_hand
-
-aten = torch.ops.aten
-
-
-def case(dtype: torch.dtype, targets: int, rows: int, n: int, k: int, zeros: bool = False) -> dict[str, Tensor]:
-    return {
-        "x": random(rows, k, seed=1, dtype=dtype, zeros=zeros),
-        "w": random(n, k, seed=2, dtype=dtype, zeros=zeros),
-        "bias": random(n, seed=3, dtype=dtype),
-        "relevance": random(targets, rows, n, seed=4),
-    }
-
-
-def by_rule(rule: LinearAlphaBeta, given: dict[str, Tensor]) -> Tensor:
-    """R_in in float64. [T, M, K]"""
-    x, w, bias = (given[name].double() for name in ("x", "w", "bias"))
-    call = call_by_hand("linear", aten.linear.default, (x, w, bias), x @ w.T + bias)
-    found = rule.propagate(call, given["relevance"].double())[0]
-    assert found is not None
-    return found
+from tests.kernels.linear_cases import by_rule, case, output_of
 
 
 def by_kernels(rule: LinearAlphaBeta, given: dict[str, Tensor], with_y: bool, **options: Any) -> Tensor:
     x, w, relevance = given["x"], given["w"], given["relevance"]
     y = None
     if with_y:
-        y = (x.double() @ w.double().T + given["bias"].double()).float()
+        y = output_of(given)
     shape = relevance.shape
     p1, p2 = linear_alpha_beta_share_out(
         relevance,
