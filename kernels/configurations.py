@@ -44,28 +44,32 @@ def _back(m: int, k: int, n: int, warps: int, stages: int) -> Configuration:
     return Configuration({"BLOCK_M": m, "BLOCK_K": k, "BLOCK_N": n, "GROUP": 8}, warps, stages)
 
 
+def _tiles(queries: int, keys: int, warps: int, stages: int) -> Configuration:
+    return Configuration({"BLOCK_Q": queries, "BLOCK_K": keys}, warps, stages)
+
+
 Rows = dict[int, Configuration]
 
 TABLE: dict[tuple[str, str, str], Rows] = {
     ("linear_share_out", "half", "wide"): {
         80: _share(128, 64, 64, 8, 3),
         86: _share(64, 64, 64, 4, 3),
-        90: _share(128, 128, 64, 8, 3),
+        90: _share(128, 128, 32, 8, 4),
     },
     ("linear_share_out", "half", "many"): {80: _share(64, 64, 64, 4, 3), 90: _share(128, 64, 64, 8, 3)},
     ("linear_share_out", "half", "few"): {80: _share(16, 32, 128, 4, 4)},
     ("linear_share_out", "medium", "wide"): {80: _share(64, 64, 32, 4, 3), 90: _share(128, 64, 64, 8, 3)},
-    ("linear_share_out", "medium", "many"): {80: _share(64, 64, 32, 8, 3), 90: _share(128, 64, 64, 8, 3)},
+    ("linear_share_out", "medium", "many"): {80: _share(64, 32, 32, 4, 3), 90: _share(128, 64, 64, 8, 3)},
     ("linear_share_out", "medium", "few"): {80: _share(16, 32, 64, 4, 4)},
     ("linear_share_out", "tf32", "wide"): {80: _share(64, 64, 32, 8, 3), 90: _share(128, 64, 32, 8, 3)},
     ("linear_share_out", "tf32", "many"): {80: _share(64, 64, 32, 8, 3), 90: _share(128, 64, 32, 8, 3)},
     ("linear_share_out", "tf32", "few"): {80: _share(16, 32, 64, 4, 4)},
-    ("linear_share_out", "tf32x3", "wide"): {80: _share(64, 64, 32, 8, 3)},
-    ("linear_share_out", "tf32x3", "many"): {80: _share(64, 64, 32, 8, 3)},
+    ("linear_share_out", "tf32x3", "wide"): {80: _share(64, 32, 32, 4, 2), 90: _share(64, 64, 32, 8, 3)},
+    ("linear_share_out", "tf32x3", "many"): {80: _share(64, 32, 32, 8, 2), 90: _share(64, 64, 32, 8, 3)},
     ("linear_share_out", "tf32x3", "few"): {80: _share(16, 32, 64, 4, 4)},
     ("linear_share_out", "ieee", "wide"): {80: _share(64, 64, 16, 8, 2)},
     ("linear_share_out", "ieee", "many"): {80: _share(64, 32, 16, 8, 2)},
-    ("linear_share_out", "ieee", "few"): {80: _share(16, 32, 32, 4, 2)},
+    ("linear_share_out", "ieee", "few"): {80: _share(16, 32, 16, 4, 2)},
     # One: relevance or a gradient. Fused: both.
     ("linear_back", "half", "one_many"): {
         80: _back(128, 64, 32, 4, 3),
@@ -83,8 +87,8 @@ TABLE: dict[tuple[str, str, str], Rows] = {
     ("linear_back", "tf32", "fused_many"): {80: _back(64, 64, 32, 4, 2)},
     ("linear_back", "tf32", "one_few"): {80: _back(16, 32, 64, 4, 3)},
     ("linear_back", "tf32", "fused_few"): {80: _back(16, 32, 64, 4, 2)},
-    ("linear_back", "tf32x3", "one_many"): {80: _back(64, 64, 32, 8, 3)},
-    ("linear_back", "tf32x3", "fused_many"): {80: _back(64, 32, 32, 4, 2)},
+    ("linear_back", "tf32x3", "one_many"): {80: _back(64, 32, 32, 4, 2), 90: _back(64, 64, 32, 8, 3)},
+    ("linear_back", "tf32x3", "fused_many"): {80: _back(64, 32, 16, 4, 2), 90: _back(64, 32, 32, 4, 2)},
     ("linear_back", "tf32x3", "one_few"): {80: _back(16, 32, 64, 4, 3)},
     ("linear_back", "tf32x3", "fused_few"): {80: _back(16, 32, 32, 4, 2)},
     ("linear_back", "ieee", "one_many"): {80: _back(64, 64, 16, 8, 2)},
@@ -93,3 +97,20 @@ TABLE: dict[tuple[str, str, str], Rows] = {
     ("linear_back", "ieee", "fused_few"): {80: _back(16, 32, 32, 4, 2)},
     ("elementwise", "", ""): {80: Configuration({"BLOCK": 1024}, 4, 2)},
 }
+
+
+def _attention_rows(kind: str) -> dict[tuple[str, str, str], Rows]:
+    """Tiles of attention: by side, and by the larger head size."""
+    half = kind == "half"
+    deep, wide = (3, 64) if half else (2, 32)
+    rows: dict[tuple[str, str, str], Rows] = {}
+    for side in ("statistics", "queries", "queries_signed", "keys_values", "keys", "keys_signed", "values"):
+        small = 32 if side not in ("statistics", "values") else wide
+        rows[f"attention_{side}", kind, "d64"] = {80: _tiles(64, small, 8, 2), 90: _tiles(64, 64, 8, deep)}
+        rows[f"attention_{side}", kind, "d128"] = {80: _tiles(64, 32, 8, 2), 90: _tiles(64, 32, 8, 2)}
+        rows[f"attention_{side}", kind, "d256"] = {80: _tiles(32, 32, 8, 1), 90: _tiles(32, 32, 8, 1)}
+    return rows
+
+
+for _kind in ("half", "medium", "tf32", "tf32x3", "ieee"):
+    TABLE.update(_attention_rows(_kind))
