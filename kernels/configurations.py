@@ -54,7 +54,7 @@ TABLE: dict[tuple[str, str, str], Rows] = {
     ("linear_share_out", "half", "wide"): {
         80: _share(128, 64, 64, 8, 3),
         86: _share(64, 64, 64, 4, 3),
-        90: _share(128, 128, 32, 8, 4),
+        90: _share(128, 128, 64, 8, 4),
     },
     ("linear_share_out", "half", "many"): {80: _share(64, 64, 64, 4, 3), 90: _share(128, 64, 64, 8, 3)},
     ("linear_share_out", "half", "few"): {80: _share(16, 32, 128, 4, 4)},

@@ -138,10 +138,10 @@ def share_half(
     # Offsets within a tile fit 32 bits, and their registers.
     row = tl.arange(0, BLOCK_M)[:, None]
     column = side * HALF + tl.arange(0, HALF)[None, :]
-    kept = (first_row + row < m_size) & (first_column + column < n_size)
+    kept = (row < (m_size - first_row).to(tl.int32)) & (column < n_size - first_column)
     bias = tl.full((1, HALF), 0.0, tl.float32)
     if HAS_BIAS:
-        bias = tl.load(bias_ptr + first_column + column, mask=first_column + column < n_size, other=0.0).to(tl.float32)
+        bias = tl.load(bias_ptr + first_column + column, mask=column < n_size - first_column, other=0.0).to(tl.float32)
     if HAS_Y:
         y_ptr += first_row * stride_ym + first_column
         product_half = tl.load(y_ptr + (row * stride_ym + column), mask=kept, other=0.0).to(tl.float32) - bias
