@@ -25,12 +25,14 @@ def slope(h, ACTIVATION: tl.constexpr):
         return below + h * density
     elif ACTIVATION == 2:
         inner = 0.7978845608028654 * (h + 0.044715 * h * h * h)
-        # tanh(a) = 2 sigmoid(2 a) - 1
-        tanh = 2.0 / (1.0 + tl.exp(-2.0 * inner)) - 1.0
+        # Of -|a|, which does not overflow.
+        decay = tl.exp(-2.0 * tl.abs(inner))
+        tanh = tl.where(inner >= 0, 1.0, -1.0) * (1.0 - decay) / (1.0 + decay)
         derivative = 0.7978845608028654 * (1.0 + 0.134145 * h * h)
         return 0.5 * (1.0 + tanh) + 0.5 * h * (1.0 - tanh * tanh) * derivative
     elif ACTIVATION == 3:
-        sigmoid = 1.0 / (1.0 + tl.exp(-h))
+        decay = tl.exp(-tl.abs(h))
+        sigmoid = tl.where(h >= 0, 1.0, decay) / (1.0 + decay)
         return sigmoid * (1.0 + h * (1.0 - sigmoid))
     else:
         return tl.where(h > 0, 1.0, 0.0)

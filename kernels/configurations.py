@@ -96,6 +96,14 @@ TABLE: dict[tuple[str, str, str], Rows] = {
     ("linear_back", "ieee", "one_few"): {80: _back(16, 32, 32, 4, 2)},
     ("linear_back", "ieee", "fused_few"): {80: _back(16, 32, 32, 4, 2)},
     ("elementwise", "", ""): {80: Configuration({"BLOCK": 1024}, 4, 2)},
+    ("add_normalised", "", ""): {80: Configuration({"BLOCK": 1024}, 4, 2)},
+    ("scalars", "", ""): {80: Configuration({}, 4, 1)},
+    ("rows", "", "small"): {80: Configuration({"BLOCK": 1024}, 4, 2)},
+    ("rows", "", "large"): {80: Configuration({"BLOCK": 4096}, 8, 2)},
+    # A norm's row lies in registers as a whole.
+    ("norm", "", "small"): {80: Configuration({}, 4, 1)},
+    ("norm", "", "medium"): {80: Configuration({}, 8, 1)},
+    ("norm", "", "large"): {80: Configuration({}, 16, 1)},
 }
 
 
