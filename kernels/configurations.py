@@ -1,0 +1,124 @@
+"""Good configurations per kernel, architecture, kind of product and class of shapes, so that no first call tunes.
+
+Architectures: 80 (A100), 86 (8.6, 8.9 and 12.x: 99 KB of shared memory), 90 (H100, H200), 100 (B200). A device takes
+the row of the largest architecture that is not above its own.
+"""
+
+from __future__ import annotations
+
+from relprop.kernels.launch import Configuration
+
+ARCHITECTURES = (80, 86, 90, 100)
+# Shared memory that one program may have, in bytes.
+SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+
+
+def tabled_architecture(architecture: int) -> int:
+    """The row of the table that a compute capability takes."""
+    if architecture in (86, 87, 89) or architecture >= 110:
+        return 86
+    return max(a for a in (80, 90, 100) if a <= max(architecture, 80))
+
+
+def configuration(kernel: str, architecture: int, kind: str = "", shape_class: str = "") -> Configuration:
+    """The tabled configuration.
+
+    Args:
+        kernel: name of the table, shared by kernels that do the same work.
+        architecture: compute capability, as 90 for 9.0.
+        kind: of products: "half" (16-bit operands), "tf32", "tf32x3" or "ieee"; empty for kernels without any.
+        shape_class: the kernel's own.
+    """
+    rows = TABLE[kernel, kind, shape_class]
+    at = tabled_architecture(architecture)
+    # A row that is not there is that of the architecture before it; 8.6 stands alone beside 8.0.
+    return rows.get(at) or (rows.get(90) if at == 100 else None) or rows[80]
+
+
+# BLOCK_M, then the other side of the output's tile, then the contraction.
+def _share(m: int, n: int, k: int, warps: int, stages: int) -> Configuration:
+    return Configuration({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP": 8}, warps, stages)
+
+
+def _back(m: int, k: int, n: int, warps: int, stages: int) -> Configuration:
+    return Configuration({"BLOCK_M": m, "BLOCK_K": k, "BLOCK_N": n, "GROUP": 8}, warps, stages)
+
+
+def _tiles(queries: int, keys: int, warps: int, stages: int) -> Configuration:
+    return Configuration({"BLOCK_Q": queries, "BLOCK_K": keys}, warps, stages)
+
+
+Rows = dict[int, Configuration]
+
+TABLE: dict[tuple[str, str, str], Rows] = {
+    ("linear_share_out", "half", "wide"): {
+        80: _share(128, 64, 64, 8, 3),
+        86: _share(64, 64, 64, 4, 3),
+        90: _share(128, 128, 64, 8, 4),
+    },
+    ("linear_share_out", "half", "many"): {80: _share(64, 64, 64, 4, 3), 90: _share(128, 64, 64, 8, 3)},
+    ("linear_share_out", "half", "few"): {80: _share(16, 32, 128, 4, 4)},
+    ("linear_share_out", "medium", "wide"): {80: _share(64, 64, 32, 4, 3), 90: _share(128, 64, 64, 8, 3)},
+    ("linear_share_out", "medium", "many"): {80: _share(64, 32, 32, 4, 3), 90: _share(128, 64, 64, 8, 3)},
+    ("linear_share_out", "medium", "few"): {80: _share(16, 32, 64, 4, 4)},
+    ("linear_share_out", "tf32", "wide"): {80: _share(64, 64, 32, 8, 3), 90: _share(128, 64, 32, 8, 3)},
+    ("linear_share_out", "tf32", "many"): {80: _share(64, 64, 32, 8, 3), 90: _share(128, 64, 32, 8, 3)},
+    ("linear_share_out", "tf32", "few"): {80: _share(16, 32, 64, 4, 4)},
+    ("linear_share_out", "tf32x3", "wide"): {80: _share(64, 32, 32, 4, 2), 90: _share(64, 64, 32, 8, 3)},
+    ("linear_share_out", "tf32x3", "many"): {80: _share(64, 32, 32, 8, 2), 90: _share(64, 64, 32, 8, 3)},
+    ("linear_share_out", "tf32x3", "few"): {80: _share(16, 32, 64, 4, 4)},
+    ("linear_share_out", "ieee", "wide"): {80: _share(64, 64, 16, 8, 2)},
+    ("linear_share_out", "ieee", "many"): {80: _share(64, 32, 16, 8, 2)},
+    ("linear_share_out", "ieee", "few"): {80: _share(16, 32, 16, 4, 2)},
+    # One: relevance or a gradient. Fused: both.
+    ("linear_back", "half", "one_many"): {
+        80: _back(128, 64, 32, 4, 3),
+        86: _back(64, 64, 32, 4, 3),
+        90: _back(128, 128, 64, 8, 3),
+    },
+    ("linear_back", "half", "fused_many"): {80: _back(64, 64, 32, 4, 3), 90: _back(128, 64, 64, 8, 2)},
+    ("linear_back", "half", "one_few"): {80: _back(16, 32, 64, 4, 4)},
+    ("linear_back", "half", "fused_few"): {80: _back(16, 32, 64, 4, 3)},
+    ("linear_back", "medium", "one_many"): {80: _back(64, 64, 32, 4, 3), 90: _back(128, 64, 64, 8, 2)},
+    ("linear_back", "medium", "fused_many"): {80: _back(64, 64, 32, 4, 2), 90: _back(128, 64, 64, 8, 2)},
+    ("linear_back", "medium", "one_few"): {80: _back(16, 32, 64, 4, 3)},
+    ("linear_back", "medium", "fused_few"): {80: _back(16, 32, 64, 4, 3)},
+    ("linear_back", "tf32", "one_many"): {80: _back(64, 64, 32, 4, 3)},
+    ("linear_back", "tf32", "fused_many"): {80: _back(64, 64, 32, 4, 2)},
+    ("linear_back", "tf32", "one_few"): {80: _back(16, 32, 64, 4, 3)},
+    ("linear_back", "tf32", "fused_few"): {80: _back(16, 32, 64, 4, 2)},
+    ("linear_back", "tf32x3", "one_many"): {80: _back(64, 32, 32, 4, 2), 90: _back(64, 64, 32, 8, 3)},
+    ("linear_back", "tf32x3", "fused_many"): {80: _back(64, 32, 16, 4, 2), 90: _back(64, 32, 32, 4, 2)},
+    ("linear_back", "tf32x3", "one_few"): {80: _back(16, 32, 64, 4, 3)},
+    ("linear_back", "tf32x3", "fused_few"): {80: _back(16, 32, 32, 4, 2)},
+    ("linear_back", "ieee", "one_many"): {80: _back(64, 64, 16, 8, 2)},
+    ("linear_back", "ieee", "fused_many"): {80: _back(64, 32, 16, 8, 2)},
+    ("linear_back", "ieee", "one_few"): {80: _back(16, 32, 32, 4, 2)},
+    ("linear_back", "ieee", "fused_few"): {80: _back(16, 32, 32, 4, 2)},
+    ("elementwise", "", ""): {80: Configuration({"BLOCK": 1024}, 4, 2)},
+    ("add_normalised", "", ""): {80: Configuration({"BLOCK": 1024}, 4, 2)},
+    ("scalars", "", ""): {80: Configuration({}, 4, 1)},
+    ("rows", "", "small"): {80: Configuration({"BLOCK": 1024}, 4, 2)},
+    ("rows", "", "large"): {80: Configuration({"BLOCK": 4096}, 8, 2)},
+    # A norm's row lies in registers as a whole.
+    ("norm", "", "small"): {80: Configuration({}, 4, 1)},
+    ("norm", "", "medium"): {80: Configuration({}, 8, 1)},
+    ("norm", "", "large"): {80: Configuration({}, 16, 1)},
+}
+
+
+def _attention_rows(kind: str) -> dict[tuple[str, str, str], Rows]:
+    """Tiles of attention: by side, and by the larger head size."""
+    half = kind == "half"
+    deep, wide = (3, 64) if half else (2, 32)
+    rows: dict[tuple[str, str, str], Rows] = {}
+    for side in ("statistics", "queries", "queries_signed", "keys_values", "keys", "keys_signed", "values"):
+        small = 32 if side not in ("statistics", "values") else wide
+        rows[f"attention_{side}", kind, "d64"] = {80: _tiles(64, small, 8, 2), 90: _tiles(64, 64, 8, deep)}
+        rows[f"attention_{side}", kind, "d128"] = {80: _tiles(64, 32, 8, 2), 90: _tiles(64, 32, 8, 2)}
+        rows[f"attention_{side}", kind, "d256"] = {80: _tiles(32, 32, 8, 1), 90: _tiles(32, 32, 8, 1)}
+    return rows
+
+
+for _kind in ("half", "medium", "tf32", "tf32x3", "ieee"):
+    TABLE.update(_attention_rows(_kind))

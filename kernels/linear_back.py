@@ -1,0 +1,291 @@
+"""The way back through a linear layer for every rule: factor x (p1 w) + factor |x| (p2 |w|), with plain gradients.
+
+The rules differ in their shares (alpha_beta: p1, p2 and two halves; gamma: s and s sign(y); epsilon: s alone). Rows of
+all targets are one matrix, so that targets share the tiles of w; a gradient rides along in the same program.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from relprop.errors import OptionError, ShapeError
+from relprop.kernels.activation_gradient import ACTIVATIONS, slope
+from relprop.kernels.checks import as_rows, as_target_rows, check, check_dtype, check_output, targets_of, text
+from relprop.kernels.configurations import configuration
+from relprop.kernels.launch import architecture_of, cdiv, jit, launch, products, share_products, tl
+from relprop.kernels.stabiliser import magnitude, product, side_of, tile_of
+
+
+@jit
+def _linear_back_kernel(
+    out_ptr,  # [T * M, K]
+    gradient_out_ptr,  # [T * M, K]
+    p1_ptr,  # [T, M, N]
+    p2_ptr,  # [T, M, N]
+    gradient_ptr,  # [T, M, N]
+    x_ptr,  # [M, K]
+    w_ptr,  # [N, K]
+    h_ptr,  # [M, K], input of the activation whose output is x
+    rows_size,  # T * M
+    m_size,
+    n_size,
+    k_size,
+    stride_pt,
+    stride_pm,
+    stride_qt,
+    stride_qm,
+    stride_gt,
+    stride_gm,
+    stride_xm,
+    stride_wn,
+    stride_hm,
+    plain,
+    magnified,
+    RELEVANCE: tl.constexpr,
+    MAGNITUDE: tl.constexpr,
+    SEPARATE: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    row_tile, column_tile = tile_of(
+        tl.program_id(0), (rows_size + BLOCK_M - 1) // BLOCK_M, (k_size + BLOCK_K - 1) // BLOCK_K, GROUP
+    )
+    rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = column_tile * BLOCK_K + tl.arange(0, BLOCK_K)
+    rows_inside = (rows < rows_size)[:, None]
+    rows = tl.where(rows < rows_size, rows, 0).to(tl.int64)
+    columns = tl.where(columns < k_size, columns, 0)
+    targets = rows // m_size
+    samples = rows % m_size
+    n = tl.arange(0, BLOCK_N)
+    w_at = w_ptr + n.to(tl.int64)[:, None] * stride_wn + columns[None, :]
+    if RELEVANCE:
+        p1_at = p1_ptr + (targets * stride_pt + samples * stride_pm)[:, None] + n[None, :]
+        p2_at = p2_ptr + (targets * stride_qt + samples * stride_qm)[:, None] + n[None, :]
+    if GRADIENT:
+        gradient_at = gradient_ptr + (targets * stride_gt + samples * stride_gm)[:, None] + n[None, :]
+    c1 = tl.full((BLOCK_M, BLOCK_K), 0.0, tl.float32)
+    c2 = tl.full((BLOCK_M, BLOCK_K), 0.0, tl.float32)
+    passed = tl.full((BLOCK_M, BLOCK_K), 0.0, tl.float32)
+    for start in range(0, n_size, BLOCK_N):
+        inside = start + n < n_size
+        if EVEN_N:
+            w = tl.load(w_at).to(OPERAND)
+        else:
+            w = tl.load(w_at, mask=inside[:, None], other=0.0).to(OPERAND)
+        if GRADIENT:
+            if EVEN_N:
+                gradient = tl.load(gradient_at).to(OPERAND)
+            else:
+                gradient = tl.load(gradient_at, mask=inside[None, :], other=0.0).to(OPERAND)
+            passed = product(gradient, w, passed, PRECISION)
+            gradient_at += BLOCK_N
+        if RELEVANCE:
+            if EVEN_N:
+                p = tl.load(p1_at).to(OPERAND)
+            else:
+                p = tl.load(p1_at, mask=inside[None, :], other=0.0).to(OPERAND)
+            c1 = product(p, w, c1, PRECISION)
+            if MAGNITUDE:
+                if SEPARATE:
+                    if EVEN_N:
+                        p = tl.load(p2_at).to(OPERAND)
+                    else:
+                        p = tl.load(p2_at, mask=inside[None, :], other=0.0).to(OPERAND)
+                    p2_at += BLOCK_N
+                c2 = product(p, magnitude(w), c2, PRECISION)
+            p1_at += BLOCK_N
+        w_at += BLOCK_N * tl.cast(stride_wn, tl.int64)
+    half: tl.constexpr = BLOCK_K // 2
+    for side in tl.static_range(2):
+        # Half a tile at a time: the epilogue's operands would not fit into registers beside the accumulators.
+        columns = column_tile * BLOCK_K + side * half + tl.arange(0, half)
+        kept = rows_inside & (columns < k_size)[None, :]
+        rows_out = rows * k_size
+        if RELEVANCE:
+            x = tl.load((x_ptr + samples * stride_xm)[:, None] + columns[None, :], mask=kept, other=0.0).to(tl.float32)
+            back = plain * x * side_of(c1, side, BLOCK_M, half)
+            if MAGNITUDE:
+                back += magnified * tl.abs(x) * side_of(c2, side, BLOCK_M, half)
+            tl.store((out_ptr + rows_out)[:, None] + columns[None, :], back.to(out_ptr.dtype.element_ty), mask=kept)
+        if GRADIENT:
+            g = side_of(passed, side, BLOCK_M, half)
+            if ACTIVATION > 0:
+                h_at = (h_ptr + samples * stride_hm)[:, None] + columns[None, :]
+                g = g * slope(tl.load(h_at, mask=kept, other=0.0).to(tl.float32), ACTIVATION)
+            g = g.to(gradient_out_ptr.dtype.element_ty)
+            tl.store((gradient_out_ptr + rows_out)[:, None] + columns[None, :], g, mask=kept)
+
+
+def linear_back(
+    p1: Tensor | None,
+    p2: Tensor | None,
+    x: Tensor,
+    w: Tensor,
+    gradients: Tensor | None = None,
+    *,
+    plain: float = 1.0,
+    magnified: float = 0.0,
+    activation: str | None = None,
+    preactivation: Tensor | None = None,
+    precision: str = "highest",
+    out: Tensor | None = None,
+    gradient_out: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """plain · x ⊙ (p1 w) + magnified · |x| ⊙ (p2 |w|), and g w of plain gradients.
+
+    Args:
+        p1, p2: shares of either product, None for no relevance; p2 may be p1 itself, None for a magnified of 0.
+            [T, ..., N], float32 | bfloat16 | float16
+        x: layer input. [..., K], float32 | bfloat16 | float16
+        w: weight, of x's dtype. [N, K]
+        gradients: any number of plain left operands. [G, ..., N]
+        plain, magnified: factors of the two products
+        activation: "gelu", "gelu_tanh", "silu" or "relu", where x is its output: gradients are taken through it too
+        preactivation: that activation's input. [..., K]
+        precision: of the products, see `launch.products`; shares with float16 operands are multiplied in tf32
+        out, gradient_out: tensors to write to. [T, ..., K], [G, ..., K]
+    Returns:
+        relevance at the input [T, ..., K] in p1's dtype and gradients [G, ..., K] in theirs, None for what is not given
+    Raises:
+        ShapeError, DTypeError, DeviceError, OptionError
+    """
+    call = _BackInputs(p1, p2, x, w, gradients, magnified, activation, preactivation, precision)
+    result = call.output("out", out, p1, call.targets)
+    passed = call.output("gradient_out", gradient_out, gradients, call.gradients)
+    fused = min(call.targets, call.gradients)
+    for first, last, relevance, gradient in (
+        (0, fused, True, True),
+        (fused, call.targets, True, False),
+        (fused, call.gradients, False, True),
+    ):
+        if last > first:
+            call.launch(result, passed, first, last, relevance, gradient, plain, magnified)
+    return result, passed
+
+
+class _BackInputs:
+    def __init__(
+        self,
+        p1: Tensor | None,
+        p2: Tensor | None,
+        x: Tensor,
+        w: Tensor,
+        gradients: Tensor | None,
+        magnified: float,
+        activation: str | None,
+        preactivation: Tensor | None,
+        precision: str,
+    ) -> None:
+        check_dtype("x", x)
+        if x.dim() == 0 or w.dim() != 2 or w.shape[1] != x.shape[-1]:
+            raise ShapeError(f"x, w: expected shapes [..., K] and [N, K], got {text(x.shape)} and {text(w.shape)}")
+        check("w", w, w.shape, x, x.dtype)
+        if activation not in ACTIVATIONS or (activation is None) != (preactivation is None):
+            known = ", ".join(str(name) for name in ACTIVATIONS)
+            raise OptionError(f"activation: expected one of {known} and its input with it, got {activation!r}")
+        if p1 is not None and magnified and p2 is None:
+            raise OptionError("p2: expected shares of the magnified product, got None")
+        shape = (*x.shape[:-1], w.shape[0])
+        self.input_shape, self.like = x.shape, x
+        self.targets = self._check("p1", p1, shape)
+        self.gradients = self._check("gradients", gradients, shape)
+        self.separate = p2 is not p1
+        self.p1 = None if p1 is None else as_target_rows(p1)
+        self.p2 = self.p1
+        if self.separate and p2 is not None:
+            check("p2", p2, (self.targets, *shape), x)
+            self.p2 = as_target_rows(p2)
+        self.g = None if gradients is None else as_target_rows(gradients)
+        self.x, self.w, self.h = as_rows(x), as_rows(w), None
+        if preactivation is not None:
+            check("preactivation", preactivation, x.shape, x)
+            self.h = as_rows(preactivation)
+        self.activation = ACTIVATIONS[activation]
+        self.products = share_products(products(x.dtype, precision))
+        self.m, self.k = self.x.shape
+        self.n = self.w.shape[0]
+
+    def _check(self, name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> int:
+        if tensor is None:
+            return 0
+        count = targets_of(name, tensor, "..., N")
+        check(name, tensor, (count, *shape), self.like)
+        return count
+
+    def output(self, name: str, out: Tensor | None, source: Tensor | None, count: int) -> Tensor | None:
+        if source is None:
+            return None
+        shape = (count, *self.input_shape)
+        if out is not None:
+            return check_output(name, out, shape, source)
+        return torch.empty(shape, dtype=source.dtype, device=source.device)
+
+    def launch(
+        self,
+        out: Tensor | None,
+        gradient_out: Tensor | None,
+        first: int,
+        last: int,
+        relevance: bool,
+        gradient: bool,
+        plain: float,
+        magnified: float,
+    ) -> None:
+        """Targets first to last."""
+
+        def part(tensor: Tensor | None) -> Tensor:
+            # Pointers that are not read are those of a tensor that is there.
+            return self.x[None] if tensor is None else tensor[first:last]
+
+        rows = (last - first) * self.m
+        kind = "fused" if relevance and gradient else "one"
+        shape_class = f"{kind}_few" if rows <= 32 else f"{kind}_many"
+        chosen = configuration("linear_back", architecture_of(self.x.device), self.products.kind, shape_class)
+        p1, p2, g = (part(t) for t in (self.p1, self.p2, self.g))
+        h = self.x if self.h is None else self.h
+        launch(
+            _linear_back_kernel,
+            (cdiv(rows, chosen.tiles["BLOCK_M"]) * cdiv(self.k, chosen.tiles["BLOCK_K"]),),
+            (
+                part(out),
+                part(gradient_out),
+                p1,
+                p2,
+                g,
+                self.x,
+                self.w,
+                h,
+                rows,
+                self.m,
+                self.n,
+                self.k,
+                p1.stride(0),
+                p1.stride(1),
+                p2.stride(0),
+                p2.stride(1),
+                g.stride(0),
+                g.stride(1),
+                self.x.stride(0),
+                self.w.stride(0),
+                h.stride(0),
+                float(plain),
+                float(magnified),
+            ),
+            chosen,
+            RELEVANCE=relevance,
+            MAGNITUDE=relevance and magnified != 0,
+            SEPARATE=self.separate,
+            GRADIENT=gradient,
+            ACTIVATION=self.activation if gradient else 0,
+            EVEN_N=self.n % chosen.tiles["BLOCK_N"] == 0,
+            **self.products.constants,
+        )

@@ -1,0 +1,105 @@
+"""Every kernel compiled ahead of time at its tabled configurations; run in a process of its own.
+
+    python -m tests.kernels.compile_cases ARCHITECTURE,... [PATTERN]
+
+writes one line of JSON per compiled kernel. Cases are calls of the public functions on tensors of the meta device, so
+that what is compiled is what would be launched.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from fnmatch import fnmatch
+
+import torch
+from torch import Tensor
+
+from relprop.kernels.ahead_of_time import compile_launch
+from relprop.kernels.launch import recording
+from relprop.kernels.linear_alpha_beta import linear_alpha_beta_back, linear_alpha_beta_share_out
+from relprop.kernels.linear_epsilon import linear_epsilon_back, linear_epsilon_share_out
+from relprop.kernels.linear_gamma import linear_gamma_back, linear_gamma_share_out
+
+Case = tuple[str, Callable[[], object]]
+REFERENCE = (1, 1e-9)
+# bfloat16 and float16 operands, and float32 in each of its products.
+PRODUCTS = {
+    "bf16": (torch.bfloat16, "highest"),
+    "fp16": (torch.float16, "highest"),
+    "tf32": (torch.float32, "high"),
+    "tf32x3": (torch.float32, "tf32x3"),
+    "ieee": (torch.float32, "ieee"),
+    "medium": (torch.float32, "medium"),
+}
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def linear_cases() -> Iterator[Case]:
+    for (name, (dtype, precision)), rows, k in itertools.product(PRODUCTS.items(), (1, 4096), (768, 770)):
+        if k == 770 and name not in ("bf16", "tf32"):
+            continue
+        x, w, bias = empty(rows, k, dtype=dtype), empty(3072, k, dtype=dtype), empty(3072, dtype=dtype)
+        r, s, y = empty(2, rows, 3072), empty(2, rows, 3072, dtype=dtype), empty(rows, 3072)
+        options = {"stabiliser": REFERENCE, "precision": precision}
+        size = f"{'few' if rows == 1 else 'many'}/{'even' if k == 768 else 'odd'}"
+
+        def case(
+            label: str, run: Callable[..., object], *args: object, at: str = f"{name}/{size}", **named: object
+        ) -> Case:
+            return f"{label}/{at}", lambda: run(*args, **named)
+
+        yield case("linear_alpha_beta/share_out", linear_alpha_beta_share_out, r, x, w, None, bias, **options)
+        yield case("linear_alpha_beta/opposed", linear_alpha_beta_share_out, r, x, w, None, bias, beta=1.0, **options)
+        yield case("linear_alpha_beta/back", linear_alpha_beta_back, s, s, x, w, precision=precision)
+        yield case("linear_alpha_beta/fused", linear_alpha_beta_back, s, s, x, w, s, precision=precision)
+        if dtype != torch.float32:
+            yield case("linear_alpha_beta/float32_fused", linear_alpha_beta_back, r, r, x, w, r, precision=precision)
+        separate = empty(2, rows, 3072, dtype=dtype)
+        yield case("linear_alpha_beta/separate", linear_alpha_beta_back, s, separate, x, w, s, precision=precision)
+        if dtype == torch.float32:
+            yield case("linear_alpha_beta/from_y", linear_alpha_beta_share_out, r, x, w, y, bias, **options)
+        yield case("linear_epsilon/share_out", linear_epsilon_share_out, r, x, w, None, bias, **options)
+        yield case("linear_epsilon/back", linear_epsilon_back, s, x, w, s, precision=precision)
+        yield case("linear_gamma/share_out", linear_gamma_share_out, r, x, w, None, bias, **options)
+        yield case("linear_gamma/back", linear_gamma_back, s, separate, x, w, precision=precision)
+
+
+def cases() -> Iterator[Case]:
+    """All of them, by name."""
+    yield from linear_cases()
+
+
+def main(architectures: str, pattern: str = "*") -> None:
+    """Compile what matches on each architecture."""
+    warnings.simplefilter("ignore")
+    for architecture, (name, run) in itertools.product([int(a) for a in architectures.split(",")], cases()):
+        if not fnmatch(name, pattern):
+            continue
+        with recording(architecture) as launches:
+            run()
+        for launch in launches:
+            built = compile_launch(launch, architecture)
+            row = {
+                "case": name,
+                "kernel": built.name,
+                "architecture": architecture,
+                "registers": built.registers,
+                "stack": built.stack,
+                "shared": built.shared,
+                "wgmma": "wgmma.mma_async" in built.ptx,
+                "tcgen05": "tcgen05.mma" in built.ptx,
+                "tiles": dict(launch.configuration.tiles),
+                "warps": launch.configuration.warps,
+            }
+            print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

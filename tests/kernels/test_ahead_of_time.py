@@ -1,0 +1,61 @@
+"""Kernels compiled without a GPU for sm_80, sm_90 and sm_100: nothing spills, shared memory fits, wgmma is used."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from relprop.kernels.configurations import SHARED_MEMORY, tabled_architecture
+
+ROOT = Path(__file__).parents[2]
+
+
+def compiled(architectures: str, pattern: str) -> list[dict[str, Any]]:
+    """Rows of `compile_cases`, whose process has no interpreter."""
+    clean = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.compile_cases", architectures, pattern],
+        cwd=ROOT,
+        env=clean,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert rows
+    return rows
+
+
+def check(rows: list[dict[str, Any]]) -> None:
+    spilled = [row for row in rows if row["stack"]]
+    assert not spilled, spilled
+    too_large = [row for row in rows if row["shared"] > SHARED_MEMORY[tabled_architecture(row["architecture"])]]
+    assert not too_large, too_large
+
+
+def large_products(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Kernels shaped like a matrix product, with 16-bit operands and more than a few rows."""
+    return [row for row in rows if "/few" not in row["case"] and {"bf16", "medium"} & set(row["case"].split("/"))]
+
+
+def test_a_few_on_hopper() -> None:
+    rows = compiled("90", "linear_alpha_beta/*/bf16/many/even")
+    check(rows)
+    assert len(rows) == 6 and all(row["wgmma"] for row in large_products(rows))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("architecture", [80, 86, 90, 100])
+def test_all(architecture: int) -> None:
+    rows = compiled(str(architecture), "*")
+    check(rows)
+    used = {90: "wgmma", 100: "tcgen05"}.get(architecture)
+    if used:
+        missing = [row for row in large_products(rows) if not row[used] and "from_y" not in row["case"]]
+        assert not missing, missing
