@@ -106,10 +106,10 @@ RELPROP_INLINE T exp_of_negative(T x) {
   return x < E::lowest ? T(0) : sum * power;
 }
 
-// Lanes are folded in one order for every instruction set. lanes: [kKeys]
+// Lanes are folded in one order for every instruction set. lanes: [size], whole lanes
 template <typename T>
-RELPROP_INLINE T largest(T* lanes) {
-  for (int64_t j = kLanes; j < kKeys; j += kLanes) {
+RELPROP_INLINE T largest(T* lanes, int64_t size) {
+  for (int64_t j = kLanes; j < size; j += kLanes) {
     for (int64_t l = 0; l < kLanes; ++l) lanes[l] = lanes[j + l] > lanes[l] ? lanes[j + l] : lanes[l];
   }
   T found = lanes[0];
@@ -118,8 +118,8 @@ RELPROP_INLINE T largest(T* lanes) {
 }
 
 template <typename T>
-RELPROP_INLINE T total(T* lanes) {
-  for (int64_t j = kLanes; j < kKeys; j += kLanes) {
+RELPROP_INLINE T total(T* lanes, int64_t size) {
+  for (int64_t j = kLanes; j < size; j += kLanes) {
     for (int64_t l = 0; l < kLanes; ++l) lanes[l] += lanes[j + l];
   }
   for (int64_t half = kLanes / 2; half >= 1; half /= 2) {
@@ -297,21 +297,22 @@ struct Task {
 
   void statistics(int64_t i) const {
     T x[kKeys], lanes[kKeys];
-    std::fill_n(lanes, kKeys, kHidden<T>);
+    const int64_t width = columns(0);
+    std::fill_n(lanes, width, kHidden<T>);
     for (int64_t n = 0; n < blocks; ++n) {
       logits(x, i, n);
       for (int64_t j = 0; j < columns(n); ++j) lanes[j] = x[j] > lanes[j] ? x[j] : lanes[j];
     }
-    T highest = largest(lanes);
+    T highest = largest(lanes, width);
     const bool sees = highest != kHidden<T>;
     if (!sees) highest = T(0);
-    std::fill_n(lanes, kKeys, T(0));
+    std::fill_n(lanes, width, T(0));
     for (int64_t n = 0; n < blocks; ++n) {
       logits(x, i, n);
       for (int64_t j = 0; j < columns(n); ++j) lanes[j] += exp_of_negative(x[j] - highest);
     }
     room[at.highest + i] = highest;
-    room[at.inverse_sum + i] = sees ? T(1) / total(lanes) : T(0);
+    room[at.inverse_sum + i] = sees ? T(1) / total(lanes, width) : T(0);
   }
 
   RELPROP_INLINE void probabilities(T* a, int64_t i, int64_t n) const {

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from relprop import trust
-from relprop.backends import choose_backend, choose_forward
+from relprop.backends import choose_backend, choose_forward, choose_joint
 from relprop.capture import Captured, capture, lower
 from relprop.capture.export import bind_arguments
 from relprop.composites import Composite, find_composite
@@ -104,6 +104,7 @@ def compile(
                 rules,
                 choose,
                 plan.captured.batch_symbols,
+                choose_joint=choose_joint(backend, dtype, device),
                 choose_forward=choose_forward(backend, dtype, device, precision),
             )
             plan.programs[key] = program

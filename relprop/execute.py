@@ -11,8 +11,8 @@ from torch import Tensor
 
 from relprop.graph import Node, Value, substitute
 from relprop.ledger import Ledger, LedgerEntry, book
-from relprop.methods.base import Reader, Reading
-from relprop.program import Program, ReverseStep, StreamStep
+from relprop.methods.base import Reader, Reading, RowReader
+from relprop.program import JointStep, JointStream, Program, ReverseStep, StreamStep
 from relprop.rules import Absorbed, Call
 from relprop.weights import DerivedWeights
 
@@ -153,6 +153,39 @@ class Sweep:
         return cast.abs() if transform == "abs" else cast.clamp(min=0) if transform == "positive" else cast.clamp(max=0)
 
     def _step(self, step: ReverseStep) -> None:
+        if step.joint is not None and self.entries is None and self.trace is None:
+            self._joint(step, step.joint)
+        else:
+            self._streams(step)
+        for index in step.frees:
+            if index not in self.program.graph.parameters:
+                self.forward.tensors.pop(index, None)
+
+    def _joint(self, step: ReverseStep, joint: JointStep) -> None:
+        """All streams and the read-out's row in one kernel."""
+        node = step.node
+        streams: dict[str, JointStream] = {}
+        for stream in step.streams:
+            arrived = self._take(stream, node)
+            if arrived is not None:
+                streams[stream.stream] = JointStream(stream.rule, arrived, stream.wanted)
+        row, edge = None, None
+        if joint.edge is not None:
+            assert isinstance(self.reader, RowReader)
+            row = self.reader.queried(node, self.reading)
+            edge = joint.edge if step.maps - {"attention"} <= streams.keys() else None
+        passed, product = joint.kernel(self._call(node, ()), streams, edge, row)
+        for name, parts in passed.items():
+            for value, part in zip(node.operands, parts, strict=False):
+                if value is not None and value.carrying and part is not None:
+                    self._arrive(name, value, part)
+        if row is not None and isinstance(self.reader, RowReader):
+            keys = self.forward.shapes[node.operands[1].index][-2]  # type: ignore[union-attr]
+            # Where a stream of the edge never arrived, its map is 0.
+            self.reader.advance(row.new_zeros(*row.shape[:2], keys) if product is None else product)
+
+    def _streams(self, step: ReverseStep) -> None:
+        """Stream after stream, then the maps that they left to the reader."""
         node = step.node
         call: Call | None = None
         for stream in step.streams:
@@ -175,9 +208,6 @@ class Sweep:
                 self._book(node, stream, arrived, passed, booked)
         if step.maps:
             self._read(step, call or self._call(node, ()))
-        for index in step.frees:
-            if index not in self.program.graph.parameters:
-                self.forward.tensors.pop(index, None)
 
     def _call(self, node: Node, wanted: tuple[bool, ...]) -> Call:
         return Call(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
+
+from torch import Tensor
 
 from relprop import cost
 from relprop.composites import Composite
@@ -16,6 +18,23 @@ from relprop.rules import Call, Relevances, Rule, make_rule
 Kernel = Callable[[Rule, Call, Any], Relevances]
 ForwardKernel = Callable[..., Any]  # (node, *the operation's arguments) -> its output
 ChooseBackend = Callable[[Node, Rule], tuple[str, Kernel | None]]
+
+
+class JointKernel(Protocol):
+    """All streams of one step at once, and the walk of a row through it, without the step's maps."""
+
+    def __call__(
+        self, call: Call, streams: Mapping[str, JointStream], edge: str | None, row: Tensor | None
+    ) -> tuple[dict[str, Relevances], Tensor | None]:
+        """Streams at the operands by name, and row E.
+
+        Args:
+            edge: what E is made of, None for no walk.
+            row: [T or 1, B, Nq]
+        """
+
+
+ChooseJoint = Callable[[Node, Mapping[str, Rule], str | None], tuple[str, JointKernel] | None]
 
 
 @dataclass(frozen=True)
@@ -38,6 +57,35 @@ class StreamStep:
 
 
 @dataclass(frozen=True)
+class JointStream:
+    """One stream as a joint kernel takes it.
+
+    Attributes:
+        rule: what it does there.
+        arrived: the stream at the output. [T, *output shape]
+        wanted: which operands receive anything.
+    """
+
+    rule: Rule
+    arrived: Tensor
+    wanted: tuple[bool, ...]
+
+
+@dataclass(frozen=True)
+class JointStep:
+    """A kernel that takes a whole step, where neither the ledger nor a trace asks for its parts.
+
+    Attributes:
+        backend: the kernel's, with its name.
+        edge: what the read-out's row is multiplied with there, None where nothing is read.
+    """
+
+    backend: str
+    kernel: JointKernel
+    edge: str | None
+
+
+@dataclass(frozen=True)
 class ReverseStep:
     """One operation on the way back: its streams, the read-out's maps, and what is freed after it."""
 
@@ -46,6 +94,7 @@ class ReverseStep:
     maps: frozenset[str]
     tensors: tuple[int, ...]  # values that the step reads
     frees: tuple[int, ...]
+    joint: JointStep | None = None
 
 
 @dataclass(frozen=True)
@@ -155,6 +204,7 @@ class Program:
             names = {v.index: v.name for v in (*node.operands, *node.outputs) if v is not None}
             tensors = ", ".join(names[t] for t in step.tensors if t in names)
             size = cost.nbytes([v for v in (*node.operands, *node.outputs) if v is not None], self.batch_symbols)
+            joint = step.joint.backend if step.joint is not None else None
             for stream in step.streams or (None,):
                 share = cost.products(node, stream.rule, stream.stream, stream.wanted) if stream else 0
                 rows.append(
@@ -162,9 +212,9 @@ class Program:
                         str(i),
                         node.kind + (f" ({node.role})" if node.role else ""),
                         node.module,
-                        stream.stream if stream else "map",
+                        stream.stream if stream else "row" if joint else "map",
                         stream.rule.describe() if stream else "-",
-                        stream.backend if stream else "torch",
+                        joint or (stream.backend if stream else "torch"),
                         tensors,
                         self._rows_of(node.outputs[0]),
                         f"{share * cost.forward_flops(node, self.batch_symbols) / 1e6:.4g}",
@@ -200,6 +250,7 @@ def build_program(
     batch_symbols: frozenset[Any],
     everything: bool = False,
     choose_forward: Callable[[Node], ForwardKernel | None] = lambda node: None,
+    choose_joint: ChooseJoint = lambda node, rules, edge: None,
 ) -> Program:
     """Plan a method on a graph.
 
@@ -207,6 +258,7 @@ def build_program(
         choose: the backend of a rule at a node.
         everything: run every step of every stream down to the inputs (for tracing).
         choose_forward: the kernel of an operation's forward, None for its own.
+        choose_joint: the kernel for all streams of an operation at once, None where there is none.
     Raises:
         UnsupportedOpError: operations without a rule; all are named.
         UnsupportedTopologyError: the method does not apply to this structure.
@@ -250,11 +302,22 @@ def build_program(
         readout=readout,
         requirements=requirements,
         forward=_forward_steps(graph, reverse, requirements, choose_forward),
-        reverse=_reverse_steps(reverse),
+        reverse=_reverse_steps(reverse, [_joint(*item, readout, choose_joint) for item in reverse]),
         seeds=tuple(streams),
         batch_symbols=batch_symbols,
         frontier={name: tuple(values) for name, values in frontier.items()},
     )
+
+
+def _joint(
+    node: Node, steps: tuple[StreamStep, ...], maps: frozenset[str], readout: Readout, choose: ChooseJoint
+) -> JointStep | None:
+    """The kernel for a whole step; none where the read-out wants the maps themselves."""
+    edge = readout.row_edge(node) if maps else None
+    if maps and edge is None:
+        return None
+    found = choose(node, {step.stream: step.rule for step in steps}, edge)
+    return None if found is None else JointStep(*found, edge)
 
 
 def _uses(requirements: Requirements, stream: str) -> bool:
@@ -293,13 +356,15 @@ def _needed(node: Node, steps: tuple[StreamStep, ...], maps: frozenset[str]) -> 
     return list(dict.fromkeys(found))
 
 
-def _reverse_steps(plan: list[tuple[Node, tuple[StreamStep, ...], frozenset[str]]]) -> tuple[ReverseStep, ...]:
+def _reverse_steps(
+    plan: list[tuple[Node, tuple[StreamStep, ...], frozenset[str]]], joints: list[JointStep | None]
+) -> tuple[ReverseStep, ...]:
     last: dict[int, int] = {}
     needed = [_needed(*item) for item in plan]
     for i, indices in enumerate(needed):
         last.update(dict.fromkeys(indices, i))
     return tuple(
-        ReverseStep(node, steps, maps, tuple(needed[i]), tuple(v for v in needed[i] if last[v] == i))
+        ReverseStep(node, steps, maps, tuple(needed[i]), tuple(v for v in needed[i] if last[v] == i), joints[i])
         for i, (node, steps, maps) in enumerate(plan)
     )
 
@@ -326,4 +391,13 @@ def _forward_steps(
     return tuple(ForwardStep(node, tuple(dying.get(i, ())), choose(node)) for i, node in enumerate(graph.nodes))
 
 
-__all__ = ["ForwardStep", "Program", "ReverseStep", "StreamStep", "build_program"]
+__all__ = [
+    "ForwardStep",
+    "JointKernel",
+    "JointStep",
+    "JointStream",
+    "Program",
+    "ReverseStep",
+    "StreamStep",
+    "build_program",
+]

@@ -7,14 +7,14 @@ all the reasons.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
-from relprop.backends import cpp, products
+from relprop.backends import cpp, cpp_attention, products
 from relprop.errors import BackendError, unknown_name
 from relprop.graph import Node
-from relprop.program import ForwardKernel, Kernel
+from relprop.program import ChooseJoint, ForwardKernel, JointKernel, Kernel
 from relprop.rules import Rule
 
 BACKENDS = ("torch", "cpp")
@@ -69,10 +69,22 @@ def choose_forward(
     return lambda node: products.forward if node.kind == "linear" else None
 
 
+def choose_joint(name: str, dtype: torch.dtype, device: torch.device) -> ChooseJoint:
+    """A chooser of kernels that take all streams of an operation at once; arguments as in `choose_backend`."""
+    usable = name != "torch" and not cpp.reasons_against(dtype, device)
+
+    def choose(node: Node, rules: Mapping[str, Rule], edge: str | None) -> tuple[str, JointKernel] | None:
+        if not usable or node.kind != "attention" or cpp_attention.kernel_reasons(node, rules, edge):
+            return None
+        return "cpp (tiles)", cpp_attention.attention
+
+    return choose
+
+
 def backends() -> dict[str, str]:
     """Every backend and, where it cannot run on this machine, why."""
     usable, reason = cpp.available()
     return {"torch": "available", "cpp": "available" if usable else f"unavailable: {reason}"}
 
 
-__all__ = ["BACKENDS", "backends", "choose_backend", "choose_forward"]
+__all__ = ["BACKENDS", "backends", "choose_backend", "choose_forward", "choose_joint"]

@@ -10,7 +10,7 @@ from torch import Tensor
 from relprop import native
 from relprop.errors import OptionError, UnsupportedTopologyError
 from relprop.graph import Graph, Node
-from relprop.methods.base import Maps, Reader, Reading, Readout, Requirements
+from relprop.methods.base import Maps, Reader, Reading, Readout, Requirements, RowReader
 from relprop.methods.topology import by_head, query_rows, self_attention_sites
 
 # What one entry of a layer's token-to-token matrix is made of, before the mean over heads.
@@ -65,28 +65,46 @@ class RowWalk(Readout):
         walked = sites[self.start_layer % len(sites) :]
         return Requirements({site: EDGES[self.edge] for site in walked}, profile=True)
 
+    def row_edge(self, site: Node) -> str | None:
+        """Any, but rows are normalised without E only where they add up to 1: attention that sees a key."""
+        known = not self.normalise or (self.edge == "attention" and site.operands[3] is None)
+        return self.edge if known else None
+
     def reader(self) -> Reader:
         """A walk from the rows that the output reads."""
         return _Walk(self.edge, self.normalise)
 
 
-class _Walk(Reader):
+class _Walk(RowReader):
     def __init__(self, edge: str, normalise: bool) -> None:
         self.edge, self.normalise = edge, normalise
         self.row: Tensor | None = None  # [T or 1, B, N]
 
     def visit(self, site: Node, maps: Maps, reading: Reading) -> None:
         matrix = edge_matrix(self.edge, site, maps, reading.backend)
+        queried = self._descend(site, reading, matrix.sum(-1) if self.normalise else None)
+        self.advance((queried.unsqueeze(-2) @ matrix).squeeze(-2))
+
+    def queried(self, site: Node, reading: Reading) -> Tensor:
+        assert reading.profile is not None
+        return self._descend(site, reading, reading.profile.new_ones(()) if self.normalise else None)
+
+    def advance(self, product: Tensor) -> None:
+        assert self.row is not None
+        self.row = self.row + product
+
+    def _descend(self, site: Node, reading: Reading, sums: Tensor | None) -> Tensor:
+        """The row at a layer's queries, divided by the sums of the rows of I + E where they are normalised."""
         assert reading.profile is not None
         row = reading.profile if self.row is None else self.row
-        rows = query_rows(site, matrix.shape[-1])
+        rows = query_rows(site, row.shape[-1])
         queried = row[..., rows]
-        if self.normalise:
-            queried = queried / (1 + matrix.sum(-1))
-            kept = row.new_zeros(queried.shape[0], *row.shape[1:])
-            kept[..., rows] = queried
-            row = kept
-        self.row = row + (queried.unsqueeze(-2) @ matrix).squeeze(-2)
+        if sums is not None:
+            queried = queried / (1 + sums)
+            row = row.new_zeros(queried.shape[0], *row.shape[1:])
+            row[..., rows] = queried
+        self.row = row
+        return queried
 
     def finish(self, reading: Reading) -> Tensor:
         assert self.row is not None
@@ -120,22 +138,30 @@ class LayerRow(Readout):
             )
         return Requirements({sites[self.layer]: EDGES[self._edge()]}, profile=True)
 
+    def row_edge(self, site: Node) -> str | None:
+        """Its own."""
+        return self._edge()
+
     def reader(self) -> Reader:
         """A reader of one row."""
         return _Row(self._edge())
 
 
-class _Row(Reader):
+class _Row(RowReader):
     def __init__(self, edge: str) -> None:
         self.edge = edge
         self.row: Tensor | None = None
 
     def visit(self, site: Node, maps: Maps, reading: Reading) -> None:
-        maps = {name: by_head(site, m).clamp(min=0) if name == "attention" else m for name, m in maps.items()}
         matrix = edge_matrix(self.edge, site, maps, reading.backend)
+        self.advance((self.queried(site, reading).unsqueeze(-2) @ matrix).squeeze(-2))
+
+    def queried(self, site: Node, reading: Reading) -> Tensor:
         assert reading.profile is not None
-        profile = reading.profile[..., query_rows(site, matrix.shape[-1])]
-        self.row = (profile.unsqueeze(-2) @ matrix).squeeze(-2)
+        return reading.profile[..., query_rows(site, reading.profile.shape[-1])]
+
+    def advance(self, product: Tensor) -> None:
+        self.row = product
 
     def finish(self, reading: Reading) -> Tensor:
         assert self.row is not None

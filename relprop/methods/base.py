@@ -62,6 +62,18 @@ class Reader:
         raise NotImplementedError
 
 
+class RowReader(Reader):
+    """A reader that only multiplies a row with each layer's matrix E, which a kernel can do without E."""
+
+    def queried(self, site: Node, reading: Reading) -> Tensor:
+        """The row that comes to a layer, at its queries. [T or 1, B, Nq]"""
+        raise NotImplementedError
+
+    def advance(self, product: Tensor) -> None:
+        """Take that row times E. [T or 1, B, Nk]"""
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
 class Readout:
     """Says what it needs of a graph and makes a reader for each run."""
@@ -70,6 +82,10 @@ class Readout:
     def starts_from_profile(self) -> bool:
         """Whether the answer holds the row that the walk started from, which says nothing about the input."""
         return False
+
+    def row_edge(self, site: Node) -> str | None:
+        """What E is made of, a name of `EDGES`, where its reader is a `RowReader` and needs no map of this layer."""
+        return None
 
     def require(self, graph: Graph) -> Requirements:
         """Requirements for a graph.

@@ -358,6 +358,21 @@ def test_same_bits_for_any_number_of_threads(case: Case, dtype: torch.dtype) -> 
             assert ours is not None and part is not None and torch.equal(ours, part), name
 
 
+@pytest.mark.skipif("avx512" not in ISAS, reason="this CPU has no AVX-512")
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_same_bits_on_instruction_sets_that_fuse(dtype: torch.dtype) -> None:
+    case, rule = CASES["padding"], RULES["positive"](ROUGH)
+    tensors, options = case_tensors(case, dtype), options_of(case, rule, dtype, "positive")
+    found = []
+    for name in ("avx2", "avx512"):
+        _C.set_isa(name)
+        found.append(run(tensors, edge="gradient_x_relevance", **options))
+    _C.set_isa("")
+    for name, part in found[0].items():
+        other = found[1][name]
+        assert part is not None and other is not None and torch.equal(part, other), name
+
+
 def test_each_sample_and_target_as_if_alone() -> None:
     case, rule = CASES["padding"], RULES["half"](ROUGH)
     tensors = case_tensors(case, torch.float32)

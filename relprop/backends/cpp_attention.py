@@ -1,0 +1,122 @@
+"""The C++ backend's kernel for a whole attention step: both streams and the read-out's row in tiles."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from relprop import native
+from relprop.graph import Node, Value
+from relprop.program import JointStream
+from relprop.rules import (
+    AttentionComposed,
+    Call,
+    Gradient,
+    MatmulAlphaBeta,
+    MatmulHalf,
+    Relevances,
+    Rule,
+    SoftmaxDetached,
+    SoftmaxIdentity,
+)
+
+
+def kernel_reasons(node: Node, rules: Mapping[str, Rule], edge: str | None) -> list[str]:
+    """Why the kernel does not take this node with these rules by stream; empty where it does."""
+    reasons = []
+    if not rules and edge is None:
+        reasons.append("nothing is asked of it")
+    if not isinstance(rules.get("gradient", Gradient()), Gradient):
+        reasons.append("the kernel's gradient stream is the gradient")
+    rule: Any = rules.get("relevance", AttentionComposed())
+    if not isinstance(rule, AttentionComposed):
+        reasons.append("the kernel is for the rule composed")
+    else:
+        if not isinstance(rule.qk, (MatmulHalf, MatmulAlphaBeta)) or not isinstance(rule.av, MatmulHalf):
+            reasons.append("the kernel is for the rules half and alpha_beta of q and k, and half of A and v")
+        if not isinstance(rule.softmax, (SoftmaxIdentity, SoftmaxDetached)):
+            reasons.append("the kernel is for the softmax rules identity and detached")
+    return reasons + _shape_reasons(node)
+
+
+def _shape_reasons(node: Node) -> list[str]:
+    q, k, v = (_sizes(value) for value in node.operands[:3])
+    if len({len(q), len(k), len(v)}) > 1 or len(q) not in (3, 4):
+        return [f"the kernel takes q, k, v of 3 or 4 axes, not {len(q)}, {len(k)}, {len(v)}"]
+    grouped = node.args[6]
+    alike = k[:-1] == v[:-1] and q[-1] == k[-1] and q[: 1 if grouped else -2] == k[: 1 if grouped else -2]
+    if not alike or (grouped and len(q) == 3):
+        return ["the kernel wants q, k and v of one batch and fitting heads"]
+    return []
+
+
+def _sizes(value: Value | None) -> list[str]:
+    return [] if value is None else [str(size) for size in value.shape]
+
+
+def attention(
+    call: Call, streams: Mapping[str, JointStream], edge: str | None, row: Tensor | None
+) -> tuple[dict[str, Relevances], Tensor | None]:
+    """All streams through one attention layer, and row E; see `relprop.native.attention_relevance`."""
+    node = call.node
+    q, k, v, mask = (call.operand(i) for i in range(4))
+    assert q is not None and k is not None and v is not None
+    stored = call.tensors[node.operands[3].index] if node.operands[3] is not None else None
+    if stored is not None and stored.dtype == torch.bool:
+        mask = stored
+    output = call.tensors.get(node.outputs[0].index)
+    gradient, relevance = streams.get("gradient"), streams.get("relevance")
+    rule: Any = AttentionComposed() if relevance is None else relevance.rule
+    sample = node.outputs[0].sample
+    heads = 1 if sample is None or sample.axis != 0 else sample.factor
+    joined = q.ndim == 3
+
+    def lifted(tensor: Tensor | None, axes: int) -> Tensor | None:
+        """Heads that share the batch axis on an axis of their own."""
+        return tensor if tensor is None or not joined else tensor.unflatten(axes - 3, (-1, heads))
+
+    found = native.attention_relevance(
+        *(lifted(t, 3) for t in (q, k, v)),  # type: ignore[arg-type]
+        scale=node.args[4],
+        output=None if output is None else lifted(output.to(call.dtype), 3),
+        exact_output=output is not None and output.dtype == call.dtype,
+        mask=_lifted_mask(mask, heads) if joined else mask,
+        causal=node.args[5],
+        gradient=None if gradient is None else lifted(gradient.arrived, 4),
+        relevance=None if relevance is None else lifted(relevance.arrived, 4),
+        gradients_wanted=_wanted(gradient),
+        relevances_wanted=_wanted(relevance),
+        qk=_qk_rule(rule),
+        qk_stabiliser=rule.qk.stabiliser.code,
+        av_stabiliser=rule.av.stabiliser.code,
+        edge=edge,
+        row=row if edge is not None else None,
+    )
+    made = {"gradient": found.gradients, "relevance": found.relevances}
+    passed: dict[str, Relevances] = {}
+    for name in streams:
+        parts = (part if part is None or not joined else part.flatten(1, 2) for part in made[name])
+        passed[name] = (*parts, None)
+    return passed, found.row
+
+
+def _qk_rule(rule: AttentionComposed) -> str:
+    if isinstance(rule.softmax, SoftmaxDetached):
+        return "detached"
+    return "positive" if isinstance(rule.qk, MatmulAlphaBeta) else "half"
+
+
+def _wanted(stream: JointStream | None) -> tuple[bool, bool, bool]:
+    if stream is None:
+        return (False, False, False)
+    return (stream.wanted[0], stream.wanted[1], stream.wanted[2])
+
+
+def _lifted_mask(mask: Tensor | None, heads: int) -> Tensor | None:
+    """A mask of [..., Nq, Nk] that broadcasts to [B * H, Nq, Nk] as one for [B, H, Nq, Nk]."""
+    if mask is None or mask.ndim < 3 or mask.shape[0] == 1:
+        return mask
+    return mask.unflatten(0, (-1, heads))
