@@ -4,6 +4,7 @@
 
 #include "add_normalised.h"
 #include "parallel.h"
+#include "sums.h"
 
 namespace relprop {
 namespace {
@@ -11,19 +12,9 @@ namespace {
 // Length of the pieces that are summed on their own; part of the result's definition, so never a tuning knob.
 constexpr int64_t kPiece = 2048;
 
-// Sums run in this many interleaved lanes, which any instruction set divides evenly.
-constexpr int64_t kLanes = 16;
-
 struct Sums {
   double a, b, relevance;
 };
-
-RELPROP_INLINE double sum_of_lanes(double* lanes) {
-  for (int64_t width = kLanes / 2; width > 0; width /= 2) {
-    for (int64_t i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-  }
-  return lanes[0];
-}
 
 // Both summands of a piece and their stabilised sum.
 template <typename T>

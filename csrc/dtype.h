@@ -48,7 +48,7 @@ struct Operand {
   }
 };
 
-// A tensor that a kernel writes.
+// A tensor that a kernel writes; null where the result is not wanted.
 template <typename T>
 struct Result {
   void* data;
@@ -58,11 +58,11 @@ struct Result {
 
   // Where elements from `at` on are to be written, before `write` takes them.
   RELPROP_INLINE T* place(int64_t at, T* buffer) const {
-    return narrow == nullptr ? static_cast<T*>(data) + at : buffer;
+    return narrow == nullptr && data != nullptr ? static_cast<T*>(data) + at : buffer;
   }
 
   RELPROP_INLINE void write(int64_t at, int64_t count, const T* placed) const {
-    if (narrow != nullptr) narrow(data, placed, at, count);
+    if (narrow != nullptr && data != nullptr) narrow(data, placed, at, count);
   }
 };
 

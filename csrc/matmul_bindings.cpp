@@ -1,5 +1,6 @@
 #include "bindings.h"
 #include "matmul_half.h"
+#include "softmax_taylor.h"
 
 namespace relprop {
 namespace {
@@ -45,6 +46,18 @@ void bind_rollout_matrix(TensorArgument e, TensorArgument grad, TensorArgument r
   });
 }
 
+void bind_softmax_taylor(TensorArgument out, TensorArgument relevance, TensorArgument logits,
+                         TensorArgument probabilities, int64_t targets, int64_t rows, int64_t n, int threads) {
+  check_threads(threads);
+  if (checked_product({{"targets", targets}, {"rows", rows}, {"n", n}}) == 0) return;
+  check_pointers({{"out", out}, {"relevance", relevance}, {"logits", logits}, {"probabilities", probabilities}});
+  with_stream_type("relevance", relevance, [&](auto zero) {
+    using T = decltype(zero);
+    softmax_taylor(result<T>("out", out), operand<T>("relevance", relevance), operand<T>("logits", logits),
+                   operand<T>("probabilities", probabilities), targets, rows, n, threads);
+  });
+}
+
 const Bindings bindings([](py::module_& module) {
   module.def("matmul_half_share", &bind_share, release_gil(), py::arg("s"), py::arg("relevance"), py::arg("z"),
              py::arg("targets"), py::arg("size"), py::arg("stabiliser_kind"), py::arg("epsilon"), py::arg("threads"));
@@ -53,6 +66,9 @@ const Bindings bindings([](py::module_& module) {
              py::arg("size"), py::arg("stabiliser_kind"), py::arg("epsilon"), py::arg("threads"));
   module.def("matmul_half_rollout_matrix", &bind_rollout_matrix, release_gil(), py::arg("e"), py::arg("grad"),
              py::arg("relevance"), py::arg("samples"), py::arg("heads"), py::arg("size"), py::arg("threads"));
+  module.def("softmax_taylor", &bind_softmax_taylor, release_gil(), py::arg("out"), py::arg("relevance"),
+             py::arg("logits"), py::arg("probabilities"), py::arg("targets"), py::arg("rows"), py::arg("n"),
+             py::arg("threads"));
 });
 
 }  // namespace

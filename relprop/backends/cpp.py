@@ -9,22 +9,30 @@ import torch
 from torch import Tensor
 
 from relprop import native
-from relprop.backends import products
-from relprop.graph import Node, Value
+from relprop.backends import elementwise, products
+from relprop.backends.elementwise import factor_dtype, stored
+from relprop.graph import Node
 from relprop.rules import (
+    ActivationSlope,
+    AddEpsilon,
+    AddGamma,
     AddNormalised,
     AttentionComposed,
     Call,
     FanoutEpsilon,
     Gradient,
     LinearAlphaBeta,
+    LinearEpsilon,
+    LinearGamma,
     MatmulHalf,
+    NormSigmaConstant,
     Relevances,
     Rule,
     SoftmaxIdentity,
+    SoftmaxTaylor,
 )
 from relprop.rules.attention_composed import heads
-from relprop.rules.linear_map import bias_of, multiply, reduced_precision, rounding, weight_of
+from relprop.rules.linear_map import bias_of, multiply, rounding, weight_of
 
 DTYPES = (torch.float32, torch.float64)
 
@@ -48,8 +56,8 @@ def reasons_against(dtype: torch.dtype, device: torch.device) -> list[str]:
 def kernel_reasons(node: Node, rule: Rule) -> list[str]:
     """Why the kernel for a rule does not take this node; empty where it does."""
     reasons: list[str] = []
-    if isinstance(rule, Gradient) and node.kind != "linear":
-        reasons.append("the kernel is for linear layers")
+    if type(rule) in _REASONS:
+        return _REASONS[type(rule)](node)
     if isinstance(rule, LinearAlphaBeta):
         if node.kind != "linear":
             reasons.append("the kernel is for linear layers")
@@ -59,11 +67,7 @@ def kernel_reasons(node: Node, rule: Rule) -> list[str]:
         sample = node.outputs[0].sample
         if sample is None or sample.axis != 0:
             reasons.append("the kernel wants samples on the first axis")
-        shapes = [a.shape if isinstance(a, Value) else () for a in node.args[:2]]
-        if any([str(s) for s in shape[1:]] != [str(s) for s in node.outputs[0].shape[1:]] for shape in shapes):
-            reasons.append("the kernel wants summands of one shape, but for the batch")
-        if node.kwargs or node.target is not torch.ops.aten.add.Tensor:
-            reasons.append("the kernel adds without a factor")
+        reasons += elementwise.add_reasons(node)
     if isinstance(rule, FanoutEpsilon) and rule.stabiliser.is_exact:
         reasons.append("a plain sum needs no kernel")
     if isinstance(rule, AttentionComposed):
@@ -73,18 +77,6 @@ def kernel_reasons(node: Node, rule: Rule) -> list[str]:
         if not isinstance(parts[1], SoftmaxIdentity):
             reasons.append("the kernel is for the softmax rule identity")
     return reasons
-
-
-def stored(call: Call, value: Value | None) -> Tensor:
-    """A saved tensor as the kernels read it: a half precision as it is, else in the streams' dtype."""
-    assert value is not None
-    tensor = call.tensors[value.index]
-    return tensor if tensor.dtype in native.HALF else call.tensor(value)
-
-
-def factor_dtype(call: Call) -> torch.dtype:
-    """What the factors and results of this call's matrix products are held in."""
-    return torch.bfloat16 if reduced_precision(call) else call.dtype
 
 
 def linear_alpha_beta(rule: Any, call: Call, relevance: Tensor) -> Relevances:
@@ -163,8 +155,26 @@ def attention_composed(rule: Any, call: Call, relevance: Tensor) -> Relevances:
 
 KERNELS: dict[type[Rule], Callable[[Any, Call, Any], Relevances]] = {
     LinearAlphaBeta: linear_alpha_beta,
-    Gradient: products.gradient,
     AddNormalised: add_normalised,
     FanoutEpsilon: fanout_epsilon,
     AttentionComposed: attention_composed,
+    LinearEpsilon: elementwise.linear_epsilon,
+    LinearGamma: elementwise.linear_gamma,
+    AddEpsilon: elementwise.add_epsilon,
+    AddGamma: elementwise.add_gamma,
+    SoftmaxTaylor: elementwise.softmax_taylor,
+    ActivationSlope: elementwise.activation_slope,
+    NormSigmaConstant: elementwise.norm_sigma_constant,
+    Gradient: elementwise.gradient,
+}
+
+_REASONS: dict[type[Rule], Callable[[Node], list[str]]] = {
+    LinearEpsilon: elementwise.linear_reasons,
+    LinearGamma: elementwise.linear_reasons,
+    AddEpsilon: elementwise.add_reasons,
+    AddGamma: elementwise.add_reasons,
+    SoftmaxTaylor: elementwise.softmax_reasons,
+    ActivationSlope: lambda node: [],
+    NormSigmaConstant: elementwise.norm_reasons,
+    Gradient: elementwise.gradient_reasons,
 }

@@ -78,12 +78,17 @@ def alpha_beta(rule: Any, call: Call, relevance: Tensor, made_of: torch.dtype) -
     return native.back_product(shares, x, weight, operands=made_of), None, None
 
 
+def transpose(call: Call, s: Tensor, made_of: torch.dtype) -> Tensor:
+    """s w. s: [T, ..., N] -> [T, ..., K]"""
+    return native.linear_transpose(s, _weight(call), operands=made_of)
+
+
 def gradient(rule: Any, call: Call, relevance: Tensor) -> Relevances:
     """The gradient of a linear layer's input. relevance: [T, ..., N] -> [T, ..., K]"""
     made_of = of_call(call) if call.wanted[0] else None
     if made_of is None:
         return rule.propagate(call, relevance)
-    passed = native.linear_transpose(relevance, _weight(call), operands=made_of)
+    passed = transpose(call, relevance, made_of)
     return (passed, *[None] * (len(call.node.operands) - 1))
 
 

@@ -6,11 +6,12 @@ half precision, converted on the way through the cache. Those that are not conti
 autograd history.
 """
 
-from relprop.native.add import add_normalised, fanout_epsilon
+from relprop.native.add import add_epsilon, add_gamma, add_normalised, fanout_epsilon
 from relprop.native.attention import attention_relevance
-from relprop.native.linear import select, share_out
-from relprop.native.matmul import attention_shares, rollout_matrix, share
+from relprop.native.linear import epsilon_select, epsilon_share_out, gamma_share_out, select, share_out
+from relprop.native.matmul import attention_shares, rollout_matrix, share, softmax_taylor
 from relprop.native.module import _C, available, info
+from relprop.native.norm import activation_gradient, activation_slope, norm_gradient, norm_sigma_constant
 from relprop.native.products import back_product, linear_apply, linear_transpose, products_fast, share_out_product
 from relprop.native.tensors import HALF, REFERENCE, SIGNED, Stabiliser
 
@@ -20,19 +21,29 @@ __all__ = [
     "SIGNED",
     "_C",
     "Stabiliser",
+    "activation_gradient",
+    "activation_slope",
+    "add_epsilon",
+    "add_gamma",
     "add_normalised",
     "attention_relevance",
     "attention_shares",
     "available",
     "back_product",
+    "epsilon_select",
+    "epsilon_share_out",
     "fanout_epsilon",
+    "gamma_share_out",
     "info",
     "linear_apply",
     "linear_transpose",
+    "norm_gradient",
+    "norm_sigma_constant",
     "products_fast",
     "rollout_matrix",
     "select",
     "share",
     "share_out",
     "share_out_product",
+    "softmax_taylor",
 ]

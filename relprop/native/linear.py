@@ -12,6 +12,7 @@ from relprop.native.tensors import (
     TOLERANCE,
     Stabiliser,
     argument,
+    given_pair,
     input_tensor,
     output_tensor,
     stream_dtype,
@@ -122,3 +123,150 @@ def select(x: Tensor, c1: Tensor, c2: Tensor, out: Tensor | None = None, *, dtyp
         argument(out), argument(x), argument(c1), argument(c2), targets, x.numel(), torch.get_num_threads()
     )
     return out
+
+
+def epsilon_share_out(
+    relevance: Tensor,
+    y: Tensor,
+    bias: Tensor | None,
+    *,
+    bias_factor: float = 1.0,
+    stabiliser: Stabiliser,
+    dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Shares of the epsilon rule of a linear layer: s = R / stab(y + bias_factor · b).
+
+    Args:
+        relevance: relevance at the output. [T, ..., N], any dtype; the others are of that or a half precision
+        y: layer output, with or without the bias. [..., N]
+        bias: [N] or None
+        bias_factor: 1 adds a bias that y lacks, -1 takes out one that y has
+        stabiliser: (kind, epsilon), kind `SIGNED` or `REFERENCE`
+        dtype: of s, `relevance`'s unless given
+        out: tensor to write to, may be `relevance` itself. [T, ..., N]
+    Returns:
+        s. [T, ..., N]
+    Raises:
+        ShapeError, DTypeError, DeviceError, OptionError
+    Source: Bach et al., PLoS ONE 2015; Achtibat et al., ICML 2024, eq. 8.
+    """
+    compute = stream_dtype("relevance", relevance)
+    shape = y.shape
+    if not shape:
+        raise ShapeError("y: expected shape [..., N], got []")
+    targets = target_count("relevance", relevance, "..., N")
+    full = (targets, *shape)
+    n = shape[-1]
+    relevance = input_tensor("relevance", relevance, full, compute)
+    y = input_tensor("y", y, shape, compute)
+    inputs = [y]
+    if bias is not None:
+        bias = input_tensor("bias", bias, (n,), compute)
+        inputs.append(bias)
+    s = output_tensor("out", out, full, compute, default=dtype or relevance.dtype, same=[relevance], apart=inputs)
+    _C.linear_epsilon_share_out(
+        argument(s),
+        argument(relevance),
+        argument(y),
+        NONE if bias is None else argument(bias),
+        targets,
+        y.numel() // n if n else 0,
+        n,
+        bias_factor,
+        *stabiliser,
+        torch.get_num_threads(),
+    )
+    return s
+
+
+def epsilon_select(x: Tensor, c: Tensor, out: Tensor | None = None, *, dtype: torch.dtype | None = None) -> Tensor:
+    """End of the epsilon rule's way back: x ⊙ c, with c = s w.
+
+    Args:
+        x: layer input. [..., K], c's dtype or a half precision
+        c: [T, ..., K], any dtype
+        out: tensor to write to, may be c itself. [T, ..., K]
+        dtype: of the result, c's unless given
+    Returns:
+        relevance at the input. [T, ..., K]
+    Raises:
+        ShapeError, DTypeError, DeviceError, OptionError
+    """
+    compute = stream_dtype("c", c)
+    targets = target_count("c", c, "..., K")
+    full = (targets, *x.shape)
+    x = input_tensor("x", x, x.shape, compute)
+    c = input_tensor("c", c, full, compute)
+    out = output_tensor("out", out, full, compute, default=dtype or c.dtype, same=[c], apart=[x])
+    _C.linear_epsilon_select(argument(out), argument(x), argument(c), targets, x.numel(), torch.get_num_threads())
+    return out
+
+
+def gamma_share_out(
+    relevance: Tensor,
+    y: Tensor,
+    bias: Tensor | None,
+    absz: Tensor,
+    *,
+    gamma: float,
+    biased: bool,
+    bias_share: bool = True,
+    stabiliser: Stabiliser,
+    dtype: torch.dtype | None = None,
+    out: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Shares of the gamma rule of a linear layer; the way back is `select`(x, p1 w, p2 |w|).
+
+    Args:
+        relevance: relevance at the output. [T, ..., N], any dtype; the others are of that or a half precision
+        y: layer output. [..., N]
+        bias: [N] or None
+        absz: |x||w|ᵀ, without the bias. [..., N]
+        gamma: preference for contributions of the output's sign
+        biased: whether y has the bias in it
+        bias_share: whether the bias takes a share
+        stabiliser: (kind, epsilon), kind `SIGNED` or `REFERENCE`
+        dtype: of p1 and p2, `relevance`'s unless given
+        out: (p1, p2) to write to; either may be `relevance` itself, not both
+    Returns:
+        p1 = (2 + γ) s and p2 = γ s sign(y), each [T, ..., N]; 0 where the output is exactly 0
+    Raises:
+        ShapeError, DTypeError, DeviceError, OptionError
+    Source: Montavon et al. 2019, in the form for either sign of Anders et al. 2021 (zennit).
+    """
+    compute = stream_dtype("relevance", relevance)
+    shape = y.shape
+    if not shape:
+        raise ShapeError("y: expected shape [..., N], got []")
+    targets = target_count("relevance", relevance, "..., N")
+    full = (targets, *shape)
+    n = shape[-1]
+    relevance = input_tensor("relevance", relevance, full, compute)
+    y = input_tensor("y", y, shape, compute)
+    absz = input_tensor("absz", absz, shape, compute)
+    inputs = [y, absz]
+    if bias is not None:
+        bias = input_tensor("bias", bias, (n,), compute)
+        inputs.append(bias)
+    given = given_pair(out)
+    default = dtype or relevance.dtype
+    p1 = output_tensor("out[0]", given[0], full, compute, default=default, same=[relevance], apart=inputs)
+    p2 = output_tensor("out[1]", given[1], full, compute, default=default, same=[relevance], apart=[*inputs, p1])
+    _C.linear_gamma_share_out(
+        argument(p1),
+        argument(p2),
+        argument(relevance),
+        argument(y),
+        NONE if bias is None else argument(bias),
+        argument(absz),
+        targets,
+        y.numel() // n if n else 0,
+        n,
+        gamma,
+        biased,
+        bias_share,
+        *stabiliser,
+        torch.get_num_threads(),
+    )
+    return p1, p2

@@ -150,3 +150,43 @@ def rollout_matrix(grad: Tensor, relevance: Tensor, *, out: Tensor | None = None
         torch.get_num_threads(),
     )
     return e
+
+
+def softmax_taylor(relevance: Tensor, logits: Tensor, probabilities: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """Softmax by its first-order Taylor expansion: x ⊙ (R - p ΣR) over the last axis; infinite logits count as 0.
+
+    Args:
+        relevance: relevance at p. [T, ..., N], any dtype; the others are of that or a half precision
+        logits: x. [..., N]
+        probabilities: p = softmax(x). [..., N]
+        out: tensor to write to, may be `relevance` itself. [T, ..., N]
+    Returns:
+        relevance at the logits. [T, ..., N]; sums in float64, the same bits for any number of threads
+    Conservation:
+        none: the expansion's constant term keeps a part
+    Raises:
+        ShapeError, DTypeError, DeviceError, OptionError
+    Source: Achtibat et al., ICML 2024, prop. 3.1.
+    """
+    compute = stream_dtype("relevance", relevance)
+    shape = logits.shape
+    if not shape:
+        raise ShapeError("logits: expected shape [..., N], got []")
+    targets = target_count("relevance", relevance, "..., N")
+    full = (targets, *shape)
+    n = shape[-1]
+    relevance = input_tensor("relevance", relevance, full, compute)
+    logits = input_tensor("logits", logits, shape, compute)
+    p = input_tensor("probabilities", probabilities, shape, compute)
+    out = output_tensor("out", out, full, compute, default=relevance.dtype, same=[relevance], apart=[logits, p])
+    _C.softmax_taylor(
+        argument(out),
+        argument(relevance),
+        argument(logits),
+        argument(p),
+        targets,
+        logits.numel() // n if n else 0,
+        n,
+        torch.get_num_threads(),
+    )
+    return out

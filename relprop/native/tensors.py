@@ -68,6 +68,15 @@ def argument(tensor: Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), CODES[tensor.dtype]
 
 
+def given_pair(out: tuple[Tensor | None, Tensor | None] | None) -> tuple[Tensor | None, Tensor | None]:
+    """Two tensors to write to, or None for each that is to be made."""
+    if out is None:
+        return None, None
+    if out[0] is not None and out[0] is out[1]:
+        raise OptionError("out: expected two different tensors, got the same one twice")
+    return out
+
+
 def is_aligned(tensor: Tensor) -> bool:
     """Whether its address is a multiple of its element size, which views of raw bytes need not be."""
     return tensor.data_ptr() % tensor.element_size() == 0

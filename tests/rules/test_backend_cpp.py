@@ -20,6 +20,7 @@ from relprop.rules import (
     AddNormalised,
     AttentionComposed,
     FanoutEpsilon,
+    Gradient,
     LinearAlphaBeta,
     MatmulAlphaBeta,
     MatmulHalf,
@@ -78,7 +79,7 @@ def test_kernel_equals_rule(stabiliser: Stabiliser, dtype: torch.dtype, targets:
         for name, found in calls[0].maps.items():
             assert_near(found, calls[1].maps[name], TOLERANCE[dtype])
         seen[type(rule)] += 1
-    assert set(seen) == set(KERNELS)
+    assert set(seen) == {LinearAlphaBeta, Gradient, AddNormalised, FanoutEpsilon, AttentionComposed}
     assert seen[LinearAlphaBeta] >= 8 and seen[AddNormalised] >= 4 and seen[FanoutEpsilon] >= 4
 
 
