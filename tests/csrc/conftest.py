@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -20,7 +21,8 @@ def cuda_module() -> Any:
     """relprop._cuda built with the host emulation."""
     if emulated.reason_against():
         pytest.skip(emulated.reason_against())
-    return emulated.load("_cuda", emulated.build_cuda_module())
+    sanitize = bool(os.environ.get(emulated.SANITIZE_KERNELS))
+    return emulated.load("_cuda", emulated.build_cuda_module(sanitize))
 
 
 class Results:

@@ -35,6 +35,9 @@ FLAGS = [
 FLAGS += ["-Wno-unknown-pragmas", "-Werror"]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g1"]
 
+# Set in a process that AddressSanitizer's runtime is loaded in: the kernels are then built with it.
+SANITIZE_KERNELS = "RELPROP_SANITIZE_KERNELS"
+
 
 def reason_against() -> str:
     """Why nothing can be built here; empty where it can."""
@@ -95,22 +98,33 @@ def build_cuda_module(sanitize: bool = False) -> Path:
     return build("_cuda", [*CSRC.glob("*.cu"), *CSRC.glob("*cuda_bindings.cpp")], sanitize)
 
 
-def sanitizer_library() -> str:
-    """AddressSanitizer's runtime, which must be loaded before a Python that is not built with it; empty for none."""
-    done = subprocess.run([*COMPILER, "-print-file-name=libasan.so"], capture_output=True, text=True)
-    path = done.stdout.strip()
-    return path if os.path.isabs(path) else ""
+def sanitizer_libraries() -> list[str]:
+    """What must be loaded before a Python that is not built with AddressSanitizer; empty where there is none.
+
+    Its runtime, and libstdc++, whose exceptions it looks for when it starts.
+    """
+    found = []
+    for name in ("libasan.so", "libstdc++.so"):
+        done = subprocess.run([*COMPILER, f"-print-file-name={name}"], capture_output=True, text=True)
+        if not os.path.isabs(done.stdout.strip()):
+            return []
+        found.append(os.path.realpath(done.stdout.strip()))
+    return found
 
 
-def run_sanitized(*arguments: str) -> subprocess.CompletedProcess[str]:
+def run_sanitized(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Python with AddressSanitizer's runtime, in which modules built with `sanitize` can be loaded."""
     options = {
-        "LD_PRELOAD": sanitizer_library(),
+        "LD_PRELOAD": " ".join(sanitizer_libraries()),
         "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
         "UBSAN_OPTIONS": "print_stacktrace=1",
     }
     return subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, env={**os.environ, **options}, capture_output=True, text=True
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env={**os.environ, **options, **environment},
+        capture_output=True,
+        text=True,
     )
 
 

@@ -131,7 +131,7 @@ def test_a_barrier_that_not_all_reach_is_an_error(probes: Any, order: str) -> No
 @pytest.mark.full
 def test_address_sanitizer_names_the_access() -> None:
     built = emulated.build("emulation_probes", PROBES, sanitize=True)
-    if emulated.sanitizer_library() == "":
+    if not emulated.sanitizer_libraries():
         pytest.skip("the compiler has no AddressSanitizer library")
     load = f"from tests.csrc import emulated; probe = emulated.load('emulation_probes', {str(built)!r}).probe"
     right = emulated.run_sanitized(
@@ -140,3 +140,15 @@ def test_address_sanitizer_names_the_access() -> None:
     assert right.returncode == 0 and right.stdout.strip() == str(3 * sum(range(64))), right.stderr
     wrong = emulated.run_sanitized("-c", f"{load}; probe('write_past_end')")
     assert wrong.returncode != 0 and "use-after-poison" in wrong.stderr and "write_past_end_kernel" in wrong.stderr
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("tests", ["test_cuda_linear.py", "test_cuda_kernels.py"])
+def test_kernels_under_address_and_undefined_behaviour_sanitizers(tests: str) -> None:
+    if not emulated.sanitizer_libraries():
+        pytest.skip("the compiler has no AddressSanitizer library")
+    emulated.build_cuda_module(sanitize=True)
+    path = str(Path(__file__).with_name(tests))
+    flags = ["-q", "-x", "--capture=no", "-m", "not full", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    done = emulated.run_sanitized("-m", "pytest", path, *flags, **{emulated.SANITIZE_KERNELS: "1"})
+    assert done.returncode == 0 and "runtime error" not in done.stderr, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
