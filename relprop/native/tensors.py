@@ -18,6 +18,7 @@ TOLERANCE = {dtype: 4 * torch.finfo(dtype).eps for dtype in ITEMSIZE}
 
 HALF = (torch.bfloat16, torch.float16)
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # DType in csrc/dtype.h
+_MIXED = {dtype: (dtype, *HALF) for dtype in ITEMSIZE}
 NONE = (0, 0)  # as `argument`, where there is no tensor
 
 
@@ -84,7 +85,7 @@ def is_aligned(tensor: Tensor) -> bool:
 
 def input_tensor(name: str, tensor: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """The tensor as the kernels read it: of the dtype they compute in or a half precision, contiguous, aligned."""
-    _check_mixed(name, tensor, shape, (dtype, *HALF))
+    _check_mixed(name, tensor, shape, _MIXED[dtype])
     return dense(tensor)
 
 
@@ -118,7 +119,7 @@ def output_tensor(
     Raises:
         ShapeError, DTypeError, DeviceError, OptionError
     """
-    dtypes = (dtype,) if dtype is torch.float64 else (dtype, *HALF)
+    dtypes = (dtype,) if dtype is torch.float64 else _MIXED[dtype]
     if tensor is None:
         if default is not None and default not in dtypes:
             raise DTypeError(f"{name}: expected {_any_of(dtypes)}, got {default}")
@@ -130,6 +131,8 @@ def output_tensor(
         size = tensor.element_size()
         raise OptionError(f"{name}: expected memory aligned to {size} bytes, got the address {tensor.data_ptr():#x}")
     for other in (*same, *apart):
+        if other is tensor and any(other is s for s in same):
+            continue
         if _overlap(tensor, other) and not (any(other is s for s in same) and _identical(tensor, other)):
             raise OptionError(f"{name}: expected memory apart from the inputs and other results, got an overlap")
     return tensor

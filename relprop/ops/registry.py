@@ -1,0 +1,259 @@
+"""Every kernel as a custom op in the namespace `relprop`, from one table: schema, reference, compiled kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from relprop import native
+from relprop.errors import DeviceError, OptionError, ShapeError
+from relprop.native.tensors import text_of
+from relprop.ops import reference
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One kernel: its arguments as a schema, the number of its results and what makes them.
+
+    Args:
+        arguments: of the schema, without those to write to.
+        results: how many tensors; 0 for a list of one or two.
+        reference: in plain PyTorch, on any device.
+        kernel: on the CPU; its arguments as the schema has them, and `out` where results are given.
+        stream: the argument whose shape and dtype the results have.
+    """
+
+    arguments: str
+    results: int
+    reference: Callable[..., Any]
+    kernel: Callable[..., Any]
+    stream: str = "relevance"
+
+
+def _share_out(relevance: Tensor, y: Any, bias: Any, absz: Any, alpha: float, beta: float, *rest: Any) -> list[Tensor]:
+    tolerance, kind, epsilon = rest
+    p1, p2 = native.share_out(
+        relevance, y, bias, absz, alpha=alpha, beta=beta, tolerance=tolerance, stabiliser=(kind, epsilon)
+    )
+    return [p1] if beta == 0 else [p1, p2]
+
+
+def _attention_shares(attention: Tensor, sv: Tensor, dots: Tensor, kind: int, epsilon: float) -> Any:
+    return native.attention_shares(attention, sv, dots, stabiliser=(kind, epsilon), want_relevance=True)
+
+
+def _share(relevance: Tensor, z: Tensor, kind: int, epsilon: float) -> Tensor:
+    return native.share(relevance.contiguous(), z.contiguous(), stabiliser=(kind, epsilon))
+
+
+def _norm_gradient(gradient: Tensor, x: Tensor, weight: Any, norm: str, epsilon: float, out: Any = None) -> Tensor:
+    return native.norm_gradient(gradient, x, weight, norm=norm, epsilon=epsilon, out=out)
+
+
+def _norm_sigma_constant(relevance: Tensor, x: Tensor, y: Tensor, weight: Any, *rest: Any, **out: Any) -> Tensor:
+    norm, norm_epsilon, kind, epsilon = rest
+    return native.norm_sigma_constant(
+        relevance, x, y, weight, norm=norm, epsilon=norm_epsilon, stabiliser=(kind, epsilon), **out
+    )
+
+
+def _gamma_share_out(relevance: Tensor, y: Any, bias: Any, absz: Any, *rest: Any, **out: Any) -> Any:
+    gamma, biased, bias_share, *stabiliser = rest
+    return native.gamma_share_out(
+        relevance,
+        y,
+        bias,
+        absz,
+        gamma=gamma,
+        biased=biased,
+        bias_share=bias_share,
+        stabiliser=(stabiliser[0], stabiliser[1]),
+        **out,
+    )
+
+
+def _stabilised(kernel: Callable[..., Any], *names: str) -> Callable[..., Any]:
+    """A kernel whose last arguments are `names`, then the stabiliser's kind and epsilon."""
+
+    def call(*arguments: Any, **out: Any) -> Any:
+        count = len(arguments) - len(names) - 2
+        options = dict(zip(names, arguments[count:], strict=False))
+        return kernel(*arguments[:count], stabiliser=tuple(arguments[-2:]), **options, **out)
+
+    return call
+
+
+_STABILISER = "int stabiliser_kind, float epsilon"
+_ADD = f"Tensor relevance, Tensor a, Tensor b, {_STABILISER}"
+_LINEAR = "Tensor relevance, Tensor y, Tensor? bias"
+
+SPECS: dict[str, Spec] = {
+    "linear_alpha_beta_share_out": Spec(
+        f"{_LINEAR}, Tensor absz, float alpha, float beta, float? tolerance, {_STABILISER}",
+        0,
+        reference.linear_alpha_beta_share_out,
+        _share_out,
+    ),
+    "linear_alpha_beta_select": Spec(
+        "Tensor x, Tensor c1, Tensor c2", 1, reference.linear_alpha_beta_select, native.select, "c1"
+    ),
+    "linear_epsilon_share_out": Spec(
+        f"{_LINEAR}, float bias_factor, {_STABILISER}",
+        1,
+        reference.linear_epsilon_share_out,
+        _stabilised(native.epsilon_share_out, "bias_factor"),
+    ),
+    "linear_epsilon_select": Spec("Tensor x, Tensor c", 1, reference.linear_epsilon_select, native.epsilon_select, "c"),
+    "linear_gamma_share_out": Spec(
+        f"{_LINEAR}, Tensor absz, float gamma, bool biased, bool bias_share, {_STABILISER}",
+        2,
+        reference.linear_gamma_share_out,
+        _gamma_share_out,
+    ),
+    "add_normalised": Spec(_ADD, 2, reference.add_normalised, _stabilised(native.add_normalised)),
+    "add_epsilon": Spec(_ADD, 2, reference.add_epsilon, _stabilised(native.add_epsilon)),
+    "add_gamma": Spec(
+        f"Tensor relevance, Tensor a, Tensor b, float gamma, {_STABILISER}",
+        2,
+        reference.add_gamma,
+        _stabilised(native.add_gamma, "gamma"),
+    ),
+    "fanout_epsilon": Spec(
+        f"Tensor[] relevances, Tensor x, {_STABILISER}",
+        1,
+        reference.fanout_epsilon,
+        _stabilised(native.fanout_epsilon),
+        "relevances",
+    ),
+    "matmul_half_share": Spec(f"Tensor relevance, Tensor z, {_STABILISER}", 1, reference.matmul_half_share, _share),
+    "matmul_half_attention_shares": Spec(
+        f"Tensor attention, Tensor sv, Tensor dots, {_STABILISER}",
+        2,
+        reference.matmul_half_attention_shares,
+        _attention_shares,
+        "sv",
+    ),
+    "matmul_half_rollout_matrix": Spec(
+        "Tensor grad, Tensor relevance", 1, reference.matmul_half_rollout_matrix, native.rollout_matrix, "grad"
+    ),
+    "softmax_taylor": Spec(
+        "Tensor relevance, Tensor logits, Tensor probabilities", 1, reference.softmax_taylor, native.softmax_taylor
+    ),
+    "activation_gradient": Spec(
+        "Tensor gradient, Tensor x, str activation",
+        1,
+        reference.activation_gradient,
+        lambda gradient, x, activation, **out: native.activation_gradient(gradient, x, activation=activation, **out),
+        "gradient",
+    ),
+    "activation_slope": Spec(
+        f"Tensor relevance, Tensor x, Tensor y, {_STABILISER}",
+        1,
+        reference.activation_slope,
+        _stabilised(native.activation_slope),
+    ),
+    "norm_gradient": Spec(
+        "Tensor gradient, Tensor x, Tensor? weight, str norm, float norm_epsilon",
+        1,
+        reference.norm_gradient,
+        _norm_gradient,
+        "gradient",
+    ),
+    "norm_sigma_constant": Spec(
+        f"Tensor relevance, Tensor x, Tensor y, Tensor? weight, str norm, float norm_epsilon, {_STABILISER}",
+        1,
+        reference.norm_sigma_constant,
+        _norm_sigma_constant,
+    ),
+}
+
+# Kernels without a variant that writes to given tensors: their wrapper has none, or the number of results varies.
+WITHOUT_OUT = {"linear_alpha_beta_share_out", "matmul_half_share", "matmul_half_attention_shares"}
+
+
+def _names(spec: Spec) -> list[str]:
+    return [argument.split()[-1] for argument in spec.arguments.split(", ")]
+
+
+def _fake(name: str, spec: Spec) -> Callable[..., Any]:
+    """Shapes and dtypes of the results, from the arguments' alone."""
+    names = _names(spec)
+    position = names.index(spec.stream)
+
+    def fake(*arguments: Any) -> Any:
+        stream = arguments[position]
+        if isinstance(stream, (list, tuple)):
+            if not stream:
+                raise OptionError(f"{spec.stream}: expected at least one tensor, got none")
+            stream = stream[0]
+        for argument, tensor in zip(names, arguments, strict=True):
+            if isinstance(tensor, Tensor) and tensor.device != stream.device:
+                raise DeviceError(f"{argument}: expected a tensor on {stream.device}, got one on {tensor.device}")
+        shape = list(stream.shape)
+        if name == "matmul_half_rollout_matrix":
+            if len(shape) != 5:
+                raise ShapeError(f"grad: expected shape [T, B, H, Nq, Nk], got {text_of(shape)}")
+            del shape[2]
+        if spec.results == 1:
+            return stream.new_empty(shape)
+        count = spec.results or (1 if arguments[names.index("beta")] == 0 else 2)
+        made = [stream.new_empty(shape) for _ in range(count)]
+        return made if spec.results == 0 else tuple(made)
+
+    return fake
+
+
+def _on_cpu(spec: Spec) -> Callable[..., Any]:
+    def on_cpu(*arguments: Any) -> Any:
+        run = spec.kernel if native.available()[0] else spec.reference
+        return run(*arguments)
+
+    return on_cpu
+
+
+def _define(name: str, spec: Spec) -> Any:
+    returns = {0: "Tensor[]", 1: "Tensor", 2: "(Tensor, Tensor)"}[spec.results]
+    op = torch.library.custom_op(
+        f"relprop::{name}", spec.reference, mutates_args=(), schema=f"({spec.arguments}) -> {returns}"
+    )
+    op.register_kernel("cpu")(_on_cpu(spec))
+    op.register_fake(_fake(name, spec))
+    return op
+
+
+def _define_out(name: str, spec: Spec) -> Any:
+    """The variant that writes its results to the tensors after the kernel's own arguments."""
+    places = ["out"] if spec.results == 1 else ["out_a", "out_b"]
+    written = ", ".join(f"Tensor({chr(97 + i)}!) {place}" for i, place in enumerate(places))
+
+    def copied(*arguments: Any) -> None:
+        out = arguments[-len(places) :]
+        made = spec.reference(*arguments[: -len(places)])
+        for place, result in zip(out, (made,) if len(places) == 1 else made, strict=True):
+            if place.shape != result.shape:
+                raise ShapeError(f"out: expected shape {text_of(result.shape)}, got {text_of(place.shape)}")
+            place.copy_(result)
+
+    def written_to(*arguments: Any) -> None:
+        if not native.available()[0]:
+            return copied(*arguments)
+        out = arguments[-len(places) :]
+        spec.kernel(*arguments[: -len(places)], out=out[0] if len(places) == 1 else out)
+
+    op = torch.library.custom_op(
+        f"relprop::{name}_out", copied, mutates_args=places, schema=f"({spec.arguments}, {written}) -> ()"
+    )
+    op.register_kernel("cpu")(written_to)
+    op.register_fake(lambda *arguments: None)
+    return op
+
+
+OPS: dict[str, Any] = {}
+for _name, _spec in SPECS.items():
+    OPS[_name] = _define(_name, _spec)
+    if _name not in WITHOUT_OUT:
+        OPS[f"{_name}_out"] = _define_out(_name, _spec)

@@ -1,0 +1,51 @@
+"""One example call of every custom op."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+STABILISER = (0, 1e-6)
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def arguments(name: str, dtype: torch.dtype = torch.float32, half: torch.dtype | None = None) -> tuple[Any, ...]:
+    """Streams [2, 3, 8] in a dtype, the other tensors in that or in a half precision."""
+    other = half or dtype
+    r, q = random(2, 3, 8, dtype=dtype, seed=1), random(2, 3, 8, dtype=dtype, seed=2)
+    x, y, z = (random(3, 8, dtype=other, seed=i) for i in (3, 4, 5))
+    bias, absz = random(8, dtype=other, seed=6), random(3, 8, dtype=other, seed=7).abs() + 4
+    maps = {"sv": (2, 1, 3, 2, 4), "a": (1, 3, 2, 4)}
+    return {
+        "linear_alpha_beta_share_out": (r, y, bias, absz, 2.0, 1.0, None, *STABILISER),
+        "linear_alpha_beta_select": (x, r, q),
+        "linear_epsilon_share_out": (r, y, bias, 1.0, *STABILISER),
+        "linear_epsilon_select": (x, r),
+        "linear_gamma_share_out": (r, y, bias, absz, 0.25, True, True, *STABILISER),
+        "add_normalised": (r, x.abs(), y.abs(), *STABILISER),
+        "add_epsilon": (r, x, y, *STABILISER),
+        "add_gamma": (r, x, y[:1], 1.0, *STABILISER),
+        "fanout_epsilon": ([r, q], x, *STABILISER),
+        "matmul_half_share": (r, z, *STABILISER),
+        "matmul_half_attention_shares": (
+            x.view(maps["a"]).softmax(-1),
+            r.view(maps["sv"]),
+            y.view(maps["a"]),
+            *STABILISER,
+        ),
+        "matmul_half_rollout_matrix": (r.view(maps["sv"]), q.view(maps["sv"])),
+        "softmax_taylor": (r, x, y.softmax(-1)),
+        "activation_gradient": (r, x, "gelu"),
+        "activation_slope": (r, x, y, *STABILISER),
+        "norm_gradient": (r, x, bias, "layer", 1e-6),
+        "norm_sigma_constant": (r, x, y, bias, "rms", 1e-6, *STABILISER),
+    }[name]
+
+
+def results(name: str, made: Any) -> list[Tensor]:
+    return [made] if isinstance(made, Tensor) else list(made)
