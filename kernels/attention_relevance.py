@@ -164,6 +164,8 @@ class _Attention:
         self.scale = self.d**-0.5 if scale is None else float(scale)
         self.mask, self.mask_kind = self._mask(mask)
         self.dots, self.streams = products(q.dtype, precision), share_products(products(q.dtype, precision))
+        # float32 operands, and the largest heads, leave registers for one accumulator.
+        self.separate = max(self.d, self.dv) > (128 if self.dots.kind == "half" else 64)
         self.blocks = {
             "BLOCK_D": max(16, next_power_of_two(self.d)),
             "BLOCK_DV": max(16, next_power_of_two(self.dv)),
@@ -223,14 +225,12 @@ class _Attention:
             "KIND": stabiliser[0],
             "CAUSAL": self.causal,
             "MASK": self.mask_kind,
-            "GRADIENT": self.g is not None,
             **self.dots.constants,
             **self.blocks,
         }
 
-    def _sides(self) -> dict[str, Any]:
+    def _stream_constants(self) -> dict[str, Any]:
         return {
-            "RELEVANCE": self.r is not None,
             "STREAM": tl_dtype(self.streams.operand),
             "STREAM_PRECISION": self.streams.precision,
         }
@@ -268,6 +268,7 @@ class _Attention:
                 *(self.scale, float(stabiliser[1])),
             ),
             chosen,
+            GRADIENT=self.g is not None,
             RELEVANCE=self.r is not None,
             **self._constants(stabiliser),
         )
@@ -279,6 +280,14 @@ class _Attention:
         rq = self._empty(relevance, self.heads, self.nq, self.d, self.wanted[0])
         if dq is None and rq is None:
             return None, None
+        if self.separate and dq is not None and rq is not None:
+            self._launch_queries(dq, None, stabiliser)
+            self._launch_queries(None, rq, stabiliser)
+        else:
+            self._launch_queries(dq, rq, stabiliser)
+        return dq, rq
+
+    def _launch_queries(self, dq: Tensor | None, rq: Tensor | None, stabiliser: Stabiliser) -> None:
         chosen = self._chosen("queries")
         g = self._stream(self.g)
         launch(
@@ -294,10 +303,11 @@ class _Attention:
             ),
             chosen,
             QK=self.qk,
+            GRADIENT=dq is not None,
+            RELEVANCE=rq is not None,
             **self._constants(stabiliser),
-            **{**self._sides(), "RELEVANCE": rq is not None},
+            **self._stream_constants(),
         )
-        return dq, rq
 
     def keys(self, stabiliser: Stabiliser) -> tuple[Pair, Pair, Tensor | None]:
         """dk, R_k; dv, R_v; the row."""
@@ -314,16 +324,18 @@ class _Attention:
         if self.row is not None:
             shape = (self.targets, self.batch, self.key_heads, self.nk)
             reached = torch.empty(shape, dtype=torch.float32, device=self.q.device)
-        has_keys, has_values = (any(t is not None for t in pair) for pair in (keys, values))
+        nothing: Pair = (None, None)
         # Five accumulators of a large head, or of signed shares, do not fit into registers at once.
-        fused = max(self.blocks.values()) <= 64 and self.qk != QK_RULES["alpha_beta"]
-        if fused and has_values:
-            self._launch_keys("keys_values", keys, values, reached, stabiliser, has_keys, True)
+        if max(self.blocks.values()) <= 64 and self.qk != QK_RULES["alpha_beta"] and not self.separate:
+            self._launch_keys("keys_values", keys, values, reached, stabiliser)
+        elif self.separate:
+            self._launch_keys("keys", (keys[0], None), nothing, None, stabiliser)
+            self._launch_keys("keys", (None, keys[1]), nothing, None, stabiliser)
+            self._launch_keys("keys", nothing, nothing, reached, stabiliser)
+            self._launch_keys("values", nothing, values, None, stabiliser)
         else:
-            if has_keys or reached is not None:
-                self._launch_keys("keys", keys, values, reached, stabiliser, has_keys, False)
-            if has_values:
-                self._launch_keys("values", keys, values, None, stabiliser, False, True)
+            self._launch_keys("keys", keys, nothing, reached, stabiliser)
+            self._launch_keys("values", nothing, values, None, stabiliser)
         return keys, values, None if reached is None else reached.sum(2)
 
     def _launch_keys(
@@ -333,9 +345,9 @@ class _Attention:
         values: Pair,
         reached: Tensor | None,
         stabiliser: Stabiliser,
-        has_keys: bool,
-        has_values: bool,
     ) -> None:
+        if reached is None and all(t is None for t in (*keys, *values)):
+            return
         chosen = self._chosen(side)
         g, row = self._stream(self.g), self.lse if self.row is None else self.row
         launch(
@@ -353,8 +365,10 @@ class _Attention:
             chosen,
             QK=self.qk,
             EDGE=0 if reached is None else self.edge,
-            KEYS=has_keys,
-            VALUES=has_values,
+            KEY_GRADIENT=keys[0] is not None,
+            KEY_RELEVANCE=keys[1] is not None,
+            VALUE_GRADIENT=values[0] is not None,
+            VALUE_RELEVANCE=values[1] is not None,
             **self._constants(stabiliser),
-            **self._sides(),
+            **self._stream_constants(),
         )

@@ -383,12 +383,12 @@ def _attention_relevance_keys_kernel(
     KIND: tl.constexpr,
     CAUSAL: tl.constexpr,
     MASK: tl.constexpr,
-    GRADIENT: tl.constexpr,
-    RELEVANCE: tl.constexpr,
     QK: tl.constexpr,
     EDGE: tl.constexpr,
-    KEYS: tl.constexpr,
-    VALUES: tl.constexpr,
+    KEY_GRADIENT: tl.constexpr,
+    KEY_RELEVANCE: tl.constexpr,
+    VALUE_GRADIENT: tl.constexpr,
+    VALUE_RELEVANCE: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
     STREAM: tl.constexpr,
@@ -398,11 +398,8 @@ def _attention_relevance_keys_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    NEEDS_GRADIENT: tl.constexpr = (KEYS and GRADIENT) or EDGE == GRADIENT_X_RELEVANCE or EDGE == GRADIENT_X_ATTENTION
-    SHARES: tl.constexpr = KEYS and RELEVANCE and QK != NONE
-    NEEDS_RELEVANCE: tl.constexpr = SHARES or EDGE == GRADIENT_X_RELEVANCE or EDGE == RELEVANCE_EDGE
-    LOADS_GRADIENT: tl.constexpr = NEEDS_GRADIENT or (VALUES and GRADIENT)
-    LOADS_RELEVANCE: tl.constexpr = NEEDS_RELEVANCE or (VALUES and RELEVANCE)
+    MAP_GRADIENT: tl.constexpr = KEY_GRADIENT or EDGE == GRADIENT_X_RELEVANCE or EDGE == GRADIENT_X_ATTENTION
+    MAP_RELEVANCE: tl.constexpr = KEY_RELEVANCE or EDGE == GRADIENT_X_RELEVANCE or EDGE == RELEVANCE_EDGE
     blocks = (key_size + BLOCK_K - 1) // BLOCK_K
     block = tl.program_id(0) % blocks
     layer = tl.program_id(0) // blocks
@@ -453,23 +450,23 @@ def _attention_relevance_keys_kernel(
             attention = tl.exp(logits - lse[None, :])
             map_gradient = zero
             map_relevance = zero
-            if LOADS_GRADIENT:
+            if MAP_GRADIENT or VALUE_GRADIENT:
                 g = _rows(g_at, queries, stride_gn, query_size, dv, dv_size).to(STREAM)
-                if VALUES and GRADIENT:
+                if VALUE_GRADIENT:
                     dvalue = product(attention.to(STREAM), g, dvalue, STREAM_PRECISION)
-                if NEEDS_GRADIENT:
+                if MAP_GRADIENT:
                     map_gradient = product(v.to(STREAM), tl.trans(g), zero, STREAM_PRECISION)
-                if KEYS and GRADIENT:
+                if KEY_GRADIENT:
                     delta = tl.load(delta_ptr + rows_of_target + queries, mask=queries < query_size, other=0.0)
                     passed = attention * (map_gradient - delta[None, :])
                     dk = product(passed.to(STREAM), q.to(STREAM), dk, STREAM_PRECISION)
-            if LOADS_RELEVANCE:
+            if MAP_RELEVANCE or VALUE_RELEVANCE:
                 s = _rows(s_ptr + rows_of_target * dv_size, queries, dv_size, query_size, dv, dv_size).to(STREAM)
-                if VALUES and RELEVANCE:
+                if VALUE_RELEVANCE:
                     rv = product(attention.to(STREAM), s, rv, STREAM_PRECISION)
-                if NEEDS_RELEVANCE:
+                if MAP_RELEVANCE:
                     map_relevance = 0.5 * attention * product(v.to(STREAM), tl.trans(s), zero, STREAM_PRECISION)
-                if SHARES:
+                if KEY_RELEVANCE:
                     if QK == HALF:
                         shares = share(map_relevance, dots, epsilon, KIND).to(STREAM)
                         rk = product(shares, q.to(STREAM), rk, STREAM_PRECISION)
@@ -488,15 +485,15 @@ def _attention_relevance_keys_kernel(
     at_values = row_out[:, None] * dv_size + dv[None, :]
     if EDGE > 0:
         tl.store(row_out_ptr + row_out, reached / heads, mask=keys < key_size)
-    if KEYS and GRADIENT:
+    if KEY_GRADIENT:
         tl.store(dk_ptr + at, (dk * scale).to(dk_ptr.dtype.element_ty), mask=inside & (d < d_size)[None, :])
-    if SHARES:
+    if KEY_RELEVANCE:
         if QK == ALPHA_BETA:
             rk = tl.where(k.to(tl.float32) > 0, rk, rk_minus)
         rk = 0.5 * k.to(tl.float32) * rk
         tl.store(rk_ptr + at, rk.to(rk_ptr.dtype.element_ty), mask=inside & (d < d_size)[None, :])
-    if VALUES and GRADIENT:
+    if VALUE_GRADIENT:
         tl.store(dv_ptr + at_values, dvalue.to(dv_ptr.dtype.element_ty), mask=inside & (dv < dv_size)[None, :])
-    if VALUES and RELEVANCE:
+    if VALUE_RELEVANCE:
         rv = value_factor * v.to(tl.float32) * rv
         tl.store(rv_ptr + at_values, rv.to(rv_ptr.dtype.element_ty), mask=inside & (dv < dv_size)[None, :])
