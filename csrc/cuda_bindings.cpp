@@ -241,6 +241,7 @@ PYBIND11_MODULE(_cuda, module) {
   module.def("build_info", &build_info, "How this module was built and whether it can run here.");
   module.def("set_order", &set_cuda_order, py::arg("order"),
              "Emulation only: fibres run forwards (0), backwards (1) or shuffled (2). For tests.");
+  module.def("launches", &cuda_launches, "Emulation only: how many kernels were launched. For tests.");
   module.attr("DEVICE_TYPE") = cuda_device_type();  // where tensors must lie
   module.attr("MAX_BACKS") = kMaxBacks;
   module.attr("MAX_FANOUT") = kMaxFanout;

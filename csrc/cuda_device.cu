@@ -24,6 +24,8 @@ std::string cuda_reason() {
 }
 
 void set_cuda_order(int) { throw std::logic_error("set_order: expected the host emulation, got a build for GPUs"); }
+
+int64_t cuda_launches() { throw std::logic_error("launches: expected the host emulation, got a build for GPUs"); }
 #else
 std::string cuda_compiler() { return "host emulation"; }
 
@@ -32,6 +34,8 @@ std::string cuda_device_type() { return "cpu"; }
 std::string cuda_reason() { return ""; }
 
 void set_cuda_order(int order) { emulation::set_order(static_cast<emulation::Order>(order)); }
+
+int64_t cuda_launches() { return emulation::launches(); }
 #endif
 
 }  // namespace relprop

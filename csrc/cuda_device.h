@@ -1,6 +1,7 @@
 // What the CUDA module says about itself and the machine.
 #pragma once
 
+#include <cstdint>
 #include <string>
 
 namespace relprop {
@@ -16,5 +17,8 @@ std::string cuda_reason();
 
 // The order of fibres in the emulation; throws std::logic_error elsewhere.
 void set_cuda_order(int order);
+
+// How many kernels the emulation has launched; throws std::logic_error elsewhere.
+int64_t cuda_launches();
 
 }  // namespace relprop

@@ -103,6 +103,7 @@ void linear_back_cuda(DType values, DType streams, Product product, const Linear
   RELPROP_BACK(kFloat32, float, kFloat32, float, kTFloat32)
   RELPROP_BACK(kFloat32, float, kFloat32, float, kBFloat16)
   RELPROP_BACK(kBFloat16, bfloat16, kFloat32, float, kFloat32)
+  RELPROP_BACK(kBFloat16, bfloat16, kFloat32, float, kTFloat32)
   RELPROP_BACK(kBFloat16, bfloat16, kFloat32, float, kBFloat16)
   RELPROP_BACK(kBFloat16, bfloat16, kBFloat16, bfloat16, kBFloat16)
   RELPROP_BACK(kFloat16, float16, kFloat32, float, kFloat32)

@@ -33,6 +33,7 @@ BACKS = [
     (FLOAT, FLOAT, "tfloat32"),
     (FLOAT, FLOAT, "bfloat16"),
     (BF16, FLOAT, "float32"),
+    (BF16, FLOAT, "tfloat32"),
     (BF16, FLOAT, "bfloat16"),
     (BF16, BF16, "bfloat16"),
     (FP16, FLOAT, "float32"),

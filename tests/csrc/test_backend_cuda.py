@@ -1,0 +1,172 @@
+"""The CUDA backend's kernels, run by the host emulation, against the rules on captured operations."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from relprop import native_cuda
+from relprop.backends import cuda
+from relprop.program import JointStream
+from relprop.rules import (
+    EXACT,
+    REFERENCE,
+    AddEpsilon,
+    AddGamma,
+    AddNormalised,
+    AttentionComposed,
+    FanoutEpsilon,
+    Gradient,
+    LinearAlphaBeta,
+    LinearEpsilon,
+    LinearGamma,
+    MatmulHalf,
+    Rule,
+    SoftmaxTaylor,
+    Stabiliser,
+)
+from tests.rules.rule_checks import Op, assert_parts, each, module_of, random
+
+pytestmark = pytest.mark.usefixtures("results")
+
+# The same formulas in another order of additions; denominators are those of random inputs, some of which nearly cancel.
+TOLERANCE = 1e-3
+
+LINEAR: tuple[Rule, ...] = (
+    LinearAlphaBeta(),
+    LinearAlphaBeta(2.0, 1.0, REFERENCE),
+    LinearEpsilon(),
+    LinearEpsilon(REFERENCE, bias=False),
+    LinearGamma(),
+    LinearGamma(0.5, EXACT, bias=False),
+    Gradient(),
+)
+ADD = (AddEpsilon(), AddGamma(2.0, EXACT), AddNormalised(REFERENCE))
+HALVES = AttentionComposed(qk=MatmulHalf(Stabiliser(1e-3)), av=MatmulHalf(Stabiliser(1e-3)))
+
+
+def attend(x: Tensor) -> Tensor:
+    q = x.unflatten(-1, (2, 4)).transpose(1, 2)
+    return torch.nn.functional.scaled_dot_product_attention(q, q + 1, q * 2)
+
+
+# What makes the operation, the shapes of its inputs without their batch, its kind, and the rules to try.
+CASES: dict[str, tuple[Callable[[], nn.Module], list[tuple[int, ...]], str, tuple[Rule, ...]]] = {
+    "linear": (lambda: nn.Linear(63, 7), [(5, 63)], "linear", LINEAR),
+    "linear without bias": (lambda: nn.Linear(40, 33, bias=False), [(40,)], "linear", LINEAR),
+    "add": (lambda: module_of(lambda a, b: a + b, 2), [(3, 63), (3, 63)], "add", ADD),
+    "positional": (lambda: module_of(lambda a, p: a + p, 1, p=random(1, 3, 7)), [(3, 7)], "add", ADD),
+    "positional, first": (lambda: module_of(lambda a, p: p + a, 1, p=random(1, 3, 7)), [(3, 7)], "add", ADD),
+    "fan-out": (lambda: module_of(lambda a: a + a.softmax(-1)), [(63,)], "fanout", (FanoutEpsilon(REFERENCE),)),
+    "softmax": (lambda: module_of(lambda a: a.softmax(-1)), [(3, 7)], "softmax", (SoftmaxTaylor(),)),
+    "layer norm": (lambda: nn.LayerNorm(63), [(3, 63)], "norm", (Gradient(),)),
+    "plain layer norm of two axes": (
+        lambda: nn.LayerNorm((3, 7), elementwise_affine=False),
+        [(2, 3, 7)],
+        "norm",
+        (Gradient(),),
+    ),
+    "rms norm": (lambda: nn.RMSNorm(63), [(3, 63)], "norm", (Gradient(),)),
+    "gelu": (nn.GELU, [(3, 63)], "activation", (Gradient(),)),
+    "gelu, tanh": (lambda: nn.GELU("tanh"), [(3, 63)], "activation", (Gradient(),)),
+    "silu": (nn.SiLU, [(3, 63)], "activation", (Gradient(),)),
+    "attention": (lambda: module_of(attend), [(5, 8)], "attention", (HALVES,)),
+}
+PAIRS = [(name, rule) for name, case in CASES.items() for rule in case[3]]
+NAMES = [f"{name} {type(rule).__name__} {i}" for i, (name, rule) in enumerate(PAIRS)]
+
+
+@functools.cache
+def op_of(name: str) -> Op:
+    torch.manual_seed(0)
+    make, shapes, kind, _ = CASES[name]
+    return Op(make(), *[random(2, *shape, seed=i) for i, shape in enumerate(shapes)], kind=kind)
+
+
+def inputs_of(name: str, batch: int) -> list[Tensor]:
+    return [random(batch, *shape, seed=batch + i) for i, shape in enumerate(CASES[name][1])]
+
+
+@pytest.mark.parametrize(("name", "rule"), PAIRS, ids=NAMES)
+def test_kernel_equals_rule(name: str, rule: Rule) -> None:
+    op, inputs = op_of(name), inputs_of(name, 3)
+    assert cuda.kernel_reasons(op.node, rule) == []
+    relevance = each(Tensor.float, op.relevance(inputs, 2))
+    kernel = cuda.KERNELS[type(rule)]
+    calls = [op.call(inputs, torch.float32) for _ in range(2)]
+    got, want = kernel(rule, calls[0], relevance), rule.propagate(calls[1], relevance)
+    assert_parts(got, want, TOLERANCE)
+    assert all(part is None or part.dtype is torch.float32 for part in got)
+    for key, found in calls[0].maps.items():
+        assert_parts((found,), (calls[1].maps[key],), TOLERANCE)
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("name", "rule"), PAIRS, ids=NAMES)
+def test_half_precision_models(name: str, rule: Rule, half: torch.dtype) -> None:
+    """Saved tensors and weights as they are, streams in float32, results as of the rule on casts."""
+    op, inputs = op_of(name), inputs_of(name, 3)
+    calls = [op.call(inputs, half) for _ in range(2)]
+    for call in calls:
+        call.dtype = torch.float32
+    relevance = each(Tensor.float, op.relevance(inputs, 2))
+    got, want = cuda.KERNELS[type(rule)](rule, calls[0], relevance), rule.propagate(calls[1], relevance)
+    assert_parts(got, want, 5e-3 if name.startswith("linear") else TOLERANCE)  # z near 0, summed twice
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_every_precision_has_its_products(precision: str, dtype: torch.dtype) -> None:
+    op, inputs, rule = op_of("linear"), inputs_of("linear", 3), LinearAlphaBeta()
+    calls = [op.call(inputs, dtype) for _ in range(2)]
+    for call in calls:
+        call.dtype = torch.float32
+    calls[0].precision = precision
+    relevance = op.relevance(inputs, 2).float()
+    got, want = cuda.linear(rule, calls[0], relevance)[0], rule.propagate(calls[1], relevance)[0]
+    assert got is not None and want is not None
+    assert torch.nn.functional.cosine_similarity(got.flatten(), want.flatten(), 0) > 0.999
+
+
+def test_streams_of_a_linear_layer_share_a_launch(cuda_module: Any) -> None:
+    op, inputs = op_of("linear"), inputs_of("linear", 3)
+    rules = {"gradient": Gradient(), "relevance": LinearAlphaBeta(2.0, 1.0)}
+    assert cuda.joint_reasons(op.node, rules, None) == []
+    streams = {
+        name: JointStream(rule, op.relevance(inputs, 2, seed=i).float(), (True, False, False))
+        for i, (name, rule) in enumerate(rules.items())
+    }
+    before = cuda_module.launches()
+    passed, row = cuda.joint_linear(op.call(inputs, torch.float32), streams, None, None)
+    assert row is None and cuda_module.launches() - before == 2  # one share-out, one way back
+    for name, stream in streams.items():
+        want = stream.rule.propagate(op.call(inputs, torch.float32), stream.arrived)
+        assert_parts(passed[name], want, TOLERANCE)
+
+
+def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
+    op = op_of("linear")
+    assert cuda.joint_reasons(op.node, {"gradient": Gradient()}, None) == [
+        "the joint kernel is for several streams of a linear layer"
+    ]
+    monkeypatch.setattr(cuda, "available", lambda: (False, "no CUDA device"))
+    assert cuda.reasons_against(torch.float64, torch.device("cpu")) == [
+        "no CUDA device",
+        "its kernels run on a GPU, not on cpu",
+        "its kernels take streams in torch.float32, not torch.float64",
+    ]
+
+
+def test_a_missing_module_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native_cuda.call, "_cuda", native_cuda.call._Missing("an import error: no such file"))
+    assert native_cuda.available() == (
+        False,
+        "the compiled module relprop._cuda cannot be used: an import error: no such file",
+    )
+    with pytest.raises(native_cuda.call.BackendError, match="backend cuda: expected the compiled module relprop._cuda"):
+        native_cuda.share(torch.ones(1, 2), torch.ones(2), stabiliser=(0, 0.0))
