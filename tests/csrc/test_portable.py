@@ -1,0 +1,83 @@
+"""The C++ sources on another architecture, and one binary under several versions of torch."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+from relprop import native
+
+ROOT = Path(__file__).parents[2]
+FLAGS = [
+    "-std=c++17",
+    "-O2",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+]
+SOURCES = sorted(path for path in (ROOT / "csrc").glob("*.cpp") if "bindings" not in path.name)
+ARM = "aarch64-linux-gnu-g++"
+
+
+@pytest.mark.full
+@pytest.mark.skipif(shutil.which(ARM) is None, reason=f"no {ARM} (Debian, Ubuntu: g++-aarch64-linux-gnu)")
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
+def test_compiles_for_aarch64(source: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [ARM, *FLAGS, "-fPIC", "-c", str(source), "-o", str(tmp_path / "out.o")], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+PROBE = """
+import torch
+from relprop import native
+assert native.available()[0], native.available()[1]
+r, x = torch.ones(1, 2, 4), torch.ones(2, 4)
+assert torch.equal(native.select(x, r, r), r)
+assert torch.equal(native.add_gamma(r, x, x, gamma=1.0, stabiliser=(0, 0.0))[0], r / 2)
+assert native.select(x, r, r, dtype=torch.bfloat16).dtype is torch.bfloat16
+print(torch.__version__, native._C.__file__, native.info()["openmp"])
+"""
+
+
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+
+
+@pytest.mark.full
+@pytest.mark.skipif(not native.available()[0], reason=native.available()[1])
+def test_one_binary_under_two_versions_of_torch(tmp_path: Path) -> None:
+    """The oldest torch that is supported, in an environment of its own that lends everything else from this one."""
+    room = shutil.disk_usage(tmp_path).free
+    if room < 8 << 30:
+        pytest.skip(f"two versions of torch need about 8 GiB of disk; {room >> 30} GiB are free")
+    environment = tmp_path / "environment"
+    assert run(sys.executable, "-m", "venv", "--without-pip", str(environment)).returncode == 0
+    python = str(environment / "bin" / "python")
+    old = run(
+        *(sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--no-cache-dir"),
+        *("--prefix", str(environment), "torch==2.11.*"),
+    )
+    if old.returncode != 0:
+        pytest.skip(f"torch 2.11 cannot be installed here: {old.stderr.strip().splitlines()[-1]}")
+    packages = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").stdout.strip())
+    # After its own packages: everything but torch comes from here, the compiled module included.
+    (packages / "lent.pth").write_text(f"{ROOT}\n{sysconfig.get_path('purelib')}\n")
+    try:
+        found = [run(sys.executable, "-c", PROBE), run(python, "-c", PROBE)]
+        for done in found:
+            assert done.returncode == 0, done.stderr
+        now, then = (done.stdout.split() for done in found)
+        assert then[0].startswith("2.11.") and not now[0].startswith("2.11.")
+        assert now[1] == then[1], "two binaries"
+    finally:
+        shutil.rmtree(environment)
