@@ -32,6 +32,7 @@ from relprop.kernels.launch import (
     Configuration,
     architecture_of,
     cdiv,
+    interpreted,
     launch,
     next_power_of_two,
     products,
@@ -43,6 +44,7 @@ QK_RULES = {"half": 0, "alpha_beta": 1, "none": 2}
 EDGES = {None: 0, "gradient_x_relevance": 1, "gradient_x_attention": 2, "relevance": 3, "attention": 4}
 _LARGEST_HEAD = 256
 Parts = tuple[Tensor | None, Tensor | None, Tensor | None]
+Wanted = tuple[bool, bool, bool]
 
 
 @dataclass
@@ -76,7 +78,8 @@ def attention_relevance(
     av_stabiliser: Stabiliser = (0, 1e-9),
     row: Tensor | None = None,
     edge: str | None = None,
-    wanted: tuple[bool, bool, bool] = (True, True, True),
+    gradients_wanted: Wanted = (True, True, True),
+    relevances_wanted: Wanted = (True, True, True),
     precision: str = "highest",
 ) -> AttentionStreams:
     """Gradient and relevance through an attention layer and one step of the row walk.
@@ -94,7 +97,7 @@ def attention_relevance(
         qk_stabiliser, av_stabiliser: (kind, epsilon) of the two products
         row: read-out row over the queries. [T or 1, B, Nq]
         edge: E of the read-out: "gradient_x_relevance", "gradient_x_attention", "relevance" or "attention"
-        wanted: whether anything is passed to q, k, v
+        gradients_wanted, relevances_wanted: whether a stream is passed to q, k, v
         precision: of products, see `launch.products`
     Returns:
         streams in the dtype of what came in, the row in float32
@@ -104,6 +107,7 @@ def attention_relevance(
         ShapeError, DTypeError, DeviceError, OptionError
     Source: Chefer et al., CVPR 2021, section 3; Achtibat et al., ICML 2024, section 3.3.
     """
+    wanted = (gradients_wanted, relevances_wanted)
     call = _Attention(q, k, v, output, gradient, relevance, mask, causal, scale, qk, row, edge, wanted, precision)
     for stabiliser in (qk_stabiliser, av_stabiliser):
         check_stabiliser(stabiliser)
@@ -137,7 +141,7 @@ class _Attention:
         qk: str,
         row: Tensor | None,
         edge: str | None,
-        wanted: tuple[bool, bool, bool],
+        wanted: tuple[Wanted, Wanted],
         precision: str,
     ) -> None:
         self._check_layer(q, k, v, output)
@@ -218,6 +222,8 @@ class _Attention:
         size = max(*self.blocks.values(), 64)
         rule = "_signed" if self.qk == QK_RULES["alpha_beta"] and side in ("queries", "keys") else ""
         kind = self.streams.kind if self.dots.kind == "half" else self.dots.kind
+        if interpreted:
+            kind = "half"  # numpy takes larger tiles faster
         return configuration(f"attention_{side}{rule}", architecture_of(self.q.device), kind, f"d{size}")
 
     def _constants(self, stabiliser: Stabiliser) -> dict[str, Any]:
@@ -276,8 +282,8 @@ class _Attention:
     def queries(self, stabiliser: Stabiliser) -> Pair:
         """dq and R_q."""
         relevance = None if self.qk == QK_RULES["none"] else self.r
-        dq = self._empty(self.g, self.heads, self.nq, self.d, self.wanted[0])
-        rq = self._empty(relevance, self.heads, self.nq, self.d, self.wanted[0])
+        dq = self._empty(self.g, self.heads, self.nq, self.d, self.wanted[0][0])
+        rq = self._empty(relevance, self.heads, self.nq, self.d, self.wanted[1][0])
         if dq is None and rq is None:
             return None, None
         if self.separate and dq is not None and rq is not None:
@@ -313,12 +319,12 @@ class _Attention:
         """dk, R_k; dv, R_v; the row."""
         relevance = None if self.qk == QK_RULES["none"] else self.r
         keys = (
-            self._empty(self.g, self.key_heads, self.nk, self.d, self.wanted[1]),
-            self._empty(relevance, self.key_heads, self.nk, self.d, self.wanted[1]),
+            self._empty(self.g, self.key_heads, self.nk, self.d, self.wanted[0][1]),
+            self._empty(relevance, self.key_heads, self.nk, self.d, self.wanted[1][1]),
         )
         values = (
-            self._empty(self.g, self.key_heads, self.nk, self.dv, self.wanted[2]),
-            self._empty(self.r, self.key_heads, self.nk, self.dv, self.wanted[2]),
+            self._empty(self.g, self.key_heads, self.nk, self.dv, self.wanted[0][2]),
+            self._empty(self.r, self.key_heads, self.nk, self.dv, self.wanted[1][2]),
         )
         reached = None
         if self.row is not None:

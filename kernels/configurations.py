@@ -104,21 +104,127 @@ TABLE: dict[tuple[str, str, str], Rows] = {
     ("norm", "", "small"): {80: Configuration({}, 4, 1)},
     ("norm", "", "medium"): {80: Configuration({}, 8, 1)},
     ("norm", "", "large"): {80: Configuration({}, 16, 1)},
+    # Sides of attention, by the larger head size: tiles of queries and of keys.
+    ("attention_statistics", "half", "d64"): {
+        80: _tiles(64, 64, 4, 2),
+        90: _tiles(64, 64, 4, 2),
+        100: _tiles(64, 64, 4, 2),
+    },
+    ("attention_statistics", "half", "d128"): {
+        80: _tiles(64, 64, 8, 2),
+        90: _tiles(64, 64, 8, 2),
+        100: _tiles(64, 64, 8, 2),
+    },
+    ("attention_statistics", "half", "d256"): {
+        80: _tiles(32, 32, 8, 1),
+        90: _tiles(32, 32, 8, 1),
+        100: _tiles(32, 32, 8, 1),
+    },
+    ("attention_queries", "half", "d64"): {
+        80: _tiles(64, 32, 8, 2),
+        90: _tiles(64, 64, 8, 3),
+        100: _tiles(64, 64, 4, 2),
+    },
+    ("attention_queries", "half", "d128"): {
+        80: _tiles(64, 64, 8, 2),
+        90: _tiles(64, 32, 8, 2),
+        100: _tiles(64, 64, 8, 2),
+    },
+    ("attention_queries", "half", "d256"): {
+        80: _tiles(64, 32, 8, 2),
+        90: _tiles(32, 32, 8, 1),
+        100: _tiles(64, 32, 8, 2),
+    },
+    ("attention_queries_signed", "half", "d64"): {
+        80: _tiles(32, 32, 4, 2),
+        90: _tiles(64, 64, 8, 3),
+        100: _tiles(64, 64, 8, 3),
+    },
+    ("attention_queries_signed", "half", "d128"): {
+        80: _tiles(32, 32, 8, 2),
+        90: _tiles(32, 32, 8, 2),
+        100: _tiles(64, 64, 8, 2),
+    },
+    ("attention_queries_signed", "half", "d256"): {
+        80: _tiles(16, 32, 8, 1),
+        90: _tiles(32, 32, 8, 1),
+        100: _tiles(32, 32, 8, 1),
+    },
+    ("attention_keys_values", "half", "d64"): {
+        80: _tiles(32, 32, 4, 2),
+        90: _tiles(32, 64, 8, 2),
+        100: _tiles(64, 64, 8, 3),
+    },
+    ("attention_keys", "half", "d64"): {80: _tiles(32, 32, 8, 2), 90: _tiles(32, 64, 8, 2), 100: _tiles(32, 64, 8, 2)},
+    ("attention_keys", "half", "d128"): {80: _tiles(32, 32, 8, 2), 90: _tiles(32, 32, 8, 2), 100: _tiles(64, 64, 8, 2)},
+    ("attention_keys", "half", "d256"): {80: _tiles(32, 64, 8, 2), 90: _tiles(32, 32, 8, 1), 100: _tiles(32, 64, 8, 2)},
+    ("attention_keys_signed", "half", "d64"): {
+        80: _tiles(32, 32, 4, 2),
+        90: _tiles(32, 64, 8, 2),
+        100: _tiles(64, 64, 8, 3),
+    },
+    ("attention_keys_signed", "half", "d128"): {
+        80: _tiles(32, 32, 8, 2),
+        90: _tiles(16, 32, 8, 1),
+        100: _tiles(32, 64, 8, 2),
+    },
+    ("attention_keys_signed", "half", "d256"): {
+        80: _tiles(32, 16, 8, 1),
+        90: _tiles(32, 16, 8, 1),
+        100: _tiles(32, 32, 8, 1),
+    },
+    ("attention_values", "half", "d64"): {
+        80: _tiles(64, 64, 4, 2),
+        90: _tiles(64, 64, 4, 2),
+        100: _tiles(64, 64, 4, 2),
+    },
+    ("attention_values", "half", "d128"): {
+        80: _tiles(64, 64, 8, 2),
+        90: _tiles(64, 64, 8, 2),
+        100: _tiles(64, 64, 8, 2),
+    },
+    ("attention_values", "half", "d256"): {
+        80: _tiles(32, 32, 8, 1),
+        90: _tiles(32, 32, 8, 1),
+        100: _tiles(32, 32, 8, 1),
+    },
 }
 
-
-def _attention_rows(kind: str) -> dict[tuple[str, str, str], Rows]:
-    """Tiles of attention: by side, and by the larger head size."""
-    half = kind == "half"
-    deep, wide = (3, 64) if half else (2, 32)
-    rows: dict[tuple[str, str, str], Rows] = {}
-    for side in ("statistics", "queries", "queries_signed", "keys_values", "keys", "keys_signed", "values"):
-        small = 32 if side not in ("statistics", "values") else wide
-        rows[f"attention_{side}", kind, "d64"] = {80: _tiles(64, small, 8, 2), 90: _tiles(64, 64, 8, deep)}
-        rows[f"attention_{side}", kind, "d128"] = {80: _tiles(64, 32, 8, 2), 90: _tiles(64, 32, 8, 2)}
-        rows[f"attention_{side}", kind, "d256"] = {80: _tiles(32, 32, 8, 1), 90: _tiles(32, 32, 8, 1)}
-    return rows
-
-
-for _kind in ("half", "medium", "tf32", "tf32x3", "ieee"):
-    TABLE.update(_attention_rows(_kind))
+# With float32 operands the tiles are small: each number is split into two, and the accumulators are as large.
+_FLOAT32_TILES = {
+    "statistics": (
+        _tiles(64, 32, 8, 1),
+        _tiles(32, 32, 8, 1),
+        _tiles(16, 32, 8, 1),
+    ),
+    "queries": (
+        _tiles(16, 32, 4, 1),
+        _tiles(16, 32, 8, 1),
+        _tiles(16, 16, 8, 1),
+    ),
+    "queries_signed": (
+        _tiles(16, 16, 4, 1),
+        _tiles(16, 16, 8, 1),
+        _tiles(16, 16, 8, 1),
+    ),
+    "keys_values": (_tiles(16, 16, 4, 1),),
+    "keys": (
+        _tiles(16, 16, 4, 1),
+        _tiles(32, 16, 8, 1),
+        _tiles(16, 16, 8, 1),
+    ),
+    "keys_signed": (
+        _tiles(16, 16, 4, 1),
+        _tiles(16, 16, 8, 1),
+        _tiles(16, 16, 8, 1),
+    ),
+    "values": (
+        _tiles(32, 32, 8, 1),
+        _tiles(16, 32, 8, 1),
+        _tiles(16, 16, 8, 1),
+    ),
+}
+for _kind in ("medium", "tf32", "tf32x3", "ieee"):
+    for _side, _found in _FLOAT32_TILES.items():
+        for _size, _chosen in zip((64, 128, 256), _found, strict=False):
+            TABLE[f"attention_{_side}", _kind, f"d{_size}"] = {80: _chosen}

@@ -128,7 +128,7 @@ def _linear_back_kernel(
 def linear_back(
     p1: Tensor | None,
     p2: Tensor | None,
-    x: Tensor,
+    x: Tensor | None,
     w: Tensor,
     gradients: Tensor | None = None,
     *,
@@ -145,7 +145,7 @@ def linear_back(
     Args:
         p1, p2: shares of either product, None for no relevance; p2 may be p1 itself, None for a magnified of 0.
             [T, ..., N], float32 | bfloat16 | float16
-        x: layer input. [..., K], float32 | bfloat16 | float16
+        x: layer input, None where there are no shares. [..., K], float32 | bfloat16 | float16
         w: weight, of x's dtype. [N, K]
         gradients: any number of plain left operands. [G, ..., N]
         plain, magnified: factors of the two products
@@ -177,7 +177,7 @@ class _BackInputs:
         self,
         p1: Tensor | None,
         p2: Tensor | None,
-        x: Tensor,
+        x: Tensor | None,
         w: Tensor,
         gradients: Tensor | None,
         magnified: float,
@@ -185,34 +185,43 @@ class _BackInputs:
         preactivation: Tensor | None,
         precision: str,
     ) -> None:
+        if x is None:
+            if p1 is not None or gradients is None or gradients.dim() < 2 or w.dim() != 2:
+                raise OptionError("x: expected the layer's input for shares, got None")
+            # Only its shape and dtype matter.
+            x = torch.empty((*gradients.shape[1:-1], w.shape[1]), dtype=w.dtype, device="meta")
+            like = w
+        else:
+            like = x
         check_dtype("x", x)
         if x.dim() == 0 or w.dim() != 2 or w.shape[1] != x.shape[-1]:
             raise ShapeError(f"x, w: expected shapes [..., K] and [N, K], got {text(x.shape)} and {text(w.shape)}")
-        check("w", w, w.shape, x, x.dtype)
+        check("w", w, w.shape, like, x.dtype)
         if activation not in ACTIVATIONS or (activation is None) != (preactivation is None):
             known = ", ".join(str(name) for name in ACTIVATIONS)
             raise OptionError(f"activation: expected one of {known} and its input with it, got {activation!r}")
         if p1 is not None and magnified and p2 is None:
             raise OptionError("p2: expected shares of the magnified product, got None")
         shape = (*x.shape[:-1], w.shape[0])
-        self.input_shape, self.like = x.shape, x
+        self.input_shape, self.like = x.shape, like
         self.targets = self._check("p1", p1, shape)
         self.gradients = self._check("gradients", gradients, shape)
         self.separate = p2 is not p1
         self.p1 = None if p1 is None else as_target_rows(p1)
         self.p2 = self.p1
         if self.separate and p2 is not None:
-            check("p2", p2, (self.targets, *shape), x)
+            check("p2", p2, (self.targets, *shape), like)
             self.p2 = as_target_rows(p2)
         self.g = None if gradients is None else as_target_rows(gradients)
-        self.x, self.w, self.h = as_rows(x), as_rows(w), None
+        self.w, self.h = as_rows(w), None
+        self.x = as_rows(x) if like is x else self.w
         if preactivation is not None:
-            check("preactivation", preactivation, x.shape, x)
+            check("preactivation", preactivation, x.shape, like)
             self.h = as_rows(preactivation)
         self.activation = ACTIVATIONS[activation]
-        self.products = share_products(products(x.dtype, precision))
-        self.m, self.k = self.x.shape
-        self.n = self.w.shape[0]
+        self.products = share_products(products(w.dtype, precision))
+        self.m = x.shape[:-1].numel()
+        self.n, self.k = self.w.shape
 
     def _check(self, name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> int:
         if tensor is None:

@@ -8,16 +8,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 
-from relprop.backends import cpp, cpp_attention, products
+from relprop.backends import cpp, cpp_attention, products, triton
 from relprop.errors import BackendError, unknown_name
 from relprop.graph import Node
 from relprop.program import ChooseJoint, ForwardKernel, JointKernel, Kernel
 from relprop.rules import Rule
 
-BACKENDS = ("torch", "cpp")
+BACKENDS = ("torch", "cpp", "triton")
+_REASONS: dict[str, Callable[[torch.dtype, torch.device], list[str]]] = {
+    "cpp": cpp.reasons_against,
+    "triton": triton.reasons_against,
+}
 _LOG = logging.getLogger("relprop")
 _SAID: set[str] = set()
 
@@ -36,24 +41,40 @@ def choose_backend(
     """
     if name not in (*BACKENDS, "auto"):
         raise unknown_name("backend", name, (*BACKENDS, "auto"))
-    reasons = cpp.reasons_against(dtype, device)
-    if name == "cpp" and reasons:
-        raise BackendError(f"backend cpp: expected to run on {device} in {dtype}, but " + "; ".join(reasons))
-    if name == "auto" and reasons:
-        text = "; ".join(reasons)
+    wanted = _wanted(name, device)
+    reasons = _REASONS[wanted](dtype, device) if wanted != "torch" else []
+    if name != "auto" and reasons:
+        raise BackendError(f"backend {name}: expected to run on {device} in {dtype}, but " + "; ".join(reasons))
+    if reasons:
+        text = f"backend {wanted} is not used: {'; '.join(reasons)}"
         if text not in _SAID:
             _SAID.add(text)
-            _LOG.info("backend cpp is not used: %s", text)
-    if name == "torch" or reasons:
+            _LOG.info(text)
+    used = _used(name, dtype, device)
+    if used == "torch":
         return lambda node, rule: ("torch", None)
+    backend: Any = cpp if used == "cpp" else triton
 
     def choose(node: Node, rule: Rule) -> tuple[str, Kernel | None]:
-        kernel = cpp.KERNELS.get(type(rule))
-        if kernel is None or cpp.kernel_reasons(node, rule):
+        kernel = backend.KERNELS.get(type(rule))
+        if kernel is None or backend.kernel_reasons(node, rule):
             return "torch", None
-        return "cpp", kernel
+        return used, kernel
 
     return choose
+
+
+def _wanted(name: str, device: torch.device) -> str:
+    """The backend that a name stands for on a device."""
+    if name != "auto":
+        return name
+    return "triton" if device.type == "cuda" else "cpp"
+
+
+def _used(name: str, dtype: torch.dtype, device: torch.device) -> str:
+    """The backend that runs where an automatic choice gives way to torch."""
+    wanted = _wanted(name, device)
+    return "torch" if wanted == "torch" or _REASONS[wanted](dtype, device) else wanted
 
 
 def choose_forward(
@@ -64,17 +85,20 @@ def choose_forward(
     Only `precision="medium"` changes the forward pass. Its linear layers then multiply what their relevance rules will
     multiply, so that the parts of a z+ come from the same numbers.
     """
-    if precision != "medium" or name == "torch" or cpp.reasons_against(dtype, device):
+    if precision != "medium" or _used(name, dtype, device) != "cpp":
         return lambda node: None
     return lambda node: products.forward if node.kind == "linear" else None
 
 
 def choose_joint(name: str, dtype: torch.dtype, device: torch.device) -> ChooseJoint:
     """A chooser of kernels that take all streams of an operation at once; arguments as in `choose_backend`."""
-    usable = name != "torch" and not cpp.reasons_against(dtype, device)
+    used = _used(name, dtype, device)
 
     def choose(node: Node, rules: Mapping[str, Rule], edge: str | None) -> tuple[str, JointKernel] | None:
-        if not usable or node.kind != "attention" or cpp_attention.kernel_reasons(node, rules, edge):
+        if used == "triton":
+            kernel = triton.joint_kernel(node, rules, edge)
+            return None if kernel is None else ("triton (joint)", kernel)
+        if used != "cpp" or node.kind != "attention" or cpp_attention.kernel_reasons(node, rules, edge):
             return None
         return "cpp (tiles)", cpp_attention.attention
 
@@ -83,8 +107,10 @@ def choose_joint(name: str, dtype: torch.dtype, device: torch.device) -> ChooseJ
 
 def backends() -> dict[str, str]:
     """Every backend and, where it cannot run on this machine, why."""
-    usable, reason = cpp.available()
-    return {"torch": "available", "cpp": "available" if usable else f"unavailable: {reason}"}
+    found = {"torch": "available"}
+    for name, (usable, reason) in (("cpp", cpp.available()), ("triton", triton.available())):
+        found[name] = "available" if usable else f"unavailable: {reason}"
+    return found
 
 
 __all__ = ["BACKENDS", "backends", "choose_backend", "choose_forward", "choose_joint"]

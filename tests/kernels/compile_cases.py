@@ -8,6 +8,7 @@ that what is compiled is what would be launched.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import sys
@@ -18,11 +19,20 @@ from fnmatch import fnmatch
 import torch
 from torch import Tensor
 
+from relprop.kernels.activation_gradient import activation_gradient
+from relprop.kernels.add_epsilon import add_epsilon
+from relprop.kernels.add_gamma import add_gamma
+from relprop.kernels.add_normalised import add_normalised
 from relprop.kernels.ahead_of_time import compile_launch
+from relprop.kernels.attention_relevance import attention_relevance
+from relprop.kernels.fanout_epsilon import fanout_epsilon
 from relprop.kernels.launch import recording
 from relprop.kernels.linear_alpha_beta import linear_alpha_beta_back, linear_alpha_beta_share_out
 from relprop.kernels.linear_epsilon import linear_epsilon_back, linear_epsilon_share_out
 from relprop.kernels.linear_gamma import linear_gamma_back, linear_gamma_share_out
+from relprop.kernels.norm_gradient import norm_gradient
+from relprop.kernels.norm_sigma_constant import norm_sigma_constant
+from relprop.kernels.softmax_taylor import softmax_taylor
 
 Case = tuple[str, Callable[[], object]]
 REFERENCE = (1, 1e-9)
@@ -71,9 +81,43 @@ def linear_cases() -> Iterator[Case]:
         yield case("linear_gamma/back", linear_gamma_back, s, separate, x, w, precision=precision)
 
 
+def attention_cases() -> Iterator[Case]:
+    for (name, (dtype, precision)), d, qk in itertools.product(
+        PRODUCTS.items(), (64, 128, 256), ("half", "alpha_beta")
+    ):
+        q, stream, row = empty(2, 12, 1000, d, dtype=dtype), empty(2, 2, 12, 1000, d), empty(2, 2, 1000)
+        options = {"qk": qk, "row": row, "edge": "gradient_x_relevance", "precision": precision}
+        masked = {"mask": empty(2, 1, 1000, 1000), "causal": True, **options}
+        for label, given in (("plain", options), ("masked", masked)):
+            if label == "plain" or name in ("bf16", "tf32x3"):
+                run = functools.partial(attention_relevance, q, q, q, q, stream, stream, **given)
+                yield f"attention_relevance/{label}/{name}/{qk}/d{d}", run
+
+
+def other_cases() -> Iterator[Case]:
+    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        r, x, y = empty(2, 64, 197, 768), empty(64, 197, 768, dtype=dtype), empty(64, 197, 768, dtype=dtype)
+        for deferred in (False, True):
+            run = functools.partial(add_normalised, r, x, y, stabiliser=REFERENCE, deferred=deferred)
+            yield f"add_normalised/few/{name}/{deferred}", run
+        yield f"add_epsilon/few/{name}", functools.partial(add_epsilon, r, x, y, stabiliser=REFERENCE)
+        yield f"add_gamma/few/{name}", functools.partial(add_gamma, r, x, y, stabiliser=REFERENCE)
+        yield f"fanout_epsilon/few/{name}", functools.partial(fanout_epsilon, [r] * 5, x, stabiliser=REFERENCE)
+        yield f"softmax_taylor/few/{name}", functools.partial(softmax_taylor, r, x, y)
+        for activation in ("gelu", "gelu_tanh", "silu"):
+            yield f"activation/few/{name}/{activation}", functools.partial(activation_gradient, r, x, activation)
+        for kind, n in itertools.product(("layer", "rms"), (768, 4096, 30000)):
+            r, x, weight = empty(2, 128, n), empty(128, n, dtype=dtype), empty(n, dtype=dtype)
+            yield f"norm_gradient/few/{name}/{kind}/{n}", functools.partial(norm_gradient, r, x, weight, kind=kind)
+            run = functools.partial(norm_sigma_constant, r, x, x, weight, kind=kind, stabiliser=REFERENCE)
+            yield f"norm_sigma_constant/few/{name}/{kind}/{n}", run
+
+
 def cases() -> Iterator[Case]:
     """All of them, by name."""
     yield from linear_cases()
+    yield from attention_cases()
+    yield from other_cases()
 
 
 def main(architectures: str, pattern: str = "*") -> None:

@@ -240,10 +240,14 @@ def test_views_as_models_make_them() -> None:
 def test_only_what_is_wanted() -> None:
     given = case()
     whole, _ = run(given)
-    got, _ = run(given, wanted=(False, False, True))
+    got, _ = run(given, gradients_wanted=(False, False, True), relevances_wanted=(False, False, True))
     assert got.gradients[:2] == (None, None) and got.relevances[:2] == (None, None)
     assert_near(got.relevances[2], whole.relevances[2], 1e-6)  # type: ignore[arg-type]
-    got, _ = run(given, wanted=(False, False, False))
+    got, _ = run(given, gradients_wanted=(True, False, False), relevances_wanted=(False, True, False))
+    assert [p is not None for p in (*got.gradients, *got.relevances)] == [True, False, False, False, True, False]
+    assert_near(got.gradients[0], whole.gradients[0], 1e-6)  # type: ignore[arg-type]
+    assert_near(got.relevances[1], whole.relevances[1], 1e-6)  # type: ignore[arg-type]
+    got, _ = run(given, gradients_wanted=(False, False, False), relevances_wanted=(False, False, False))
     assert got.gradients == got.relevances == (None, None, None)
     assert_near(got.row, whole.row, 1e-6)  # type: ignore[arg-type]
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from relprop.errors import DeviceError, DTypeError, OptionError, ShapeError
 from relprop.kernels.linear_alpha_beta import linear_alpha_beta_back, linear_alpha_beta_share_out
+from relprop.kernels.linear_back import linear_back
 from relprop.rules import LinearAlphaBeta, Stabiliser
 from tests.kernels.kernel_checks import (
     DTYPES,
@@ -132,6 +133,7 @@ def test_gradients_ride_along(dtype: torch.dtype, counts: tuple[int, int]) -> No
         assert passed is None
     else:
         assert_near(passed, g.double() @ w.double(), TOLERANCE[dtype])
+        assert_near(linear_back(None, None, None, w, g)[1], passed, 1e-5)
 
 
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "silu", "relu"])
