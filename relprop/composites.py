@@ -173,13 +173,14 @@ register_composite(
     Composite(
         "chefer_stable",
         (
-            entry("matmul", "alpha_beta", role="qk"),
+            entry("softmax", "detached"),
+            entry("matmul", "alpha_beta", role="qk"),  # of a copy with the softmax rule "identity"
             entry("matmul", "half"),
             entry("add", "gamma", role="residual", gamma=1.0),
             entry("add", "gamma", role="positional", gamma=1.0),
             *_common(Stabiliser(), EXACT),
         ),
-        "the well-conditioned sibling of chefer: gamma residual adds and z+ shares of query-key products",
+        "the well-conditioned sibling of chefer: gamma residual adds, and nothing through queries and keys",
         "docs/design.md, numerics",
     )
 )

@@ -69,7 +69,8 @@ def products(node: Node, rule: Rule, stream: str, wanted: Sequence[bool]) -> flo
         if stream == "gradient":
             return (1 + sum(wanted[:3])) / 2
         one = isinstance(rule, AttentionComposed) and rule.qk.name == "alpha_beta"
-        through = (1 + one) * sum(wanted[:2]) + one * any(wanted[:2])
+        detached = isinstance(rule, AttentionComposed) and rule.softmax.name == "detached"
+        through = 0 if detached else (1 + one) * sum(wanted[:2]) + one * any(wanted[:2])
         return (1 + 1 + wanted[2] + through) / 2
     return 0
 
