@@ -169,7 +169,8 @@ class _Attention:
         self.mask, self.mask_kind = self._mask(mask)
         self.dots, self.streams = products(q.dtype, precision), share_products(products(q.dtype, precision))
         # float32 operands, and the largest heads, leave registers for one accumulator.
-        self.separate = max(self.d, self.dv) > (128 if self.dots.kind == "half" else 64)
+        signed = self.qk == QK_RULES["alpha_beta"]
+        self.separate = max(self.d, self.dv) > (128 if self.dots.kind == "half" and not signed else 64)
         self.blocks = {
             "BLOCK_D": max(16, next_power_of_two(self.d)),
             "BLOCK_DV": max(16, next_power_of_two(self.dv)),

@@ -103,7 +103,7 @@ TABLE: dict[tuple[str, str, str], Rows] = {
     # A norm's row lies in registers as a whole.
     ("norm", "", "small"): {80: Configuration({}, 4, 1)},
     ("norm", "", "medium"): {80: Configuration({}, 8, 1)},
-    ("norm", "", "large"): {80: Configuration({}, 16, 1)},
+    ("norm", "", "large"): {80: Configuration({}, 32, 1)},
     # Sides of attention, by the larger head size: tiles of queries and of keys.
     ("attention_statistics", "half", "d64"): {
         80: _tiles(64, 64, 4, 2),
@@ -121,13 +121,13 @@ TABLE: dict[tuple[str, str, str], Rows] = {
         100: _tiles(32, 32, 8, 1),
     },
     ("attention_queries", "half", "d64"): {
-        80: _tiles(64, 32, 8, 2),
+        80: _tiles(32, 32, 4, 2),
         90: _tiles(64, 64, 8, 3),
         100: _tiles(64, 64, 4, 2),
     },
     ("attention_queries", "half", "d128"): {
-        80: _tiles(64, 64, 8, 2),
-        90: _tiles(64, 32, 8, 2),
+        80: _tiles(64, 32, 8, 2),
+        90: _tiles(64, 16, 8, 2),
         100: _tiles(64, 64, 8, 2),
     },
     ("attention_queries", "half", "d256"): {
@@ -137,17 +137,17 @@ TABLE: dict[tuple[str, str, str], Rows] = {
     },
     ("attention_queries_signed", "half", "d64"): {
         80: _tiles(32, 32, 4, 2),
-        90: _tiles(64, 64, 8, 3),
+        90: _tiles(64, 32, 8, 2),
         100: _tiles(64, 64, 8, 3),
     },
     ("attention_queries_signed", "half", "d128"): {
         80: _tiles(32, 32, 8, 2),
-        90: _tiles(32, 32, 8, 2),
+        90: _tiles(32, 32, 8, 1),
         100: _tiles(64, 64, 8, 2),
     },
     ("attention_queries_signed", "half", "d256"): {
         80: _tiles(16, 32, 8, 1),
-        90: _tiles(32, 32, 8, 1),
+        90: _tiles(16, 32, 8, 1),
         100: _tiles(32, 32, 8, 1),
     },
     ("attention_keys_values", "half", "d64"): {
@@ -157,15 +157,15 @@ TABLE: dict[tuple[str, str, str], Rows] = {
     },
     ("attention_keys", "half", "d64"): {80: _tiles(32, 32, 8, 2), 90: _tiles(32, 64, 8, 2), 100: _tiles(32, 64, 8, 2)},
     ("attention_keys", "half", "d128"): {80: _tiles(32, 32, 8, 2), 90: _tiles(32, 32, 8, 2), 100: _tiles(64, 64, 8, 2)},
-    ("attention_keys", "half", "d256"): {80: _tiles(32, 64, 8, 2), 90: _tiles(32, 32, 8, 1), 100: _tiles(32, 64, 8, 2)},
+    ("attention_keys", "half", "d256"): {80: _tiles(32, 64, 8, 2), 90: _tiles(16, 32, 8, 1), 100: _tiles(32, 64, 8, 2)},
     ("attention_keys_signed", "half", "d64"): {
         80: _tiles(32, 32, 4, 2),
-        90: _tiles(32, 64, 8, 2),
+        90: _tiles(16, 64, 8, 2),
         100: _tiles(64, 64, 8, 3),
     },
     ("attention_keys_signed", "half", "d128"): {
-        80: _tiles(32, 32, 8, 2),
-        90: _tiles(16, 32, 8, 1),
+        80: _tiles(32, 32, 8, 1),
+        90: _tiles(32, 32, 8, 1),
         100: _tiles(32, 64, 8, 2),
     },
     ("attention_keys_signed", "half", "d256"): {

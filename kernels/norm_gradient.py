@@ -27,7 +27,7 @@ from relprop.kernels.launch import architecture_of, jit, launch, next_power_of_t
 from relprop.kernels.stabiliser import share, total
 
 _KINDS = {"layer": True, "rms": False}
-_LONGEST = 32768
+_LONGEST = 16384
 
 
 @jit
@@ -149,7 +149,7 @@ def norm_gradient(
 
     Args:
         gradient: at the norm's output. [T, ..., N], float32 | bfloat16 | float16
-        x: the norm's input. [..., N], N at most 32768
+        x: the norm's input. [..., N], N at most 16384
         weight: [N] or None
         kind: "layer" or "rms"
         eps: of the norm

@@ -7,6 +7,7 @@ of a float32 model as `precision` says. Kernels are imported when the first one 
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -39,6 +40,7 @@ from relprop.rules.base import unbroadcast
 
 DTYPES = (torch.float32,)
 _LARGEST_HEAD = 256
+_LONGEST_ROW = 16384
 _QK = {"half": "half", "positive": "alpha_beta", "detached": "none"}
 
 
@@ -90,8 +92,13 @@ def kernel_reasons(node: Node, rule: Rule) -> list[str]:
     if isinstance(rule, SoftmaxTaylor):
         return elementwise.softmax_reasons(node)
     if isinstance(rule, NormSigmaConstant):
-        return elementwise.norm_reasons(node)
-    return elementwise.gradient_reasons(node)
+        return elementwise.norm_reasons(node) or _row_reasons(node)
+    return elementwise.gradient_reasons(node) or (_row_reasons(node) if node.kind == "norm" else [])
+
+
+def _row_reasons(node: Node) -> list[str]:
+    size = math.prod(int(n) for n in node.args[1])
+    return [f"the kernel takes rows of at most {_LONGEST_ROW} elements, not {size}"] if size > _LONGEST_ROW else []
 
 
 def _linear(call: Call) -> dict[str, Any]:

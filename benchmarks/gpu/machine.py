@@ -1,0 +1,129 @@
+"""The device that the GPU benchmarks run on, how they time, and the rows they write."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.numerics.rows import provenance
+
+RESULTS = Path(__file__).parents[1] / "results" / "gpu"
+
+
+@dataclass
+class Machine:
+    """A CUDA device, or for a dry run the CPU with tiny sizes and Triton's interpreter.
+
+    Attributes:
+        dry: whether this is a dry run, whose times mean nothing.
+        out: folder of the rows.
+        seconds: budget of one measurement.
+    """
+
+    dry: bool
+    out: Path
+    seconds: float = 0.4
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu" if self.dry else "cuda")
+
+    def size(self, real: int, tiny: int) -> int:
+        """A size, or the one of a dry run."""
+        return tiny if self.dry else real
+
+    def randn(self, *shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+        """Normal numbers, the same on every device."""
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(shape, generator=generator).to(self.device, dtype)
+
+    def time(self, run: Callable[[], Any]) -> dict[str, float]:
+        """Median, 20th and 80th percentile in milliseconds, and the peak of memory in MB."""
+        run()
+        if self.dry:
+            start = time.perf_counter()
+            run()
+            once = 1e3 * (time.perf_counter() - start)
+            return {"ms": once, "ms_p20": once, "ms_p80": once, "peak_mb": 0.0}
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        # Larger than the second-level cache: a kernel finds its inputs in memory, as in a pass.
+        flush = torch.empty(256 * 2**20, dtype=torch.int8, device="cuda")
+        peak = torch.cuda.max_memory_allocated() - flush.numel()
+        times: list[float] = []
+        end = time.perf_counter() + self.seconds
+        while len(times) < 10 or (time.perf_counter() < end and len(times) < 200):
+            flush.zero_()
+            before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            before.record()
+            run()
+            after.record()
+            after.synchronize()
+            times.append(before.elapsed_time(after))
+            peak = max(peak, torch.cuda.max_memory_allocated() - flush.numel())
+        low, *_, high = statistics.quantiles(times, n=5)
+        return {"ms": statistics.median(times), "ms_p20": low, "ms_p80": high, "peak_mb": peak / 2**20}
+
+    def add(self, **row: Any) -> None:
+        """One row, shown as it comes."""
+        self.rows.append(row)
+        print(" ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()), flush=True)
+
+    def write(self, name: str) -> None:
+        """All rows so far as a CSV file, with where they come from."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        whole = [{**row, **self._provenance()} for row in self.rows]
+        columns = list(dict.fromkeys(key for row in whole for key in row))
+        with (self.out / f"{name}.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, columns, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(whole)
+
+    def _provenance(self) -> dict[str, str]:
+        try:
+            found = provenance()
+        except OSError:  # no git on the machine
+            found = {"torch": torch.__version__, "commit": "unknown"}
+        if not self.dry:
+            found["device"] = torch.cuda.get_device_name()
+        found["triton"] = _version("triton")
+        found["dry_run"] = str(self.dry)
+        return found
+
+    def ceilings(self) -> dict[str, float]:
+        """What `benchmarks.gpu.ceilings` measured: by name, in GB/s or TFLOP/s."""
+        path = self.out / "ceilings.csv"
+        if not path.is_file():
+            return {}
+        with path.open() as file:
+            return {row["ceiling"]: float(row["value"]) for row in csv.DictReader(file)}
+
+
+def _version(package: str) -> str:
+    import importlib.metadata
+
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "-"
+
+
+def machine_of(arguments: Iterable[str] | None = None) -> Machine:
+    """From the command line: --dry-run, --out FOLDER ($OUT by default)."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU, under Triton's interpreter")
+    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT") or RESULTS))
+    given = parser.parse_args(None if arguments is None else list(arguments))
+    if not given.dry_run and not torch.cuda.is_available():
+        raise SystemExit("expected a CUDA device, got none; --dry-run needs none")
+    return Machine(given.dry_run, given.out)

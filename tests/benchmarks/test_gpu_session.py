@@ -1,0 +1,43 @@
+"""The GPU session's dry run: the whole script on the CPU, under Triton's interpreter."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_dry_run(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    done = subprocess.run(
+        ["bash", "benchmarks/gpu_session.sh", "--dry-run"],
+        cwd=ROOT,
+        env={**os.environ, "OUT": str(tmp_path), "PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    checks, kernels = rows_of(tmp_path / "checks.csv"), rows_of(tmp_path / "kernels.csv")
+    assert all(row["right"] == "True" for row in checks)
+    assert {row["op"] for row in checks} == {row["op"] for row in kernels}
+    assert len({row["op"] for row in checks}) == 12
+    assert {row["ceiling"] for row in rows_of(tmp_path / "ceilings.csv")} == {
+        "copy_gb_s",
+        "bf16_tflop_s",
+        "tf32_tflop_s",
+        "fp32_tflop_s",
+    }
+    runs = {row["run"] for row in rows_of(tmp_path / "end_to_end.csv")}
+    assert {"forward", "forward_backward", "relprop_triton_chefer", "relprop_torch_chefer"} <= runs
+    assert all(row["dry_run"] == "True" for row in kernels)
