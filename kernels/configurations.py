@@ -147,7 +147,7 @@ TABLE: dict[tuple[str, str, str], Rows] = {
     },
     ("attention_queries_signed", "half", "d256"): {
         80: _tiles(16, 32, 8, 1),
-        90: _tiles(16, 32, 8, 1),
+        90: _tiles(16, 16, 8, 1),
         100: _tiles(32, 32, 8, 1),
     },
     ("attention_keys_values", "half", "d64"): {
