@@ -73,7 +73,7 @@ def compile(
         composite: rules for the relevance stream, a name of `relprop.composites()` or a Composite; the method's own
             by default.
         method_options: options of the method, such as {"start_layer": 1}.
-        backend: "auto", "torch" or "cpp".
+        backend: "auto", "torch", "cpp" or "triton".
         precision: of matrix products in float32 streams: "highest", "high", or "medium" for bfloat16 products with
             float32 accumulation where the hardware has them.
         output: which of several outputs to explain: a key, an index, or a function of the output.

@@ -68,7 +68,8 @@ def _wanted(name: str, device: torch.device) -> str:
     """The backend that a name stands for on a device."""
     if name != "auto":
         return name
-    return "triton" if device.type == "cuda" else "cpp"
+    # The GPU kernels are not chosen unasked before they have been measured on a GPU.
+    return "torch" if device.type == "cuda" else "cpp"
 
 
 def _used(name: str, dtype: torch.dtype, device: torch.device) -> str:
