@@ -63,6 +63,10 @@ def contenders(model: Any, images: Tensor, reference: Path | None) -> dict[str, 
     }.items():
         engine = relprop.compile(model, (images,), **options)  # type: ignore[arg-type]
         found[name] = lambda engine=engine: engine(images, target=targets)
+    if native_bfloat16():
+        half, halves = copy.deepcopy(model).bfloat16(), images.bfloat16()
+        engine = relprop.compile(half, (halves,), precision="medium")
+        found["relprop_bfloat16"] = lambda engine=engine: engine(halves, target=targets)
     if reference is not None:
         theirs = Reference(reference, model, torch.float32)
         found["reference"] = lambda: theirs.explain(images, targets, "transformer_attribution")
@@ -118,7 +122,7 @@ def measure(name: str, batch: int, rounds: int, reference: Path | None) -> list[
     rows = []
     for contender, seconds in times.items():
         ratios = sorted(t / f for t, f in zip(seconds, times["forward"], strict=True))
-        ordered = sorted(seconds)
+        ordered, gflop, rate = sorted(seconds), batch * (flops["forward"] + flops["reverse"]) / 1e9, matrix_rate(0.3)
         rows.append(
             {
                 "model": name,
@@ -130,13 +134,12 @@ def measure(name: str, batch: int, rounds: int, reference: Path | None) -> list[
                 "ratio_to_forward": round(statistics.median(ratios), 3),
                 "ratio_p20": round(ratios[len(ratios) // 5], 3),
                 "ratio_p80": round(ratios[(4 * len(ratios)) // 5], 3),
-                "gflop": round(batch * (flops["forward"] + flops["reverse"]) / 1e9, 2)
-                if "relprop" in contender
-                else "",
+                "gflop": round(gflop, 2) if "relprop" in contender else "",
                 "counted_floor": round(floor, 3) if "relprop" in contender else "",
                 "compile_s": round(compiled, 2) if contender == "relprop" else "",
                 **{key: f"{error:.2e}" if contender == "relprop" else "" for key, error in errors.items()},
-                "matrix_gflop_per_s": round(matrix_rate(0.3), 1),
+                "matrix_gflop_per_s": round(rate, 1),
+                "share_of_rate": round(gflop / statistics.median(seconds) / rate, 3) if "relprop" in contender else "",
                 "rounds": rounds,
             }
         )

@@ -27,6 +27,8 @@ def speed() -> str:
         return NOT_YET
     names = {
         "relprop": "relprop",
+        "relprop_medium": 'relprop, `precision="medium"`',
+        "relprop_bfloat16": 'relprop, bfloat16 model, `precision="medium"`',
         "relprop_stable": "relprop, `chefer_stable`",
         "relprop_torch": "relprop, plain PyTorch rules",
         "forward_backward": "forward and backward",
