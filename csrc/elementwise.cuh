@@ -78,8 +78,9 @@ inline bool aligned(std::initializer_list<const void*> arrays) {
                      [](const void* array) { return reinterpret_cast<std::uintptr_t>(array) % 16 == 0; });
 }
 
+// Four blocks to a multiprocessor leave 64 registers a thread: left to itself ptxas takes 32 and spills.
 template <class Body>
-__global__ void __launch_bounds__(kElementwiseThreads) elementwise_kernel(Body body, int64_t size, bool whole) {
+__global__ void __launch_bounds__(kElementwiseThreads, 4) elementwise_kernel(Body body, int64_t size, bool whole) {
   const int64_t step = static_cast<int64_t>(gridDim.x) * kElementwiseThreads * kFour;
   const int64_t first = (static_cast<int64_t>(blockIdx.x) * kElementwiseThreads + threadIdx.x) * kFour;
   for (int64_t at = first; at < size; at += step) {
