@@ -1,17 +1,7 @@
-#include "attention_relevance.cuh"
-#include "attention_relevance_cuda.h"
-#include "elementwise.cuh"
+#include "attention_layer.cuh"
 
 namespace relprop {
 namespace {
-
-// A block owns 16 rows per warp of one head and walks along the other side's rows, kOther at a time. Outputs come in
-// slices of columns, so that their sums fit into registers whatever the head size.
-constexpr int kThreads = 128;
-constexpr int kFewThreads = 64;  // where rows are so wide that tiles for more would not fit into shared memory
-constexpr size_t kMostShared = 160 * 1024;
-
-__device__ __forceinline__ int own_rows() { return static_cast<int>(blockDim.x) / 2; }
 
 // Queries walk along keys for the softmax's statistics, for sum(A grad_A) and for their own streams, then keys along
 // queries for theirs: every sum has one owner and one order.
@@ -21,92 +11,12 @@ enum class Sweep : int { kStatistics, kGradientSums, kQueries, kKeys };
 template <bool positive>
 constexpr int kSlice = positive ? 32 : 64;
 
-template <typename T>
-struct View {
-  T* data;
-  int64_t target, batch, head, row;
-
-  View(const AttentionTensor& from)
-      : data(static_cast<T*>(from.data)), target(from.target), batch(from.batch), head(from.head), row(from.row) {}
-
-  __device__ __forceinline__ T* at(int64_t t, int64_t b, int64_t h, int64_t i) const {
-    return data + t * target + b * batch + h * head + i * row;
-  }
-};
-
-template <typename V, typename S>
-struct Layer {
-  int64_t targets, batch, heads, key_heads, queries, keys;
-  int d, dv, width;  // width: of rows in shared memory
-  View<const V> q, k, v, output;
-  View<const float> bias;
-  View<const uint8_t> seen;
-  View<const S> gradient, relevance;
-  View<S> gradient_q, gradient_k, gradient_v, relevance_q, relevance_k, relevance_v;
-  float scale;
-  bool causal, exact_output, detached;
-  bool gradient_logits, relevance_shares, gradient_map, relevance_map;
-  Edge edge;
-  Divisor qk_stab, av_stab;
-  const float* row;
-  int64_t row_target, row_batch;
-  float *highest, *inverse_sum, *gradient_sums, *row_parts;  // [B, H, Nq] twice, [T, B, H, Nq], [T, B, Hk, Nk]
-};
-
-struct Head {
-  int64_t t, b, h;  // h: the query head
-};
-
-__device__ __forceinline__ float hidden() { return __int_as_float(static_cast<int>(0xff800000u)); }
-
-template <typename V, typename S>
-__device__ __forceinline__ float logit(const Layer<V, S>& in, const Head& at, int64_t query, int64_t key, float dots) {
-  if (query >= in.queries || key >= in.keys || (in.causal && key > query)) return hidden();
-  if (in.seen.data != nullptr && in.seen.at(0, at.b, at.h, query)[key] == 0) return hidden();
-  const float bias = in.bias.data != nullptr ? in.bias.at(0, at.b, at.h, query)[key] : 0.0f;
-  return dots * in.scale + bias;
-}
-
-// Rows [row, row + count) of a head to shared memory; rows and columns that are not there are 0.
-template <typename E, typename T>
-__device__ void load_rows(E* tile, int stride, const T* from, int64_t row_stride, int count, int64_t there, int width) {
-  for (int i = static_cast<int>(threadIdx.x); i < count * stride; i += static_cast<int>(blockDim.x)) {
-    const int r = i / stride, c = i % stride;
-    tile[i] = from_float<E>(r < there && c < width ? to_float(from[r * row_stride + c]) : 0.0f);
-  }
-}
-
-// s = R_O / stab(O) likewise.
-template <typename E, typename V, typename S>
-__device__ void load_shares(E* tile, int stride, const Layer<V, S>& in, const Head& at, int64_t row, int count) {
-  for (int i = static_cast<int>(threadIdx.x); i < count * stride; i += static_cast<int>(blockDim.x)) {
-    const int r = i / stride, c = i % stride;
-    float s = 0.0f;
-    if (row + r < in.queries && c < in.dv) {
-      s = to_float(in.relevance.at(at.t, at.b, at.h, row + r)[c]) /
-          in.av_stab(to_float(in.output.at(0, at.b, at.h, row + r)[c]));
-    }
-    tile[i] = from_float<E>(s);
-  }
-}
-
-// The sum over the four lanes that share a row of scores.
-__device__ __forceinline__ float row_sum(float x) {
-  x += __shfl_xor_sync(kFullWarp, x, 1);
-  return x + __shfl_xor_sync(kFullWarp, x, 2);
-}
-
-// Element i of column tile n: its row among the warp's 16, its column among the kOther.
-__device__ __forceinline__ int score_row(int i) { return lane_row() + i / 2 * 8; }
-__device__ __forceinline__ int score_column(int n, int i) { return n * 8 + lane_column() * 2 + i % 2; }
-__device__ __forceinline__ int warp_row() { return static_cast<int>(threadIdx.x) / 32 * 16; }
-
 // Softmax statistics of the block's queries: the highest logit (0 where nothing is seen), 1 / sum (0 there).
-template <Product product, typename V, typename S>
+template <Product product, typename V>
 struct Statistics {
   using E = typename Tiled<product>::Element;
 
-  __device__ static void run(const Layer<V, S>& in, const Head& at, int64_t first, E* own, E* other) {
+  __device__ static void run(const Layer<V>& in, const Head& at, int64_t first, E* own, E* other) {
     float highest[2] = {hidden(), hidden()}, sum[2] = {0.0f, 0.0f};
     load_rows(own, in.width, in.q.at(0, at.b, at.h, first), in.q.row, own_rows(), in.queries - first, in.d);
     const int64_t key_head = at.h / (in.heads / in.key_heads);
@@ -154,8 +64,8 @@ struct Softmax {
   float highest, inverse_sum, gradient_sum, weight;
 };
 
-template <typename V, typename S>
-__device__ __forceinline__ Softmax softmax_of(const Layer<V, S>& in, const Head& at, int64_t query, bool sums) {
+template <typename V>
+__device__ __forceinline__ Softmax softmax_of(const Layer<V>& in, const Head& at, int64_t query, bool sums) {
   if (query >= in.queries) return {0.0f, 0.0f, 0.0f, 0.0f};
   const int64_t from = (at.b * in.heads + at.h) * in.queries + query;
   const float sum = sums ? in.gradient_sums[at.t * in.batch * in.heads * in.queries + from] : 0.0f;
@@ -171,8 +81,8 @@ struct Maps {
 __device__ __forceinline__ float positive_part(float x) { return x < 0.0f ? 0.0f : x; }  // in this order a NaN stays
 
 // Both sides of the walk see a score with its query's softmax.
-template <bool positive, typename V, typename S>
-__device__ __forceinline__ float finish_score(const Layer<V, S>& in, const Head& at, Maps& maps, int n, int i,
+template <bool positive, typename V>
+__device__ __forceinline__ float finish_score(const Layer<V>& in, const Head& at, Maps& maps, int n, int i,
                                               int64_t query, int64_t key, float z, const Softmax& softmax) {
   const float x = logit(in, at, query, key, maps.attention[n][i]);
   const float dots = maps.attention[n][i];
@@ -201,24 +111,24 @@ __device__ __forceinline__ void clear(Scores& scores) {
   }
 }
 
-template <int tiles, typename T>
-__device__ __forceinline__ void write_sums(T* to, int64_t row_stride, const float (&sums)[tiles][4], int64_t there,
-                                           int width) {
+template <int tiles, typename V>
+__device__ __forceinline__ void write_sums(const StreamView<V>& to, int64_t offset, const float (&sums)[tiles][4],
+                                           int64_t there, int width) {
 #pragma unroll
   for (int n = 0; n < tiles; ++n) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int r = warp_row() + score_row(i), c = score_column(n, i);
-      if (r < there && c < width) to[r * row_stride + c] = from_float<T>(sums[n][i]);
+      if (r < there && c < width) to.store(offset + r * to.row + c, sums[n][i]);
     }
   }
 }
 
 // x sums / 2, of `minus` where x is negative.
-template <int tiles, typename T, typename V>
-__device__ __forceinline__ void write_shares(T* to, int64_t row_stride, const V* x, int64_t x_stride, float factor,
-                                             const float (&plus)[tiles][4], const float (&minus)[tiles][4],
-                                             int64_t there, int width) {
+template <int tiles, typename V>
+__device__ __forceinline__ void write_shares(const StreamView<V>& to, int64_t offset, const V* x, int64_t x_stride,
+                                             float factor, const float (&plus)[tiles][4],
+                                             const float (&minus)[tiles][4], int64_t there, int width) {
 #pragma unroll
   for (int n = 0; n < tiles; ++n) {
 #pragma unroll
@@ -226,7 +136,7 @@ __device__ __forceinline__ void write_shares(T* to, int64_t row_stride, const V*
       const int r = warp_row() + score_row(i), c = score_column(n, i);
       if (r >= there || c >= width) continue;
       const float value = to_float(x[r * x_stride + c]);
-      to[r * row_stride + c] = from_float<T>(factor * value * (value > 0.0f ? plus[n][i] : minus[n][i]));
+      to.store(offset + r * to.row + c, factor * value * (value > 0.0f ? plus[n][i] : minus[n][i]));
     }
   }
 }
@@ -237,13 +147,12 @@ __device__ __forceinline__ int columns_of(int slice, int slice_width, int width)
 }
 
 // sum(A grad_A), and the queries' own streams.
-template <Product product, typename V, typename S, bool positive>
+template <Product product, typename V, bool positive>
 struct Queries {
   using E = typename Tiled<product>::Element;
   static constexpr int kTiles = kSlice<positive> / 8;
 
-  __device__ static void run(const Layer<V, S>& in, const Head& at, int64_t first, int slice, bool sums_only,
-                             E* shared) {
+  __device__ static void run(const Layer<V>& in, const Head& at, int64_t first, int slice, bool sums_only, E* shared) {
     if (sums_only && in.exact_output) return write_totals(in, at, first, {});
     const int w = in.width;
     E *q = shared, *gradient = q + own_rows() * w, *shares = gradient + own_rows() * w, *k = shares + own_rows() * w,
@@ -251,7 +160,7 @@ struct Queries {
     const int64_t there = in.queries - first, key_head = at.h / (in.heads / in.key_heads);
     load_rows(q, w, in.q.at(0, at.b, at.h, first), in.q.row, own_rows(), there, in.d);
     if (in.gradient_logits) {
-      load_rows(gradient, w, in.gradient.at(at.t, at.b, at.h, first), in.gradient.row, own_rows(), there, in.dv);
+      load_stream(gradient, w, in.gradient, in.gradient.offset(at.t, at.b, at.h, first), own_rows(), there, in.dv);
     }
     const bool relevance = in.relevance_shares && in.relevance_q.data != nullptr && !sums_only;
     if (relevance) load_shares(shares, w, in, at, first, own_rows());
@@ -294,23 +203,24 @@ struct Queries {
     }
     if (sums_only) return write_totals(in, at, first, total);
     if (in.gradient_q.data != nullptr) {
-      write_sums(in.gradient_q.at(at.t, at.b, at.h, first) + slice, in.gradient_q.row, to_q, there, in.d - slice);
+      write_sums(in.gradient_q, in.gradient_q.offset(at.t, at.b, at.h, first) + slice, to_q, there, in.d - slice);
     }
     if (relevance) {
-      write_shares(in.relevance_q.at(at.t, at.b, at.h, first) + slice, in.relevance_q.row,
+      write_shares(in.relevance_q, in.relevance_q.offset(at.t, at.b, at.h, first) + slice,
                    in.q.at(0, at.b, at.h, first) + slice, in.q.row, 0.5f, plus, positive ? minus : plus, there,
                    in.d - slice);
     }
   }
 
-  __device__ static void write_totals(const Layer<V, S>& in, const Head& at, int64_t first, const float (&total)[2]) {
+  __device__ static void write_totals(const Layer<V>& in, const Head& at, int64_t first, const float (&total)[2]) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int64_t query = first + warp_row() + lane_row() + half * 8;
       float sum = 0.0f;
       if (in.exact_output && query < in.queries) {
         for (int c = lane_column(); c < in.dv; c += 4) {
-          sum += to_float(in.gradient.at(at.t, at.b, at.h, query)[c]) * to_float(in.output.at(0, at.b, at.h, query)[c]);
+          sum += in.gradient.load(in.gradient.offset(at.t, at.b, at.h, query) + c) *
+                 to_float(in.output.at(0, at.b, at.h, query)[c]);
         }
       }
       sum = row_sum(in.exact_output ? sum : total[half]);
@@ -322,7 +232,7 @@ struct Queries {
 };
 
 // The keys' streams and their part of the walked row.
-template <Product product, typename V, typename S, bool positive>
+template <Product product, typename V, bool positive>
 struct Keys {
   using E = typename Tiled<product>::Element;
   static constexpr int kTiles = kSlice<positive> / 8;
@@ -330,7 +240,7 @@ struct Keys {
   float to_k[kTiles][4] = {}, to_v[kTiles][4] = {}, share_v[kTiles][4] = {};
   float plus[kTiles][4] = {}, minus[kTiles][4] = {}, walked[2] = {};
 
-  __device__ void run(const Layer<V, S>& in, Head at, int64_t key_head, int64_t first, int slice, E* shared) {
+  __device__ void run(const Layer<V>& in, Head at, int64_t key_head, int64_t first, int slice, E* shared) {
     const int w = in.width;
     E *k = shared, *v = k + own_rows() * w;
     const int64_t there = in.keys - first, groups = in.heads / in.key_heads;
@@ -345,7 +255,7 @@ struct Keys {
     write(in, at, key_head, first, slice);
   }
 
-  __device__ void step(const Layer<V, S>& in, const Head& at, int64_t first, int64_t query, int slice, E* shared,
+  __device__ void step(const Layer<V>& in, const Head& at, int64_t first, int64_t query, int slice, E* shared,
                        const E* k, const E* v) {
     using Row = Softmax[kOther];
     RELPROP_SHARED(Row, softmax);
@@ -354,8 +264,8 @@ struct Keys {
     __syncthreads();
     load_rows(q, w, in.q.at(0, at.b, at.h, query), in.q.row, kOther, in.queries - query, in.d);
     if (in.gradient.data != nullptr) {
-      load_rows(gradient, w, in.gradient.at(at.t, at.b, at.h, query), in.gradient.row, kOther, in.queries - query,
-                in.dv);
+      load_stream(gradient, w, in.gradient, in.gradient.offset(at.t, at.b, at.h, query), kOther, in.queries - query,
+                  in.dv);
     }
     if (in.relevance.data != nullptr) load_shares(shares, w, in, at, query, kOther);
     if (threadIdx.x < kOther)
@@ -395,21 +305,21 @@ struct Keys {
     }
   }
 
-  __device__ void write(const Layer<V, S>& in, const Head& at, int64_t h, int64_t first, int slice) {
+  __device__ void write(const Layer<V>& in, const Head& at, int64_t h, int64_t first, int slice) {
     const int64_t there = in.keys - first;
     if (in.gradient_k.data != nullptr) {
-      write_sums(in.gradient_k.at(at.t, at.b, h, first) + slice, in.gradient_k.row, to_k, there, in.d - slice);
+      write_sums(in.gradient_k, in.gradient_k.offset(at.t, at.b, h, first) + slice, to_k, there, in.d - slice);
     }
     if (in.gradient_v.data != nullptr) {
-      write_sums(in.gradient_v.at(at.t, at.b, h, first) + slice, in.gradient_v.row, to_v, there, in.dv - slice);
+      write_sums(in.gradient_v, in.gradient_v.offset(at.t, at.b, h, first) + slice, to_v, there, in.dv - slice);
     }
     if (in.relevance_k.data != nullptr) {
-      write_shares(in.relevance_k.at(at.t, at.b, h, first) + slice, in.relevance_k.row,
+      write_shares(in.relevance_k, in.relevance_k.offset(at.t, at.b, h, first) + slice,
                    in.k.at(0, at.b, h, first) + slice, in.k.row, 0.5f, plus, positive ? minus : plus, there,
                    in.d - slice);
     }
     if (in.relevance_v.data != nullptr) {
-      write_shares(in.relevance_v.at(at.t, at.b, h, first) + slice, in.relevance_v.row,
+      write_shares(in.relevance_v, in.relevance_v.offset(at.t, at.b, h, first) + slice,
                    in.v.at(0, at.b, h, first) + slice, in.v.row, in.detached ? 1.0f : 0.5f, share_v, share_v, there,
                    in.dv - slice);
     }
@@ -425,9 +335,9 @@ struct Keys {
 };
 
 // Blocks run over targets, samples, heads, row blocks and slices, the last fastest.
-template <Sweep sweep, Product product, typename V, typename S, bool positive>
+template <Sweep sweep, Product product, typename V, bool positive>
 __global__ void __launch_bounds__(kThreads)
-    attention_relevance_kernel(Layer<V, S> in, int64_t heads, int64_t blocks, int slices) {
+    attention_relevance_kernel(Layer<V> in, int64_t heads, int64_t blocks, int slices) {
   RELPROP_DYNAMIC_SHARED(shared);
   auto* tiles = reinterpret_cast<typename Tiled<product>::Element*>(shared);
   int64_t at = blockIdx.x;
@@ -439,11 +349,11 @@ __global__ void __launch_bounds__(kThreads)
   at /= heads;
   const Head head{at / in.batch, at % in.batch, h};
   if constexpr (sweep == Sweep::kStatistics) {
-    Statistics<product, V, S>::run(in, head, first, tiles, tiles + own_rows() * in.width);
+    Statistics<product, V>::run(in, head, first, tiles, tiles + own_rows() * in.width);
   } else if constexpr (sweep == Sweep::kKeys) {
-    Keys<product, V, S, positive>().run(in, head, h, first, slice, tiles);
+    Keys<product, V, positive>().run(in, head, h, first, slice, tiles);
   } else {
-    Queries<product, V, S, positive>::run(in, head, first, slice, sweep == Sweep::kGradientSums, tiles);
+    Queries<product, V, positive>::run(in, head, first, slice, sweep == Sweep::kGradientSums, tiles);
   }
 }
 
@@ -465,10 +375,10 @@ dim3 grid_of(int64_t blocks) {
   return dim3(static_cast<unsigned>(blocks));
 }
 
-template <Product product, typename V, typename S, bool positive>
+template <Product product, typename V, bool positive>
 struct Launcher {
   using E = typename Tiled<product>::Element;
-  const Layer<V, S>& in;
+  const Layer<V>& in;
   Stream stream;
 
   template <Sweep sweep>
@@ -483,7 +393,7 @@ struct Launcher {
     };
     const int threads = shared_for(kThreads) <= kMostShared ? kThreads : kFewThreads;
     const int64_t blocks = count_blocks(kByKeys ? in.keys : in.queries, threads / 2);
-    launch("attention_relevance", attention_relevance_kernel<sweep, product, V, S, positive>,
+    launch("attention_relevance", attention_relevance_kernel<sweep, product, V, positive>,
            grid_of(targets * in.batch * heads * blocks * slices), dim3(static_cast<unsigned>(threads)),
            shared_for(threads), stream, in, heads, blocks, static_cast<int>(slices));
   }
@@ -498,8 +408,8 @@ struct Launcher {
   }
 };
 
-template <Product product, typename V, typename S>
-Layer<V, S> layer_of(const AttentionRelevanceCuda& from) {
+template <Product product, typename V>
+Layer<V> layer_of(const AttentionRelevanceCuda& from) {
   const auto there = [](const AttentionTensor& tensor) { return tensor.data != nullptr; };
   const bool shares = from.qk != QkRule::kDetached && (there(from.relevance_q) || there(from.relevance_k));
   const bool logits = there(from.gradient_q) || there(from.gradient_k);
@@ -522,14 +432,14 @@ Layer<V, S> layer_of(const AttentionRelevanceCuda& from) {
           from.output,
           from.bias,
           from.seen,
-          from.gradient,
-          from.relevance,
-          from.gradient_q,
-          from.gradient_k,
-          from.gradient_v,
-          from.relevance_q,
-          from.relevance_k,
-          from.relevance_v,
+          {from.gradient, from.streams},
+          {from.relevance, from.streams},
+          {from.gradient_q, from.streams},
+          {from.gradient_k, from.streams},
+          {from.gradient_v, from.streams},
+          {from.relevance_q, from.streams},
+          {from.relevance_k, from.streams},
+          {from.relevance_v, from.streams},
           static_cast<float>(from.scale),
           from.causal,
           from.exact_output,
@@ -550,13 +460,13 @@ Layer<V, S> layer_of(const AttentionRelevanceCuda& from) {
           from.workspace + (2 + from.targets) * statistics};
 }
 
-template <Product product, typename V, typename S>
+template <Product product, typename V>
 void run_layer(const AttentionRelevanceCuda& from, Stream stream) {
-  const Layer<V, S> in = layer_of<product, V, S>(from);
+  const Layer<V> in = layer_of<product, V>(from);
   if (from.qk == QkRule::kPositive && in.relevance_shares) {
-    Launcher<product, V, S, true>{in, stream}.run();
+    Launcher<product, V, true>{in, stream}.run();
   } else {
-    Launcher<product, V, S, false>{in, stream}.run();
+    Launcher<product, V, false>{in, stream}.run();
   }
   if (from.edge == Edge::kNone) return;
   const int64_t samples = from.row_targets * from.batch;
@@ -565,19 +475,18 @@ void run_layer(const AttentionRelevanceCuda& from, Stream stream) {
 }
 
 void run_dtypes(const AttentionRelevanceCuda& from, Stream stream) {
-  with_dtypes(from.values, from.streams, [&](auto value, auto streamed) {
-    using V = typename decltype(value)::Type;
-    using S = typename decltype(streamed)::Type;
-    if constexpr (std::is_same_v<V, bfloat16>) {
-      run_layer<Product::kBFloat16, V, S>(from, stream);
-    } else if constexpr (std::is_same_v<V, float16>) {
-      run_layer<Product::kTFloat32, V, S>(from, stream);  // holds float16 exactly, and shares that float16 cannot hold
-    } else if (from.product == Product::kFloat32) {
-      run_layer<Product::kFloat32, V, S>(from, stream);
-    } else {
-      run_layer<Product::kTFloat32, V, S>(from, stream);
-    }
-  });
+  if (from.streams != from.values && from.streams != DType::kFloat32) {
+    throw std::invalid_argument("streams: expected float32 or the dtype of the layer's tensors");
+  }
+  if (from.values == DType::kBFloat16) {
+    run_layer<Product::kBFloat16, bfloat16>(from, stream);
+  } else if (from.values == DType::kFloat16) {
+    run_layer<Product::kTFloat32, float16>(from, stream);  // holds float16 exactly, and shares that float16 cannot hold
+  } else if (from.product == Product::kFloat32) {
+    run_layer<Product::kFloat32, float>(from, stream);
+  } else {
+    run_layer<Product::kTFloat32, float>(from, stream);
+  }
 }
 
 }  // namespace

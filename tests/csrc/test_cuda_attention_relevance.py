@@ -181,7 +181,7 @@ def test_nothing_to_do(change: dict[str, int]) -> None:
 
 def message(error: type[Exception], **changes: Any) -> str:
     case, rule = CASES["plain"], RULES["half"](ROUGH)
-    tensors = {**prepared(case, BF16, FLOAT), **{n: t for n, t in changes.items() if n in "qkv" or n == "row"}}
+    tensors = {**prepared(case, BF16, FLOAT), **{n: t for n, t in changes.items() if n in ("q", "k", "v")}}
     rest = {n: t for n, t in changes.items() if n not in tensors}
     with pytest.raises(error) as raised:
         run(tensors, **{**options_of(case, rule, torch.float32, "half"), **rest})
