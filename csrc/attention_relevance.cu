@@ -7,9 +7,10 @@ namespace {
 // queries for theirs: every sum has one owner and one order.
 enum class Sweep : int { kStatistics, kGradientSums, kQueries, kKeys };
 
-// Z+ shares need two sums more.
-template <bool positive>
-constexpr int kSlice = positive ? 32 : 64;
+// Columns of a slice of outputs. Keys have four sums, with z+ shares five; bfloat16 factors are packed in registers
+// too.
+template <Sweep sweep, Product product, bool positive>
+constexpr int kSlice = positive ? 32 : (sweep == Sweep::kKeys && product == Product::kBFloat16 ? 48 : 64);
 
 // Softmax statistics of the block's queries: the highest logit (0 where nothing is seen), 1 / sum (0 there).
 template <Product product, typename V>
@@ -150,7 +151,7 @@ __device__ __forceinline__ int columns_of(int slice, int slice_width, int width)
 template <Product product, typename V, bool positive>
 struct Queries {
   using E = typename Tiled<product>::Element;
-  static constexpr int kTiles = kSlice<positive> / 8;
+  static constexpr int kColumns = kSlice<Sweep::kQueries, product, positive>, kTiles = kColumns / 8;
 
   __device__ static void run(const Layer<V>& in, const Head& at, int64_t first, int slice, bool sums_only, E* shared) {
     if (sums_only && in.exact_output) return write_totals(in, at, first, {});
@@ -191,7 +192,7 @@ struct Queries {
           total[i / 2] += maps.attention[n][i] * gradient_here;
         }
       }
-      const int columns = sums_only ? 0 : columns_of(slice, kSlice<positive>, in.d);
+      const int columns = sums_only ? 0 : columns_of(slice, kColumns, in.d);
       if (in.gradient_q.data != nullptr) add_rows<product, Part::kWhole>(to_q, maps.gradient, k + slice, w, columns);
       if (!relevance) continue;
       if constexpr (positive) {
@@ -235,7 +236,7 @@ struct Queries {
 template <Product product, typename V, bool positive>
 struct Keys {
   using E = typename Tiled<product>::Element;
-  static constexpr int kTiles = kSlice<positive> / 8;
+  static constexpr int kColumns = kSlice<Sweep::kKeys, product, positive>, kTiles = kColumns / 8;
 
   float to_k[kTiles][4] = {}, to_v[kTiles][4] = {}, share_v[kTiles][4] = {};
   float plus[kTiles][4] = {}, minus[kTiles][4] = {}, walked[2] = {};
@@ -287,8 +288,8 @@ struct Keys {
                                                 z[n][i], softmax[column]);
       }
     }
-    const int columns = columns_of(slice, kSlice<positive>, in.d);
-    const int value_columns = columns_of(slice, kSlice<positive>, in.dv);
+    const int columns = columns_of(slice, kColumns, in.d);
+    const int value_columns = columns_of(slice, kColumns, in.dv);
     if (in.gradient_k.data != nullptr) add_rows<product, Part::kWhole>(to_k, maps.gradient, q + slice, w, columns);
     if (in.gradient_v.data != nullptr) {
       add_rows<product, Part::kWhole>(to_v, maps.attention, gradient + slice, w, value_columns);
@@ -341,7 +342,7 @@ __global__ void __launch_bounds__(kThreads)
   RELPROP_DYNAMIC_SHARED(shared);
   auto* tiles = reinterpret_cast<typename Tiled<product>::Element*>(shared);
   int64_t at = blockIdx.x;
-  const int slice = static_cast<int>(at % slices) * kSlice<positive>;
+  const int slice = static_cast<int>(at % slices) * kSlice<sweep, product, positive>;
   at /= slices;
   const int64_t first = at % blocks * own_rows();
   at /= blocks;
@@ -387,7 +388,7 @@ struct Launcher {
     constexpr bool kSliced = sweep == Sweep::kKeys || sweep == Sweep::kQueries;
     const int64_t heads = kByKeys ? in.key_heads : in.heads;
     const int64_t widest = kByKeys ? std::max(in.d, in.dv) : in.d;
-    const int64_t slices = kSliced ? count_blocks(widest, kSlice<positive>) : 1;
+    const int64_t slices = kSliced ? count_blocks(widest, kSlice<sweep, product, positive>) : 1;
     const auto shared_for = [&](int threads) {
       return sizeof(E) * static_cast<size_t>(in.width * (own_tiles * threads / 2 + other_tiles * kOther));
     };

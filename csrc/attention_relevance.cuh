@@ -88,7 +88,6 @@ __device__ __forceinline__ void score(Scores& scores, const typename Tiled<produ
 #pragma unroll
     for (int i = 0; i < 4; ++i) scores[n][i] = 0.0f;
   }
-#pragma unroll 1
   for (int k = 0; k < depth; k += Tiled<product>::kStep) {
     uint32_t a[4];
 #pragma unroll
