@@ -103,7 +103,7 @@ TABLE: dict[tuple[str, str, str], Rows] = {
     # A norm's row lies in registers as a whole.
     ("norm", "", "small"): {80: Configuration({}, 4, 1)},
     ("norm", "", "medium"): {80: Configuration({}, 8, 1)},
-    ("norm", "", "large"): {80: Configuration({}, 32, 1)},
+    ("norm", "", "large"): {80: Configuration({}, 16, 1)},
     # Sides of attention, by the larger head size: tiles of queries and of keys.
     ("attention_statistics", "half", "d64"): {
         80: _tiles(64, 64, 4, 2),
@@ -131,7 +131,7 @@ TABLE: dict[tuple[str, str, str], Rows] = {
         100: _tiles(64, 64, 8, 2),
     },
     ("attention_queries", "half", "d256"): {
-        80: _tiles(64, 32, 8, 2),
+        80: _tiles(32, 32, 8, 1),
         90: _tiles(32, 32, 8, 1),
         100: _tiles(64, 32, 8, 2),
     },
@@ -169,7 +169,7 @@ TABLE: dict[tuple[str, str, str], Rows] = {
         100: _tiles(32, 64, 8, 2),
     },
     ("attention_keys_signed", "half", "d256"): {
-        80: _tiles(32, 16, 8, 1),
+        80: _tiles(16, 16, 8, 1),
         90: _tiles(32, 16, 8, 1),
         100: _tiles(32, 32, 8, 1),
     },

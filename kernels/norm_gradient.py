@@ -27,7 +27,7 @@ from relprop.kernels.launch import architecture_of, jit, launch, next_power_of_t
 from relprop.kernels.stabiliser import share, total
 
 _KINDS = {"layer": True, "rms": False}
-_LONGEST = 16384
+_LONGEST = 8192
 
 
 @jit
@@ -118,7 +118,7 @@ def norm(
     y_rows = x_rows if y is None else as_rows(y)
     rows, n = x_rows.shape
     block = max(16, next_power_of_two(n))
-    size = "small" if block <= 2048 else "medium" if block <= 8192 else "large"
+    size = "small" if block <= 2048 else "medium" if block <= 4096 else "large"
     launch(
         _norm_kernel,
         (rows,),
@@ -149,7 +149,7 @@ def norm_gradient(
 
     Args:
         gradient: at the norm's output. [T, ..., N], float32 | bfloat16 | float16
-        x: the norm's input. [..., N], N at most 16384
+        x: the norm's input. [..., N], N at most 8192
         weight: [N] or None
         kind: "layer" or "rms"
         eps: of the norm

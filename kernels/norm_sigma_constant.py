@@ -26,7 +26,7 @@ def norm_sigma_constant(
 
     Args:
         relevance: at the norm's output. [T, ..., N], float32 | bfloat16 | float16
-        x: the norm's input. [..., N], N at most 16384
+        x: the norm's input. [..., N], N at most 8192
         y: the norm's output. [..., N]
         weight: [N] or None
         kind: "layer" (its mean depends on the input, its bias takes a share) or "rms"

@@ -40,7 +40,7 @@ from relprop.rules.base import unbroadcast
 
 DTYPES = (torch.float32,)
 _LARGEST_HEAD = 256
-_LONGEST_ROW = 16384
+_LONGEST_ROW = 8192
 _QK = {"half": "half", "positive": "alpha_beta", "detached": "none"}
 
 
