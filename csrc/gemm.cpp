@@ -12,6 +12,8 @@
 namespace relprop {
 namespace {
 
+constexpr uint32_t kAll = 0xffffffffu, kNoSign = 0x7fffffffu;
+
 struct Buffer {
   char* data = nullptr;
   int64_t size = 0;
@@ -108,7 +110,6 @@ struct ColumnPacker {
   char* packed;
   const Matrix& b;
   int64_t column, n, depth;
-  uint32_t mask;
 
   RELPROP_INLINE void operator()(int64_t, int64_t) const {
     const int64_t columns = std::min<int64_t>(kTileColumns, n - column);
@@ -123,16 +124,15 @@ struct ColumnPacker {
       const void* row = offset<dtype>(b.data, k * b.row + column);
       if (columns < kTileColumns) std::memset(to, 0, kTileColumns * 4);
       if constexpr (kPerStep == 1) {
-        pack_row<operands, dtype>(to, row, columns, mask);
+        pack_row<operands, dtype>(to, row, columns, kAll);
       } else {
         uint32_t* pairs = reinterpret_cast<uint32_t*>(to);
         const bool last = k + 1 == depth;
         const void* next = last ? row : offset<dtype>(row, b.row);
-        const uint32_t next_mask = last ? 0u : mask & 0xffff0000u;
-        const uint32_t low_mask = mask >> 16;
+        const uint32_t next_mask = last ? 0u : 0xffff0000u;
         RELPROP_VECTORISE
         for (int64_t i = 0; i < columns; ++i) {
-          const uint32_t low = BFloat16::narrow(element<dtype>(row, i)) & low_mask;
+          const uint32_t low = BFloat16::narrow(element<dtype>(row, i));
           const uint32_t high = static_cast<uint32_t>(BFloat16::narrow(element<dtype>(next, i))) << 16;
           pairs[i] = low | (high & next_mask);
         }
@@ -152,7 +152,7 @@ struct ColumnPacker {
       const int64_t count = std::min(kSteps * kPerStep, depth - k);
       for (int64_t j = 0; j < columns; ++j) {
         const void* from = offset<dtype>(b.data, k + (column + j) * b.column);
-        pack_row<operands, dtype>(reinterpret_cast<char*>(block[j]), from, count, mask);
+        pack_row<operands, dtype>(reinterpret_cast<char*>(block[j]), from, count, kAll);
       }
       uint32_t* to = reinterpret_cast<uint32_t*>(packed) + step * kTileColumns;
       transpose_block(to, block, std::min(kSteps, steps - step));
@@ -185,8 +185,6 @@ void pack(int64_t begin, int64_t end, Operands operands, DType dtype, const Argu
   });
 }
 
-constexpr uint32_t kAll = 0xffffffffu, kNoSign = 0x7fffffffu;
-
 // ---- micro-kernels ----
 
 template <Operands operands, Kind kind, int rows>
@@ -205,10 +203,10 @@ void micro_portable(float* tile, float* tile_abs, const char* a, const char* b, 
         const float left = part(bits, p);
         const float left_abs = kind == Kind::kDualAbs ? bits_of<float>(bits_of<uint32_t>(left) & kNoSign) : left;
         for (int j = 0; j < kTileColumns; ++j) {
-          const float right = part(columns[j], p);
-          tile[i * kTileColumns + j] += left * right;
-          if (kind != Kind::kSingle)
-            tile_abs[i * kTileColumns + j] += left_abs * bits_of<float>(bits_of<uint32_t>(right) & kNoSign);
+          const float signed_right = part(columns[j], p);
+          const float right_abs = bits_of<float>(bits_of<uint32_t>(signed_right) & kNoSign);
+          tile[i * kTileColumns + j] += left * (kind == Kind::kAbs ? right_abs : signed_right);
+          if (is_dual(kind)) tile_abs[i * kTileColumns + j] += left_abs * right_abs;
         }
       }
     }
@@ -219,7 +217,7 @@ void micro_portable(float* tile, float* tile_abs, const char* a, const char* b, 
 
 template <Kind kind, int rows>
 RELPROP_TARGET_AVX512 void micro_float32(float* tile, float* tile_abs, const char* a, const char* b, int64_t steps) {
-  constexpr bool kDual = kind != Kind::kSingle;
+  constexpr bool kDual = is_dual(kind);
   const __m512 no_sign = _mm512_castsi512_ps(_mm512_set1_epi32(0x7fffffff));
   __m512 sum[rows][2], sum_abs[kDual ? rows : 1][2];
 #pragma GCC unroll 16
@@ -229,8 +227,8 @@ RELPROP_TARGET_AVX512 void micro_float32(float* tile, float* tile_abs, const cha
   }
   const float* right = reinterpret_cast<const float*>(b);
   for (int64_t s = 0; s < steps; ++s, right += kTileColumns, a += 4) {
-    const __m512 b0 = _mm512_load_ps(right), b1 = _mm512_load_ps(right + 16);
-    __m512 b0_abs, b1_abs;
+    __m512 b0 = _mm512_load_ps(right), b1 = _mm512_load_ps(right + 16), b0_abs, b1_abs;
+    if constexpr (kind == Kind::kAbs) b0 = _mm512_and_ps(b0, no_sign), b1 = _mm512_and_ps(b1, no_sign);
     if constexpr (kDual) b0_abs = _mm512_and_ps(b0, no_sign), b1_abs = _mm512_and_ps(b1, no_sign);
 #pragma GCC unroll 16
     for (int i = 0; i < rows; ++i) {
@@ -259,7 +257,7 @@ RELPROP_TARGET_AVX512 void micro_float32(float* tile, float* tile_abs, const cha
 
 template <Kind kind, int rows>
 RELPROP_TARGET_BF16 void micro_bfloat16(float* tile, float* tile_abs, const char* a, const char* b, int64_t steps) {
-  constexpr bool kDual = kind != Kind::kSingle;
+  constexpr bool kDual = is_dual(kind);
   const __m512i no_sign = _mm512_set1_epi32(0x7fff7fff);
   __m512 sum[rows][2], sum_abs[kDual ? rows : 1][2];
 #pragma GCC unroll 16
@@ -268,8 +266,8 @@ RELPROP_TARGET_BF16 void micro_bfloat16(float* tile, float* tile_abs, const char
     if constexpr (kDual) sum_abs[i][0] = sum_abs[i][1] = _mm512_setzero_ps();
   }
   for (int64_t s = 0; s < steps; ++s, b += kTileColumns * 4, a += 4) {
-    const __m512i b0 = _mm512_load_si512(b), b1 = _mm512_load_si512(b + 64);
-    __m512i b0_abs, b1_abs;
+    __m512i b0 = _mm512_load_si512(b), b1 = _mm512_load_si512(b + 64), b0_abs, b1_abs;
+    if constexpr (kind == Kind::kAbs) b0 = _mm512_and_si512(b0, no_sign), b1 = _mm512_and_si512(b1, no_sign);
     if constexpr (kDual) b0_abs = _mm512_and_si512(b0, no_sign), b1_abs = _mm512_and_si512(b1, no_sign);
 #pragma GCC unroll 16
     for (int i = 0; i < rows; ++i) {
@@ -326,10 +324,9 @@ struct Avx512 {
 
 template <Operands operands, Kind kind>
 GemmKernels kernels_of() {
-  constexpr int kRows = kind == Kind::kSingle ? 14 : 7;
+  constexpr int kRows = is_dual(kind) ? 7 : 14;
   GemmKernels kernels{};
   kernels.rows = kRows;
-  kernels.per_step = operands == Operands::kFloat32 ? 1 : 2;
 #if RELPROP_X86
   if (gemm_fast(operands)) {
     fill<Avx512<operands, kind>::template Of, kRows>(kernels);
@@ -355,6 +352,8 @@ bool gemm_fast(Operands operands) {
 GemmKernels gemm_kernels(Operands operands, Kind kind) {
   auto with = [&](auto o) {
     switch (kind) {
+      case Kind::kAbs:
+        return kernels_of<decltype(o)::value, Kind::kAbs>();
       case Kind::kDual:
         return kernels_of<decltype(o)::value, Kind::kDual>();
       case Kind::kDualAbs:
@@ -372,20 +371,47 @@ void pack_rows(char* packed, const Matrix& a, int64_t first, int64_t rows, int64
   pack<RowPacker>(begin, end, operands, a.dtype, packed, a, first, rows, depth, abs ? kNoSign : kAll);
 }
 
-void pack_columns(char* packed, const Matrix& b, int64_t column, int64_t n, int64_t depth, Operands operands,
-                  bool abs) {
-  pack<ColumnPacker>(0, 1, operands, b.dtype, packed, b, column, n, depth, abs ? kNoSign : kAll);
+void pack_columns(char* packed, const Matrix& b, int64_t column, int64_t n, int64_t depth, Operands operands) {
+  pack<ColumnPacker>(0, 1, operands, b.dtype, packed, b, column, n, depth);
 }
 
-void prefetch_columns(const Matrix& b, int64_t column, int64_t n, int64_t depth, int64_t part, int64_t parts) {
+namespace {
+
+struct PackPanels {
+  char* packed;
+  const Matrix& b;
+  int64_t n, depth;
+  Operands operands;
+
+  RELPROP_INLINE void operator()(int64_t begin, int64_t end) const {
+    for (int64_t panel = begin; panel < end; ++panel) {
+      pack_columns(packed + panel * panel_bytes(depth, operands), b, panel * kTileColumns, n, depth, operands);
+    }
+  }
+};
+
+}  // namespace
+
+void pack_matrix(char* packed, const Matrix& b, int64_t n, int64_t depth, Operands operands, int threads) {
+  const int64_t panels = (n + kTileColumns - 1) / kTileColumns;
+  for_ranges(PackPanels{packed, b, n, depth, operands}, panels, depth * kTileColumns, threads);
+}
+
+void prefetch_columns(const Matrix& b, int64_t column, int64_t n, int64_t depth, Operands operands, int64_t part,
+                      int64_t parts) {
   const int64_t size = b.dtype == DType::kFloat32 ? 4 : 2;
   const int64_t columns = std::min<int64_t>(kTileColumns, n - column);
   if (columns <= 0) return;
   const bool along_rows = b.column == 1;
-  const int64_t lines = along_rows ? depth : columns;
-  const int64_t bytes = size * (along_rows ? columns : depth);
-  const int64_t stride = size * (along_rows ? b.row : b.column);
+  int64_t lines = along_rows ? depth : columns;
+  int64_t bytes = size * (along_rows ? columns : depth);
+  int64_t stride = size * (along_rows ? b.row : b.column);
   const char* from = static_cast<const char*>(b.data) + size * column * (along_rows ? 1 : b.column);
+  if (b.packed != nullptr) {
+    bytes = stride = 64;
+    lines = panel_bytes(depth, operands) / 64;
+    from = b.packed + column / kTileColumns * panel_bytes(depth, operands);
+  }
   for (int64_t line = lines * part / parts; line < lines * (part + 1) / parts; ++line) {
     for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(from + line * stride + byte, 0, 2);
   }

@@ -1,9 +1,10 @@
 // Matrix products with the work around them fused: operands are read once, transformed while they are packed, and the
 // result is handed to an epilogue while it is still in the first-level cache.
 //
-//     C = f(A) g(B)            A [m, depth], B [depth, n], f and g: as is or absolute value
-//     C1 = A B, C2 = f(A) |B|  both from one pass over A and B ("dual")
+//     C = A B  or  |A||B|      A [m, depth], B [depth, n]
+//     C1 = A B, C2 = f(A) |B|  both from one pass over A and B ("dual"), f as is or absolute value
 //
+// B, usually a weight, may be given packed beforehand: it is then not converted and rearranged at every call.
 // float32 accumulation. Sums over the depth are cut into chunks of kChunk that are summed in order, so results do not
 // depend on the number of threads; they do depend on the instruction set (fused multiply-adds, or bfloat16 operands).
 #pragma once
@@ -24,7 +25,8 @@ namespace relprop {
 struct Matrix {
   const void* data;
   DType dtype;
-  int64_t row, column;  // strides, in elements
+  int64_t row, column;           // strides, in elements
+  const char* packed = nullptr;  // the same matrix as pack_matrix leaves it, for the operands of the product
 };
 
 // What the products are made of: float32, or bfloat16 operands (rounded to nearest even while packed).
@@ -44,12 +46,13 @@ using MicroKernel = void (*)(float* tile, float* tile_abs, const char* a, const 
 
 struct GemmKernels {
   int rows;            // of the largest tile
-  int per_step;        // depth of one step: 1 or 2
   MicroKernel of[15];  // by number of rows, 1 to `rows`
 };
 
-// Kinds of product: A B alone; A B and A |B|; A B and |A| |B|.
-enum class Kind : int { kSingle = 0, kDual = 1, kDualAbs = 2 };
+// Kinds of product: A B alone; |A| |B| alone; A B and A |B|; A B and |A| |B|.
+enum class Kind : int { kSingle = 0, kAbs = 1, kDual = 2, kDualAbs = 3 };
+
+constexpr bool is_dual(Kind kind) { return kind == Kind::kDual || kind == Kind::kDualAbs; }
 
 GemmKernels gemm_kernels(Operands operands, Kind kind);
 
@@ -58,11 +61,21 @@ GemmKernels gemm_kernels(Operands operands, Kind kind);
 void pack_rows(char* packed, const Matrix& a, int64_t first, int64_t rows, int64_t begin, int64_t end, int64_t depth,
                Operands operands, bool abs);
 
-// Packs kTileColumns columns from `column` on (zeros beyond n): [step][kTileColumns] elements of 32 bits.
-void pack_columns(char* packed, const Matrix& b, int64_t column, int64_t n, int64_t depth, Operands operands, bool abs);
+// Packs kTileColumns columns from `column` on (zeros beyond n), a panel: [step][kTileColumns] elements of 32 bits.
+void pack_columns(char* packed, const Matrix& b, int64_t column, int64_t n, int64_t depth, Operands operands);
 
-// Asks for one part of the memory that pack_columns will read.
-void prefetch_columns(const Matrix& b, int64_t column, int64_t n, int64_t depth, int64_t part, int64_t parts);
+// Steps of a depth, and bytes of a panel of it.
+constexpr int64_t steps_of(int64_t depth, Operands operands) {
+  return operands == Operands::kFloat32 ? depth : (depth + 1) / 2;
+}
+constexpr int64_t panel_bytes(int64_t depth, Operands operands) { return steps_of(depth, operands) * kTileColumns * 4; }
+
+// All panels of b [depth, n], one after the other.
+void pack_matrix(char* packed, const Matrix& b, int64_t n, int64_t depth, Operands operands, int threads);
+
+// Asks for one part of the memory that the panel from `column` on will be read from.
+void prefetch_columns(const Matrix& b, int64_t column, int64_t n, int64_t depth, Operands operands, int64_t part,
+                      int64_t parts);
 
 // Buffers that only grow and live as long as their thread: for one piece of work, and for all pieces of a call.
 char* thread_buffer(int64_t bytes);
@@ -108,24 +121,26 @@ struct Tiles {
   const Matrix& b;
   const char* packed;  // rows of A from `first` on
   Operands operands;
-  bool dual, abs_b;
+  bool dual;
   Sizes sizes;
   int64_t first, rows;  // of A, in this block
   int64_t row_pieces;   // the block's rows are cut into this many pieces
   int64_t ahead;        // panels from the one at work to the next that this thread may take
 
   RELPROP_INLINE void operator()(int64_t begin, int64_t end) const {
-    const int64_t steps = (sizes.depth + kernels.per_step - 1) / kernels.per_step;
+    const int64_t steps = steps_of(sizes.depth, operands);
     const int64_t chunk_steps = kChunkBytes / 4;
     const int64_t chunks = (steps + chunk_steps - 1) / chunk_steps;
-    char* panel = thread_buffer(steps * kTileColumns * 4);
+    const int64_t bytes = panel_bytes(sizes.depth, operands);
+    char* own = b.packed == nullptr ? thread_buffer(bytes) : nullptr;
     int64_t held = -1;
     alignas(64) float tile[15 * kTileColumns];
     alignas(64) float tile_abs[15 * kTileColumns];
     for (int64_t piece = begin; piece < end; ++piece) {
       const int64_t column = piece / row_pieces * kTileColumns;
-      if (column != held) pack_columns(panel, b, column, sizes.n, sizes.depth, operands, abs_b);
+      if (own != nullptr && column != held) pack_columns(own, b, column, sizes.n, sizes.depth, operands);
       held = column;
+      const char* panel = own != nullptr ? own : b.packed + column / kTileColumns * bytes;
       const int64_t part = piece % row_pieces;
       const int64_t row_begin = rows * part / row_pieces, row_end = rows * (part + 1) / row_pieces;
       const int64_t count = row_end - row_begin;
@@ -133,7 +148,7 @@ struct Tiles {
       for (int64_t i = 0; i < tiles; ++i) {
         const int64_t at = row_begin + count * i / tiles;
         const int height = static_cast<int>(row_begin + count * (i + 1) / tiles - at);
-        if (part == 0) prefetch_columns(b, column + ahead * kTileColumns, sizes.n, sizes.depth, i, tiles);
+        if (part == 0) prefetch_columns(b, column + ahead * kTileColumns, sizes.n, sizes.depth, operands, i, tiles);
         std::memset(tile, 0, sizeof(float) * height * kTileColumns);
         if (dual) std::memset(tile_abs, 0, sizeof(float) * height * kTileColumns);
         for (int64_t chunk = 0; chunk < chunks; ++chunk) {
@@ -163,24 +178,24 @@ struct PackRows {
 
 // Runs the product, and epilogue(tile, tile_abs, row, rows, column, columns) on every finished tile: `rows` rows of
 // kTileColumns floats, of which `columns` belong to the result. tile_abs: only of a dual kind.
-// abs_a, abs_b: the transforms f and g of a single product.
 template <class Epilogue>
-void gemm(const Sizes& sizes, const Matrix& a, const Matrix& b, Operands operands, Kind kind, bool abs_a, bool abs_b,
-          int threads, const Epilogue& epilogue) {
+void gemm(const Sizes& sizes, const Matrix& a, const Matrix& b, Operands operands, Kind kind, int threads,
+          const Epilogue& epilogue) {
   const GemmKernels kernels = gemm_kernels(operands, kind);
-  const int64_t steps = (sizes.depth + kernels.per_step - 1) / kernels.per_step;
+  const int64_t steps = steps_of(sizes.depth, operands);
   const int64_t chunks = std::max<int64_t>(1, (steps + kChunkBytes / 4 - 1) / (kChunkBytes / 4));
   const int64_t block = std::max<int64_t>(64, kPackedBytes / (chunks * kRowBytes));
   char* packed = shared_buffer(std::min(sizes.m, block) * chunks * kRowBytes);
   const int64_t panels = (sizes.n + kTileColumns - 1) / kTileColumns;
   for (int64_t first = 0; first < sizes.m; first += block) {
     const int64_t rows = std::min(block, sizes.m - first);
-    for_ranges(gemm_detail::PackRows{packed, a, first, rows, sizes.depth, operands, abs_a}, rows, sizes.depth, threads);
+    for_ranges(gemm_detail::PackRows{packed, a, first, rows, sizes.depth, operands, kind == Kind::kAbs}, rows,
+               sizes.depth, threads);
     // Enough pieces to even out the threads, of enough rows to be worth packing the columns once more.
     const int64_t wanted = (4 * threads + panels - 1) / panels;
     const int64_t row_pieces = std::max<int64_t>(1, std::min(wanted, rows / 64));
-    const gemm_detail::Tiles<Epilogue> tiles{epilogue, kernels, b,     packed, operands,   kind != Kind::kSingle,
-                                             abs_b,    sizes,   first, rows,   row_pieces, threads};
+    const gemm_detail::Tiles<Epilogue> tiles{epilogue, kernels, b,    packed,     operands, is_dual(kind),
+                                             sizes,    first,   rows, row_pieces, threads};
     run_pieces(range_function<gemm_detail::Tiles<Epilogue>>(), &tiles, panels * row_pieces, 1, threads);
   }
 }

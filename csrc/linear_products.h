@@ -7,7 +7,10 @@
 
 namespace relprop {
 
-// A linear layer: x [rows, k], w [n, k].
+// w [n, k] packed for the products with it, (transpose: with w^T), into panels of kTileColumns columns.
+void linear_pack(char* packed, const Matrix& w, int64_t n, int64_t k, bool transpose, Operands operands, int threads);
+
+// A linear layer: x [rows, k], w [n, k]. w.packed: of w^T for apply and share-out, of w for the other two.
 struct Linear {
   Matrix x, w;
   int64_t rows, k, n;

@@ -23,10 +23,14 @@ Operands checked_operands(int operands) {
   return static_cast<Operands>(operands);
 }
 
-// x: (pointer, dtype); w: (pointer, dtype, row stride, column stride).
+// (pointer, dtype, row stride, column stride)
+using PythonMatrix = std::tuple<Pointer, int, int64_t, int64_t>;
+
+// x: (pointer, dtype); packed: 0, or w as linear_pack leaves it.
 struct PythonLinear {
   std::pair<Pointer, int> x;
-  std::tuple<Pointer, int, int64_t, int64_t> w;
+  PythonMatrix w;
+  Pointer packed;
   int64_t rows, k, n;
   int operands;
 };
@@ -40,8 +44,23 @@ std::pair<Linear, bool> checked(const PythonLinear& given, int64_t targets, int 
   if (!some) return {layer, false};
   const auto& [w, dtype, row, column] = given.w;
   layer.w = matrix("w", w, dtype, row, column);
+  layer.w.packed = as<const char>(given.packed);
   if (given.x.first != 0) layer.x = matrix("x", given.x.first, given.x.second, given.k, 1);
   return {layer, true};
+}
+
+int64_t bind_packed_bytes(int64_t n, int64_t depth, int operands) {
+  const int64_t panels = (n + kTileColumns - 1) / kTileColumns;
+  return checked_product({{"panels", panels}, {"panel", panel_bytes(depth, checked_operands(operands))}});
+}
+
+void bind_pack(Pointer packed, const PythonMatrix& given, int64_t n, int64_t k, bool transpose, int operands,
+               int threads) {
+  check_threads(threads);
+  check_pointers({{"packed", packed}});
+  const auto& [w, dtype, row, column] = given;
+  linear_pack(as<char>(packed), matrix("w", w, dtype, row, column), n, k, transpose, checked_operands(operands),
+              threads);
 }
 
 void bind_apply(Pointer y, Pointer bias, const PythonLinear& given, int threads) {
@@ -77,10 +96,12 @@ void bind_back(Pointer out, Pointer shares, const PythonLinear& given, int64_t t
 
 const Bindings bindings([](py::module_& module) {
   py::class_<PythonLinear>(module, "Linear")
-      .def(py::init<std::pair<Pointer, int>, std::tuple<Pointer, int, int64_t, int64_t>, int64_t, int64_t, int64_t,
-                    int>(),
-           py::arg("x"), py::arg("w"), py::arg("rows"), py::arg("k"), py::arg("n"), py::arg("operands"));
+      .def(py::init<std::pair<Pointer, int>, PythonMatrix, Pointer, int64_t, int64_t, int64_t, int>(), py::arg("x"),
+           py::arg("w"), py::arg("packed"), py::arg("rows"), py::arg("k"), py::arg("n"), py::arg("operands"));
   module.def("gemm_fast", [](int operands) { return gemm_fast(checked_operands(operands)); }, py::arg("operands"));
+  module.def("linear_packed_bytes", &bind_packed_bytes, py::arg("n"), py::arg("depth"), py::arg("operands"));
+  module.def("linear_pack", &bind_pack, release_gil(), py::arg("packed"), py::arg("w"), py::arg("n"), py::arg("k"),
+             py::arg("transpose"), py::arg("operands"), py::arg("threads"));
   module.def("linear_apply", &bind_apply, release_gil(), py::arg("y"), py::arg("bias"), py::arg("layer"),
              py::arg("threads"));
   module.def("linear_transpose", &bind_transpose, release_gil(), py::arg("out"), py::arg("r"), py::arg("layer"),

@@ -7,7 +7,9 @@ namespace {
 
 Matrix stream(const float* data, int64_t columns) { return {data, DType::kFloat32, columns, 1}; }
 
-Matrix transposed(const Matrix& matrix) { return {matrix.data, matrix.dtype, matrix.column, matrix.row}; }
+Matrix transposed(const Matrix& matrix) {
+  return {matrix.data, matrix.dtype, matrix.column, matrix.row, matrix.packed};
+}
 
 struct Store {
   float* out;
@@ -86,14 +88,19 @@ struct Select {
 
 }  // namespace
 
+void linear_pack(char* packed, const Matrix& w, int64_t n, int64_t k, bool transpose, Operands operands, int threads) {
+  transpose ? pack_matrix(packed, transposed(w), n, k, operands, threads)
+            : pack_matrix(packed, w, k, n, operands, threads);
+}
+
 void linear_apply(float* y, const float* bias, const Linear& layer, int threads) {
-  gemm({layer.rows, layer.n, layer.k}, layer.x, transposed(layer.w), layer.operands, Kind::kSingle, false, false,
-       threads, Store{y, bias, layer.n});
+  gemm({layer.rows, layer.n, layer.k}, layer.x, transposed(layer.w), layer.operands, Kind::kSingle, threads,
+       Store{y, bias, layer.n});
 }
 
 void linear_transpose(float* out, const float* r, const Linear& layer, int64_t targets, int threads) {
-  gemm({targets * layer.rows, layer.k, layer.n}, stream(r, layer.n), layer.w, layer.operands, Kind::kSingle, false,
-       false, threads, Store{out, nullptr, layer.k});
+  gemm({targets * layer.rows, layer.k, layer.n}, stream(r, layer.n), layer.w, layer.operands, Kind::kSingle, threads,
+       Store{out, nullptr, layer.k});
 }
 
 void linear_alpha_beta_share_out_product(float* shares, const float* relevance, const float* y, const float* bias,
@@ -112,8 +119,7 @@ void linear_alpha_beta_share_out_product(float* shares, const float* relevance, 
                                                                         static_cast<float>(tolerance),
                                                                         static_cast<float>(stabiliser.epsilon)};
       gemm({layer.rows, layer.n, layer.k}, layer.x, transposed(layer.w), layer.operands,
-           decltype(stored)::value ? Kind::kSingle : Kind::kDualAbs, decltype(stored)::value, decltype(stored)::value,
-           threads, share);
+           decltype(stored)::value ? Kind::kAbs : Kind::kDualAbs, threads, share);
     };
     y != nullptr ? run(std::true_type()) : run(std::false_type());
   });
@@ -123,8 +129,8 @@ void linear_alpha_beta_back_product(float* out, const float* shares, const Linea
                                     int threads) {
   with_stored(layer.x.dtype, [&](auto dtype) {
     const Select<decltype(dtype)::value> select{out, layer.x, layer.rows, layer.k};
-    gemm({targets * layer.rows, layer.k, layer.n}, stream(shares, layer.n), layer.w, layer.operands, Kind::kDual, false,
-         false, threads, select);
+    gemm({targets * layer.rows, layer.k, layer.n}, stream(shares, layer.n), layer.w, layer.operands, Kind::kDual,
+         threads, select);
   });
 }
 

@@ -26,7 +26,7 @@ from relprop.methods import Reading, find_method
 from relprop.methods.topology import explained_tokens, read_profile
 from relprop.program import Program, build_program
 from relprop.targets import Target, TargetLike, resolve_target
-from relprop.weights import Weights
+from relprop.weights import DeriveOnce, Weights
 
 PRECISIONS = ("highest", "high", "medium")
 
@@ -278,15 +278,14 @@ class Engine:
     ) -> tuple[Explanation, Target, Reading]:
         program, graph = self.program, self.program.graph
         bound = {**inputs, **self._weights.read(), **graph.constants}
-        forward = run_forward(program, bound, None if moved is None else trust.mover(graph, moved))
+        derive = DeriveOnce(graph, self._weights.derived)
+        forward = run_forward(program, bound, derive, None if moved is None else trust.mover(graph, moved))
         output = forward.tensors[graph.output.index]
         if resolved is None:
             resolved = resolve_target(target, output, self._dtype)
         reading = self._reading(forward, output, resolved)
         reader = program.readout.reader()
-        sweep = Sweep(
-            program, forward, self._weights.derived, reading, reader, self._dtype, self._precision, ledger, trace
-        )
+        sweep = Sweep(program, forward, derive, reading, reader, self._dtype, self._precision, ledger, trace)
         books = sweep.run(resolved.seed)
         relevance = reader.finish(reading)
         return self._explanation(relevance, output, resolved, reading, forward, books), resolved, reading

@@ -14,7 +14,7 @@ from relprop.ledger import Ledger, LedgerEntry, book
 from relprop.methods.base import Reader, Reading, RowReader
 from relprop.program import JointStep, JointStream, Program, ReverseStep, StreamStep
 from relprop.rules import Absorbed, Call
-from relprop.weights import DerivedWeights
+from relprop.weights import Derive
 
 Streams = dict[int, Tensor]
 
@@ -40,12 +40,13 @@ class Trace:
 
 
 def run_forward(
-    program: Program, bound: dict[int, Any], move: Callable[[Value, Tensor], Tensor] | None = None
+    program: Program, bound: dict[int, Any], derive: Derive, move: Callable[[Value, Tensor], Tensor] | None = None
 ) -> Forward:
     """The model's forward pass, step by step.
 
     Args:
         bound: inputs, parameters and constants by value index.
+        derive: what kernels in place of an operation take from its weights.
         move: applied to every input and every embedding, for the trust check.
     """
     tensors: dict[int, Any] = dict(bound)
@@ -64,7 +65,10 @@ def run_forward(
                 tensors[value.index], shapes[value.index] = result, result.shape
         else:
             args, kwargs = _bind(node.args, tensors), _bind(node.kwargs, tensors)
-            result = node.target(*args, **kwargs) if step.kernel is None else step.kernel(node, *args, **kwargs)
+            if step.kernel is None:
+                result = node.target(*args, **kwargs)
+            else:
+                result = step.kernel(node, derive, *args, **kwargs)
             if len(node.outputs) == 1 and not isinstance(result, (list, tuple)):
                 index = node.outputs[0].index
                 if move is not None and node.kind == "embedding":
@@ -91,7 +95,7 @@ class Sweep:
         self,
         program: Program,
         forward: Forward,
-        derived: DerivedWeights,
+        derive: Derive,
         reading: Reading,
         reader: Reader,
         dtype: torch.dtype,
@@ -99,7 +103,7 @@ class Sweep:
         ledger: bool,
         trace: Trace | None = None,
     ) -> None:
-        self.program, self.forward, self.derived = program, forward, derived
+        self.program, self.forward, self.derive = program, forward, derive
         self.reading, self.reader = reading, reader
         self.dtype, self.precision = dtype, precision
         self.trace = trace
@@ -142,15 +146,6 @@ class Sweep:
         self.streams[name][value.index] = tensor
         if self.trace is not None:
             self.trace.streams[value.name, name] = tensor
-
-    def _derive(self, value: Value, tensor: Tensor, transform: str, dtype: torch.dtype) -> Tensor:
-        name = self.program.graph.parameters.get(value.index)
-        if name is not None and (transform or tensor.dtype != dtype) and not torch.is_grad_enabled():
-            return self.derived.get(name, tensor, transform, dtype)
-        cast = tensor if tensor.dtype == dtype else tensor.to(dtype)
-        if not transform:
-            return cast
-        return cast.abs() if transform == "abs" else cast.clamp(min=0) if transform == "positive" else cast.clamp(max=0)
 
     def _step(self, step: ReverseStep) -> None:
         if step.joint is not None and self.entries is None and self.trace is None:
@@ -216,7 +211,7 @@ class Sweep:
             self.forward.shapes,
             wanted,
             self.dtype,
-            self._derive,
+            self.derive,
             precision=self.precision,
         )
 

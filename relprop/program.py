@@ -16,7 +16,7 @@ from relprop.methods.topology import profile_nodes
 from relprop.rules import Call, Relevances, Rule, make_rule
 
 Kernel = Callable[[Rule, Call, Any], Relevances]
-ForwardKernel = Callable[..., Any]  # (node, *the operation's arguments) -> its output
+ForwardKernel = Callable[..., Any]  # (node, derive, *the operation's arguments) -> its output
 ChooseBackend = Callable[[Node, Rule], tuple[str, Kernel | None]]
 
 

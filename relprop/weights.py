@@ -10,15 +10,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from relprop import native
 from relprop.errors import ModelStateError, ShapeError
-from relprop.graph import Graph
+from relprop.graph import Graph, Value
 
 _TRANSFORMS: dict[str, Callable[[Tensor], Tensor]] = {
     "": lambda t: t,
     "abs": torch.abs,
     "positive": lambda t: t.clamp(min=0),
     "negative": lambda t: t.clamp(max=0),
+    "packed": lambda t: native.pack_weight(t, transpose=False, operands=t.dtype),
+    "packed_transpose": lambda t: native.pack_weight(t, transpose=True, operands=t.dtype),
 }
+
+
+def made(tensor: Tensor, transform: str, dtype: torch.dtype) -> Tensor:
+    """tensor, cast to dtype and transformed."""
+    return _TRANSFORMS[transform](tensor.to(dtype))
 
 
 @dataclass
@@ -41,16 +49,16 @@ class DerivedWeights:
         self._lock = threading.Lock()
 
     def get(self, name: str, tensor: Tensor, transform: str, dtype: torch.dtype) -> Tensor:
-        """tensor, cast to dtype and transformed ("abs", "positive", "negative")."""
+        """tensor, cast to dtype and transformed; "packed" and "packed_transpose" are for the CPU kernels' products."""
         key = (name, transform, dtype)
         found = self._entries.get(key)
         version, pointer = -1 if tensor.is_inference() else tensor._version, tensor.data_ptr()
         if found is not None and found.version == version and found.pointer == pointer and found.source() is tensor:
             return found.tensor
-        made = _TRANSFORMS[transform](tensor.detach().to(dtype))
+        derived = made(tensor.detach(), transform, dtype)
         with self._lock:
-            self._entries[key] = _Entry(weakref.ref(tensor), pointer, version, made)
-        return made
+            self._entries[key] = _Entry(weakref.ref(tensor), pointer, version, derived)
+        return derived
 
     def clear(self) -> None:
         """Forget everything derived."""
@@ -61,6 +69,39 @@ class DerivedWeights:
     def nbytes(self) -> int:
         """Bytes held beside the model's own weights."""
         return sum(e.tensor.numel() * e.tensor.element_size() for e in list(self._entries.values()))
+
+
+class Derive:
+    """What a run asks of its tensors: casts and transforms. Nothing is kept."""
+
+    def __call__(self, value: Value, tensor: Tensor, transform: str, dtype: torch.dtype) -> Tensor:
+        """tensor, cast to dtype and transformed ("abs", "positive", "negative" or "" for neither)."""
+        return made(tensor, transform, dtype)
+
+    def packed(self, value: Value, tensor: Tensor, transpose: bool, dtype: torch.dtype) -> Tensor | None:
+        """A weight as the CPU kernels' products of this dtype read it; None where it would not last."""
+        return None
+
+
+class DeriveOnce(Derive):
+    """What is derived from a model's parameters is made once per model, unless autograd is to see it."""
+
+    def __init__(self, graph: Graph, weights: DerivedWeights) -> None:
+        self._names = graph.parameters
+        self._weights = weights
+
+    def __call__(self, value: Value, tensor: Tensor, transform: str, dtype: torch.dtype) -> Tensor:
+        name = self._name(value) if transform or tensor.dtype != dtype else None
+        return made(tensor, transform, dtype) if name is None else self._weights.get(name, tensor, transform, dtype)
+
+    def packed(self, value: Value, tensor: Tensor, transpose: bool, dtype: torch.dtype) -> Tensor | None:
+        name = self._name(value)
+        if name is None:
+            return None
+        return self._weights.get(name, tensor, "packed_transpose" if transpose else "packed", dtype)
+
+    def _name(self, value: Value) -> str | None:
+        return None if torch.is_grad_enabled() else self._names.get(value.index)
 
 
 _DERIVED: weakref.WeakKeyDictionary[nn.Module, DerivedWeights] = weakref.WeakKeyDictionary()

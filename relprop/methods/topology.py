@@ -11,6 +11,7 @@ from relprop.errors import UnsupportedTopologyError
 from relprop.graph import Graph, Node, Value
 from relprop.rules import Call, make_rule
 from relprop.rules.base import unbroadcast
+from relprop.weights import Derive
 
 GRADIENT = make_rule("any", "gradient")
 
@@ -154,7 +155,7 @@ def read_profile(graph: Graph, tensors: dict[int, Any], shapes: dict[int, torch.
         if not given:
             continue
         carrying = tuple(v is not None and v.carrying for v in node.operands)
-        call = Call(node, tensors, shapes, carrying, seed.dtype, _as_is)
+        call = Call(node, tensors, shapes, carrying, seed.dtype, Derive())
         for value, part in zip(node.operands, _unmixed(graph, node, call, parts, given), strict=False):
             if value is not None and value.carrying and part is not None:
                 streams[value.index] = streams[value.index] + part if value.index in streams else part
@@ -163,10 +164,6 @@ def read_profile(graph: Graph, tensors: dict[int, Any], shapes: dict[int, torch.
     profile = seed.new_zeros(len(seed), batch, length)
     profile[..., rows] = per_token / per_token.sum(-1, keepdim=True)
     return profile
-
-
-def _as_is(value: Value, tensor: Tensor, transform: str, dtype: torch.dtype) -> Tensor:
-    return tensor.to(dtype)
 
 
 def _unmixed(graph: Graph, node: Node, call: Call, parts: list[Tensor | None], given: list[Tensor]) -> Any:

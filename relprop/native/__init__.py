@@ -12,7 +12,14 @@ from relprop.native.linear import epsilon_select, epsilon_share_out, gamma_share
 from relprop.native.matmul import attention_shares, rollout_matrix, share, softmax_taylor
 from relprop.native.module import _C, available, info
 from relprop.native.norm import activation_gradient, activation_slope, norm_gradient, norm_sigma_constant
-from relprop.native.products import back_product, linear_apply, linear_transpose, products_fast, share_out_product
+from relprop.native.products import (
+    back_product,
+    linear_apply,
+    linear_transpose,
+    pack_weight,
+    products_fast,
+    share_out_product,
+)
 from relprop.native.tensors import HALF, REFERENCE, SIGNED, Stabiliser
 
 __all__ = [
@@ -39,6 +46,7 @@ __all__ = [
     "linear_transpose",
     "norm_gradient",
     "norm_sigma_constant",
+    "pack_weight",
     "products_fast",
     "rollout_matrix",
     "select",

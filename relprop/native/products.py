@@ -22,13 +22,47 @@ def products_fast(operands: torch.dtype) -> bool:
     return operands in _OPERANDS and bool(_C.gemm_fast(_OPERANDS[operands]))
 
 
-def _layer(x: Tensor | None, weight: Tensor, rows: int, operands: torch.dtype) -> object:
+def _matrix(weight: Tensor) -> tuple[int, int, int, int]:
+    row, column = weight.stride()
+    return weight.data_ptr(), CODES[weight.dtype], row, column
+
+
+def _layer(x: Tensor | None, weight: Tensor, packed: Tensor | None, rows: int, operands: torch.dtype) -> object:
     n, k = weight.shape
-    strides = weight.stride()
     pointer = 0 if x is None else x.data_ptr()
     code = 0 if x is None else CODES[x.dtype]
-    w = (weight.data_ptr(), CODES[weight.dtype], *strides)
-    return _C.Linear((pointer, code), w, rows, k, n, _OPERANDS[operands])
+    ready = 0 if packed is None else packed.data_ptr()
+    return _C.Linear((pointer, code), _matrix(weight), ready, rows, k, n, _OPERANDS[operands])
+
+
+def pack_weight(weight: Tensor, *, transpose: bool, operands: torch.dtype) -> Tensor:
+    """A weight as the products read it, to be made once and passed as `packed` to every call.
+
+    Args:
+        weight: [N, K]
+        transpose: for products with wᵀ (`linear_apply`, `share_out_product`), else for those with w.
+        operands: torch.float32 | torch.bfloat16
+    Returns:
+        opaque bytes, about N · K times the size of an operand. uint8
+    Raises:
+        ShapeError, DTypeError, DeviceError, OptionError
+    """
+    weight = _weight(weight, operands)
+    n, k = weight.shape
+    columns, depth = (n, k) if transpose else (k, n)
+    packed = torch.empty(_C.linear_packed_bytes(columns, depth, _OPERANDS[operands]), dtype=torch.uint8)
+    if weight.numel():
+        arguments = (n, k, transpose, _OPERANDS[operands], torch.get_num_threads())
+        _C.linear_pack(packed.data_ptr(), _matrix(weight), *arguments)
+    return packed
+
+
+def _packed(packed: Tensor | None, columns: int, depth: int, operands: torch.dtype) -> Tensor | None:
+    if packed is not None:
+        check("packed", packed, (_C.linear_packed_bytes(columns, depth, _OPERANDS[operands]),), torch.uint8)
+        if packed.data_ptr() % 64:
+            raise ShapeError("packed: expected memory on a 64-byte boundary as pack_weight makes it, got a part of it")
+    return packed
 
 
 def _operand(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -62,7 +96,9 @@ def _rows(shape: torch.Size) -> int:
     return rows
 
 
-def linear_apply(x: Tensor, weight: Tensor, bias: Tensor | None, *, operands: torch.dtype) -> Tensor:
+def linear_apply(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, operands: torch.dtype, packed: Tensor | None = None
+) -> Tensor:
     """x wᵀ + b.
 
     Args:
@@ -70,6 +106,7 @@ def linear_apply(x: Tensor, weight: Tensor, bias: Tensor | None, *, operands: to
         weight: [N, K]
         bias: [N] or None, float32
         operands: torch.float32 | torch.bfloat16
+        packed: the weight as `pack_weight` makes it for this product, or None
     Returns:
         [..., N], float32
     Raises:
@@ -77,23 +114,25 @@ def linear_apply(x: Tensor, weight: Tensor, bias: Tensor | None, *, operands: to
     """
     weight = _weight(weight, operands)
     n, k = weight.shape
+    packed = _packed(packed, n, k, operands)
     x = _operand("x", x, (*x.shape[:-1], k))
     bias = None if bias is None else _stream("bias", bias, (n,))
     if k == 0:
         return torch.zeros((*x.shape[:-1], n)) if bias is None else bias.expand(*x.shape[:-1], n).clone()
     y = torch.empty((*x.shape[:-1], n), dtype=torch.float32)
-    layer = _layer(x, weight, _rows(x.shape), operands)
+    layer = _layer(x, weight, packed, _rows(x.shape), operands)
     _C.linear_apply(y.data_ptr(), 0 if bias is None else bias.data_ptr(), layer, torch.get_num_threads())
     return y
 
 
-def linear_transpose(stream: Tensor, weight: Tensor, *, operands: torch.dtype) -> Tensor:
+def linear_transpose(stream: Tensor, weight: Tensor, *, operands: torch.dtype, packed: Tensor | None = None) -> Tensor:
     """stream w, the way back of the gradient.
 
     Args:
         stream: [..., N], float32
         weight: [N, K]
         operands: torch.float32 | torch.bfloat16
+        packed: the weight as `pack_weight` makes it for this product, or None
     Returns:
         [..., K], float32
     Raises:
@@ -101,11 +140,12 @@ def linear_transpose(stream: Tensor, weight: Tensor, *, operands: torch.dtype) -
     """
     weight = _weight(weight, operands)
     n, k = weight.shape
+    packed = _packed(packed, k, n, operands)
     stream = _stream("stream", stream, (*stream.shape[:-1], n))
     if n == 0:
         return torch.zeros((*stream.shape[:-1], k))
     out = torch.empty((*stream.shape[:-1], k), dtype=torch.float32)
-    layer = _layer(None, weight, _rows(stream.shape), operands)
+    layer = _layer(None, weight, packed, _rows(stream.shape), operands)
     _C.linear_transpose(out.data_ptr(), stream.data_ptr(), layer, 1, torch.get_num_threads())
     return out
 
@@ -121,6 +161,7 @@ def share_out_product(
     alpha: float = 1.0,
     stabiliser: Stabiliser,
     tolerance: float,
+    packed: Tensor | None = None,
 ) -> Tensor:
     """Shares of the z⁺ rule, αR / stab(z⁺) with z⁺ = ½(x wᵀ + |x||w|ᵀ), without |x||w|ᵀ in memory.
 
@@ -134,6 +175,7 @@ def share_out_product(
         alpha: factor of the shares
         stabiliser: (kind, epsilon)
         tolerance: a z⁺ within tolerance · |x||w|ᵀ of 0 counts as 0 and has share 0
+        packed: the weight as `pack_weight` makes it for this product, or None
     Returns:
         [T, ..., N], float32
     Raises:
@@ -142,6 +184,7 @@ def share_out_product(
     """
     weight = _weight(weight, operands)
     n, k = weight.shape
+    packed = _packed(packed, n, k, operands)
     shape = (*x.shape[:-1], n)
     x = _operand("x", x, (*x.shape[:-1], k))
     targets = target_count("relevance", relevance, "..., N")
@@ -156,7 +199,7 @@ def share_out_product(
         relevance.data_ptr(),
         0 if y is None else y.data_ptr(),
         0 if bias is None else bias.data_ptr(),
-        _layer(x, weight, _rows(x.shape), operands),
+        _layer(x, weight, packed, _rows(x.shape), operands),
         targets,
         alpha,
         tolerance,
@@ -166,7 +209,9 @@ def share_out_product(
     return out
 
 
-def back_product(shares: Tensor, x: Tensor, weight: Tensor, *, operands: torch.dtype) -> Tensor:
+def back_product(
+    shares: Tensor, x: Tensor, weight: Tensor, *, operands: torch.dtype, packed: Tensor | None = None
+) -> Tensor:
     """End of the z⁺ rule: ½(x ⊙ (s w) + |x| ⊙ (s |w|)), both products from one pass over s and w.
 
     Args:
@@ -174,6 +219,7 @@ def back_product(shares: Tensor, x: Tensor, weight: Tensor, *, operands: torch.d
         x: [..., K]
         weight: [N, K]
         operands: torch.float32 | torch.bfloat16
+        packed: the weight as `pack_weight` makes it for this product, or None
     Returns:
         [T, ..., K], float32
     Raises:
@@ -181,12 +227,13 @@ def back_product(shares: Tensor, x: Tensor, weight: Tensor, *, operands: torch.d
     """
     weight = _weight(weight, operands)
     n, k = weight.shape
+    packed = _packed(packed, k, n, operands)
     x = _operand("x", x, (*x.shape[:-1], k))
     targets = target_count("shares", shares, "..., N")
     shares = _stream("shares", shares, (targets, *x.shape[:-1], n))
     if n == 0:
         return torch.zeros((targets, *x.shape))
     out = torch.empty((targets, *x.shape), dtype=torch.float32)
-    layer = _layer(x, weight, _rows(x.shape), operands)
+    layer = _layer(x, weight, packed, _rows(x.shape), operands)
     _C.linear_alpha_beta_back_product(out.data_ptr(), shares.data_ptr(), layer, targets, torch.get_num_threads())
     return out

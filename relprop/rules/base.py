@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar, cast
 
 import torch
@@ -13,6 +12,7 @@ from typing_extensions import dataclass_transform
 from relprop.errors import OptionError, unknown_name
 from relprop.graph import Node, Value, substitute
 from relprop.rules.stabiliser import Stabiliser
+from relprop.weights import Derive
 
 Relevances = tuple[Tensor | None, ...]
 
@@ -42,7 +42,7 @@ class Call:
         shapes: dict[int, torch.Size],
         wanted: tuple[bool, ...],
         dtype: torch.dtype,
-        derive: Callable[[Value, Tensor, str, torch.dtype], Tensor],
+        derive: Derive,
         absorbed: Absorbed | None = None,
         precision: str = "highest",
     ) -> None:
@@ -65,6 +65,11 @@ class Call:
     def tensor(self, value: Value, transform: str = "") -> Tensor:
         """A saved tensor in the streams' dtype, optionally transformed ("abs", "positive", "negative")."""
         return self.derive(value, self.tensors[value.index], transform, self.dtype)
+
+    def packed(self, position: int, transpose: bool, dtype: torch.dtype) -> Tensor | None:
+        """A weight as the CPU kernels' products of this dtype read it; None where it is not the model's own."""
+        value = self.node.operands[position]
+        return None if value is None else self.derive.packed(value, self.tensors[value.index], transpose, dtype)
 
     @property
     def x(self) -> Tensor:

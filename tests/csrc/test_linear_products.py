@@ -100,6 +100,43 @@ def test_alpha_beta(
     close(found, truth, kept.abs() * (s.abs() @ right.abs()), size[1])
 
 
+@pytest.mark.parametrize("operands", OPERANDS)
+@pytest.mark.parametrize("stored", STORED)
+@pytest.mark.parametrize("size", SIZES)
+def test_a_packed_weight_gives_the_same_bits(
+    size: tuple[int, int, int], stored: torch.dtype, operands: torch.dtype, isa: str
+) -> None:
+    x, weight, bias = layer(size, stored)
+    relevance = torch.randn(2, size[0], size[1])
+    options = {"operands": operands, "stabiliser": EXACT, "tolerance": 1e-6}
+    forward = native.pack_weight(weight, transpose=True, operands=operands)
+    back = native.pack_weight(weight.mT.contiguous().mT, transpose=False, operands=operands)
+
+    def answers(forward: Tensor | None, back: Tensor | None) -> list[Tensor]:
+        y = native.linear_apply(x, weight, bias, operands=operands, packed=forward)
+        return [
+            y,
+            *(native.share_out_product(relevance, x, weight, z, bias, packed=forward, **options) for z in (y, None)),  # type: ignore[arg-type]
+            native.linear_transpose(relevance, weight, operands=operands, packed=back),
+            native.back_product(relevance, x, weight, operands=operands, packed=back),
+        ]
+
+    for ready, plain in zip(answers(forward, back), answers(None, None), strict=True):
+        assert torch.equal(ready, plain)
+
+
+def test_a_packed_weight_must_fit() -> None:
+    x, weight, bias = layer((13, 33, 17), torch.float32)
+    packed = native.pack_weight(weight, transpose=False, operands=torch.float32)
+    with pytest.raises(ShapeError, match=r"packed: expected shape \[4352\], got \[4224\]"):
+        native.linear_apply(x, weight, bias, operands=torch.float32, packed=packed)
+    with pytest.raises(DTypeError, match="packed: expected torch.uint8"):
+        native.linear_transpose(torch.randn(13, 33), weight, operands=torch.float32, packed=packed.view(torch.int8))
+    shifted = torch.empty(len(packed) + 8, dtype=torch.uint8)[8:]
+    with pytest.raises(ShapeError, match="packed: expected memory on a 64-byte boundary"):
+        native.linear_transpose(torch.randn(13, 33), weight, operands=torch.float32, packed=shifted)
+
+
 def test_vanishing_denominators_get_no_share(isa: str) -> None:
     x, weight = torch.ones(14, 40), -torch.ones(33, 40)
     shares = native.share_out_product(

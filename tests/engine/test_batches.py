@@ -165,15 +165,21 @@ def test_threads_share_a_model() -> None:
 # Weights that change are never explained with stale copies.
 
 
-def _fresh(model: nn.Module, x: Tensor) -> Tensor:
-    return relprop.explain(copy.deepcopy(model), x, target=1, backend="torch").relevance
+def _fresh(model: nn.Module, x: Tensor, precision: str = "highest") -> Tensor:
+    backend = "torch" if precision == "highest" else "cpp"
+    return relprop.explain(copy.deepcopy(model), x, target=1, backend=backend, precision=precision).relevance
 
 
-@pytest.mark.parametrize("backend", ["torch", "cpp"])
+EVERY_CACHE = pytest.mark.parametrize(
+    ("backend", "precision"), [("torch", "highest"), ("cpp", "highest"), ("cpp", "medium")]
+)
+
+
+@EVERY_CACHE
 @pytest.mark.parametrize("change", ["optimiser", "load_state_dict", "assign", "in_place", "replaced", "module"])
-def test_changed_weights_are_noticed(change: str, backend: str) -> None:
+def test_changed_weights_are_noticed(change: str, backend: str, precision: str) -> None:
     model, x = vit(), torch.randn(2, 3, 32, 32)
-    engine = relprop.compile(model, (x,), backend=backend)
+    engine = relprop.compile(model, (x,), backend=backend, precision=precision)
     before = engine(x, target=1).relevance
     if change == "optimiser":
         optimiser = torch.optim.SGD(model.parameters(), lr=0.5)
@@ -192,18 +198,18 @@ def test_changed_weights_are_noticed(change: str, backend: str) -> None:
         model.blocks[1].mlp.fc1.weight = nn.Parameter(torch.randn_like(model.blocks[1].mlp.fc1.weight))
     after = engine(x, target=1).relevance
     assert relative(after, before) > 1e-3
-    assert relative(after, _fresh(model, x)) < 1e-4
+    assert relative(after, _fresh(model, x, precision)) < 1e-4
 
 
-@pytest.mark.parametrize("backend", ["torch", "cpp"])
-def test_a_write_through_data_needs_refresh(backend: str) -> None:
+@EVERY_CACHE
+def test_a_write_through_data_needs_refresh(backend: str, precision: str) -> None:
     model, x = vit(), torch.randn(2, 3, 32, 32)
-    engine = relprop.compile(model, (x,), backend=backend)
+    engine = relprop.compile(model, (x,), backend=backend, precision=precision)
     engine(x, target=1)
     for block in model.blocks:
         block.mlp.fc1.weight.data.mul_(-1.5)
     engine.refresh()
-    assert relative(engine(x, target=1).relevance, _fresh(model, x)) < 1e-4
+    assert relative(engine(x, target=1).relevance, _fresh(model, x, precision)) < 1e-4
 
 
 def test_second_compile_comes_from_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import torch
 
 import relprop
 from relprop.execute import run_forward
+from relprop.weights import DerivedWeights, DeriveOnce
 from tests.engine.models import vit
 
 IMAGES = torch.randn(2, 3, 32, 32)
@@ -63,7 +64,7 @@ def test_lifetimes(method: str) -> None:
     program, graph = engine.program, engine.program.graph
     bound = {**engine._bind((IMAGES,), {}), **engine._weights.read(), **graph.constants}
     with torch.no_grad():
-        forward = run_forward(program, bound)
+        forward = run_forward(program, bound, DeriveOnce(graph, engine._weights.derived))
     outside = set(bound)
     left = {i for i in forward.tensors if i not in outside and graph.values[i].carrying}
     kept = {v.index for v in program.kept} | {graph.output.index} | {v.index for v, _ in program.requirements.values}
@@ -101,7 +102,6 @@ def test_differentiable() -> None:
     """The torch backend's sweep is made of differentiable operations: a gradient reaches the weights."""
     from relprop.execute import Sweep
     from relprop.methods import Reading
-    from relprop.weights import DerivedWeights
 
     model = vit(depth=2).double()
     x = IMAGES.double()
@@ -111,12 +111,14 @@ def test_differentiable() -> None:
 
     def answer() -> torch.Tensor:
         bound = {**engine._bind((x,), {}), **engine._weights.read(), **graph.constants}
-        forward = run_forward(program, bound)
+        forward = run_forward(program, bound, DeriveOnce(graph, engine._weights.derived))
         reading = Reading(2, 1)
         for value, _ in program.requirements.values:
             reading.inputs[value] = forward.tensors[value.index]
         reader = program.readout.reader()
-        sweep = Sweep(program, forward, DerivedWeights(), reading, reader, torch.float64, "highest", False)
+        sweep = Sweep(
+            program, forward, DeriveOnce(graph, DerivedWeights()), reading, reader, torch.float64, "highest", False
+        )
         sweep.run(torch.eye(10, dtype=torch.float64)[3].expand(1, 2, 10))
         return reader.finish(reading)[0, 0, 3:9, 5].sum()
 

@@ -19,6 +19,7 @@ from relprop.graph import Node, SampleAxis, Value
 from relprop.ledger import LedgerEntry, book
 from relprop.program import ForwardStep
 from relprop.rules import Absorbed, Call, Rule, Stabiliser
+from relprop.weights import Derive
 
 Parts = tuple[Tensor | None, ...]
 Oracle = Callable[..., Any]
@@ -130,7 +131,7 @@ class Op:
         bound |= {index: given[name] for index, name in self.graph.parameters.items()}
         bound = {i: t.to(dtype) if t.is_floating_point() else t for i, t in bound.items()}
         program: Any = SimpleNamespace(graph=self.graph, forward=[ForwardStep(n, ()) for n in self.graph.nodes])
-        forward = run_forward(program, bound)
+        forward = run_forward(program, bound, _Derive())
         return make_call(node or self.node, forward.tensors, forward.shapes, dtype, absorbed)
 
     def output(self, inputs: Sequence[Tensor]) -> Tensor:
@@ -147,12 +148,15 @@ class Op:
 def make_call(
     node: Node, tensors: dict[int, Any], shapes: dict[int, torch.Size], dtype: torch.dtype, absorbed: Absorbed | None
 ) -> Call:
-    return Call(node, tensors, shapes, tuple(v is not None for v in node.operands), dtype, _derive, absorbed)
+    return Call(node, tensors, shapes, tuple(v is not None for v in node.operands), dtype, _Derive(), absorbed)
 
 
-def _derive(value: Value, tensor: Tensor, transform: str, dtype: torch.dtype) -> Tensor:
-    transforms = {"": lambda t: t, "abs": torch.abs, "positive": torch.relu, "negative": lambda t: -torch.relu(-t)}
-    return transforms[transform](tensor.to(dtype))
+class _Derive(Derive):
+    """Magnitudes are formed in another way than the engine's."""
+
+    def __call__(self, value: Value, tensor: Tensor, transform: str, dtype: torch.dtype) -> Tensor:
+        transforms = {"": lambda t: t, "abs": torch.abs, "positive": torch.relu, "negative": lambda t: -torch.relu(-t)}
+        return transforms[transform](tensor.to(dtype))
 
 
 def call_by_hand(kind: str, target: Any, args: Sequence[Any], outputs: Any, **kwargs: Any) -> Call:
