@@ -1,0 +1,152 @@
+"""Image models of timm and torchvision, built small with random weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import timm
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from tests.families.catalogue import Family, Inputs, images, randomised
+
+SMALL: dict[str, Any] = {"img_size": 32, "num_classes": 7, "embed_dim": 48, "depth": 3, "num_heads": 4}
+
+
+def timm_small(name: str, **options: Any) -> nn.Module:
+    """A registered timm model, shrunk: 16 patches of 8 x 8 pixels unless the options say otherwise."""
+    given = {**SMALL, "patch_size": 8, **options}
+    model = timm.create_model(name, **{k: v for k, v in given.items() if v is not None})
+    return randomised(model)
+
+
+def timm_full(name: str) -> tuple[nn.Module, Callable[[int], Inputs]]:
+    """A registered timm model at its own size, and its inputs."""
+    model = timm.create_model(name).eval()
+    return model, images(model.default_cfg["input_size"][-1])
+
+
+def swin(name: str, **options: Any) -> nn.Module:
+    """Two stages of two blocks, the second shifted: 8 x 8 tokens in windows of 4 x 4, then 4 x 4 tokens."""
+    sizes: dict[str, Any] = {"img_size": 32, "num_classes": 7, "patch_size": 4, "window_size": 4, "embed_dim": 24}
+    return randomised(timm.create_model(name, **sizes, depths=(2, 2), num_heads=(2, 4), **options))
+
+
+class _Stem(nn.Module):
+    """A convolutional backbone in timm's interface: stride 4, 24 channels, batch norm, group norm and a max pool."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from timm.models.resnetv2 import ResNetV2
+
+        self.net = ResNetV2(
+            layers=(1, 1), channels=(16, 24), num_classes=0, global_pool="", preact=False, stem_type="same"
+        )
+        self.feature_info = self.net.feature_info
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net.forward_features(x)
+
+
+def hybrid() -> nn.Module:
+    """timm's own hybrid class around a small ResNetV2."""
+    from timm.layers import HybridEmbed
+    from timm.models.vision_transformer import VisionTransformer
+
+    embed = partial(HybridEmbed, backbone=_Stem().net)
+    return randomised(VisionTransformer(**SMALL, patch_size=1, embed_layer=embed))
+
+
+class HandWritten(nn.Module):
+    """A classifier as people write one in an afternoon, around nn.MultiheadAttention."""
+
+    class Block(nn.Module):
+        def __init__(self, dim: int, heads: int) -> None:
+            super().__init__()
+            self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+            self.attention = nn.MultiheadAttention(dim, heads, dropout=0.1, batch_first=True)
+            self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.ReLU(), nn.Dropout(0.1), nn.Linear(4 * dim, dim))
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.norm1(x)
+            mixed, _ = self.attention(h, h, h)
+            x = x + mixed
+            return x + self.mlp(self.norm2(x))
+
+    def __init__(self, patch: int = 8, side: int = 4, dim: int = 48, depth: int = 3, heads: int = 4) -> None:
+        super().__init__()
+        self.patch = patch
+        self.embed = nn.Linear(3 * patch * patch, dim)
+        self.start = nn.Parameter(torch.zeros(1, 1, dim))
+        self.place = nn.Parameter(torch.zeros(1, side * side + 1, dim))
+        self.blocks = nn.ModuleList(self.Block(dim, heads) for _ in range(depth))
+        self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, 7)
+
+    def forward(self, images: Tensor) -> Tensor:
+        patches = nn.functional.unfold(images, self.patch, stride=self.patch).transpose(1, 2)
+        x = self.embed(patches)
+        x = torch.cat([self.start.expand(len(x), -1, -1), x], dim=1) + self.place
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x[:, 0]))
+
+
+class Encoder(nn.Module):
+    """nn.TransformerEncoder over patches, with a mean over them."""
+
+    def __init__(self, dim: int = 48) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(dim, 4, 96, activation="gelu", batch_first=True)
+        self.embed = nn.Conv2d(3, dim, 8, 8)
+        self.place = nn.Parameter(torch.zeros(16, dim))
+        self.encoder = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
+        self.head = nn.Linear(dim, 7)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.embed(images).flatten(2).transpose(1, 2) + self.place
+        return self.head(self.encoder(x).mean(1))
+
+
+def torchvision_vit() -> nn.Module:
+    """torchvision's VisionTransformer, which vit_b_16 builds."""
+    return randomised(torchvision.models.VisionTransformer(32, 8, 3, 4, 48, 96, num_classes=7))
+
+
+def torchvision_swin() -> nn.Module:
+    """torchvision's SwinTransformer, which swin_t builds."""
+    return randomised(torchvision.models.SwinTransformer([4, 4], 24, [2, 2], [2, 4], [4, 4], num_classes=7))
+
+
+def torchvision_full(name: str, argument: str = "x") -> tuple[nn.Module, Callable[[int], Inputs]]:
+    """A torchvision model at its own size."""
+    return torchvision.models.get_model(name).eval(), images(224, argument)
+
+
+WINDOWS = "windows"
+VIT = "timm.models.vision_transformer.VisionTransformer"
+DEIT = "timm.models.deit.VisionTransformerDistilled"
+EVA = "timm.models.eva.Eva"
+
+
+def _timm(name: str, title: str, stock: str, arch: str, *, quick: bool = False, **options: Any) -> Family:
+    small = partial(timm_small, arch, **options)
+    return Family(name, title, stock, small, images(32), quick=quick, full=partial(timm_full, arch))
+
+
+VISION: list[Family] = [
+    _timm("vit", "ViT, class token", VIT, "vit_base_patch16_224", quick=True),
+    _timm("vit_gap", "ViT, mean over patches", VIT, "vit_base_patch16_224", global_pool="avg", class_token=False),
+    _timm("vit_reg", "ViT, registers", VIT, "vit_base_patch16_reg4_gap_256"),
+    _timm("deit", "DeiT", VIT, "deit_tiny_patch16_224"),
+    _timm("deit_distilled", "DeiT, distilled", DEIT, "deit_tiny_distilled_patch16_224", quick=True),
+    _timm("deit3", "DeiT III (LayerScale)", VIT, "deit3_small_patch16_224"),
+    _timm("beit", "BEiT v2 (relative positions)", "timm.models.beit.Beit", "beitv2_base_patch16_224"),
+    _timm("eva02_tiny", "EVA-02, tiny (RoPE, SwiGLU)", EVA, "eva02_tiny_patch14_224", ref_feat_shape=(4, 4)),
+    _timm("eva02_base", "EVA-02, base (norm inside the MLP)", EVA, "eva02_base_patch14_224", ref_feat_shape=(4, 4)),
+    _timm("dinov2", "DINOv2", VIT, "vit_small_patch14_dinov2"),
+    _timm("dinov2_reg", "DINOv2, registers", VIT, "vit_small_patch14_reg4_dinov2"),
+    _timm("dinov3", "DINOv3", EVA, "vit_small_patch16_dinov3"),
+]
