@@ -12,6 +12,7 @@ from relprop.errors import RelpropError
 from relprop.explanation import Explanation
 from relprop.ledger import Ledger, LedgerEntry
 from relprop.methods import methods
+from relprop.native import empty_cache
 from relprop.program import Program
 from relprop.rules import Call, Rule, Stabiliser, register_rule
 
@@ -32,6 +33,7 @@ __all__ = [
     "backends",
     "compile",
     "composites",
+    "empty_cache",
     "entry",
     "explain",
     "find_composite",

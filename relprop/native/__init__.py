@@ -20,7 +20,7 @@ from relprop.native.products import (
     products_fast,
     share_out_product,
 )
-from relprop.native.tensors import HALF, REFERENCE, SIGNED, Stabiliser
+from relprop.native.tensors import HALF, REFERENCE, SIGNED, Stabiliser, empty_cache
 
 __all__ = [
     "HALF",
@@ -37,6 +37,7 @@ __all__ = [
     "attention_shares",
     "available",
     "back_product",
+    "empty_cache",
     "epsilon_select",
     "epsilon_share_out",
     "fanout_epsilon",

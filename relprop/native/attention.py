@@ -9,7 +9,7 @@ from torch import Tensor
 
 from relprop.errors import DeviceError, DTypeError, OptionError, ShapeError
 from relprop.native.module import _C
-from relprop.native.tensors import Stabiliser, check, dtype_of, text_of
+from relprop.native.tensors import Stabiliser, check, dtype_of, empty, text_of
 
 QK_RULES = {"half": 0, "positive": 1, "detached": 2}
 EDGES = {"gradient_x_relevance": 1, "gradient_x_attention": 2, "relevance": 3, "attention": 4}
@@ -199,5 +199,5 @@ def _outputs(q: Tensor, k: Tensor, v: Tensor, targets: int, wanted: Wanted) -> P
     for like, want in zip((q, k, v), wanted, strict=True):
         batch, heads, rows, width = like.shape
         shape = (targets, batch, rows, heads, width)
-        parts.append(torch.empty(shape, dtype=q.dtype).transpose(2, 3) if want else None)
+        parts.append(empty(shape, q.dtype).transpose(2, 3) if want else None)
     return (parts[0], parts[1], parts[2])

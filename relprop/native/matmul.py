@@ -12,6 +12,7 @@ from relprop.native.tensors import (
     NONE,
     Stabiliser,
     argument,
+    empty,
     input_tensor,
     is_aligned,
     output_tensor,
@@ -54,7 +55,7 @@ def share(relevance: Tensor, z: Tensor, *, stabiliser: Stabiliser) -> Tensor:
         s = torch.empty_strided(full, relevance.stride(), dtype=relevance.dtype)
     else:
         relevance, z = input_tensor("relevance", relevance, full, compute), input_tensor("z", z, z.shape, compute)
-        s = torch.empty(full, dtype=relevance.dtype)
+        s = empty(full, relevance.dtype)
     _C.matmul_half_share(
         argument(s), argument(relevance), argument(z), targets, z.numel(), *stabiliser, torch.get_num_threads()
     )
@@ -103,7 +104,7 @@ def attention_shares(
     sv = input_tensor("sv", sv, full, compute)
     dots = input_tensor("dots", dots, shape, compute)
     s_prime = output_tensor("out", out, full, compute, default=sv.dtype, same=[sv], apart=[attention, dots])
-    relevance = torch.empty(full, dtype=sv.dtype) if want_relevance else None
+    relevance = empty(full, sv.dtype) if want_relevance else None
     _C.matmul_half_attention_shares(
         argument(s_prime),
         NONE if relevance is None else argument(relevance),

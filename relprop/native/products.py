@@ -11,7 +11,7 @@ from torch import Tensor
 
 from relprop.errors import DTypeError, OptionError, ShapeError
 from relprop.native.module import _C
-from relprop.native.tensors import CODES, HALF, Stabiliser, check, dense, is_aligned, target_count, text_of
+from relprop.native.tensors import CODES, HALF, Stabiliser, check, dense, empty, is_aligned, target_count, text_of
 
 _STORED = (torch.float32, *HALF)
 _OPERANDS = {torch.float32: 0, torch.bfloat16: 1}
@@ -119,7 +119,7 @@ def linear_apply(
     bias = None if bias is None else _stream("bias", bias, (n,))
     if k == 0:
         return torch.zeros((*x.shape[:-1], n)) if bias is None else bias.expand(*x.shape[:-1], n).clone()
-    y = torch.empty((*x.shape[:-1], n), dtype=torch.float32)
+    y = empty((*x.shape[:-1], n), torch.float32)
     layer = _layer(x, weight, packed, _rows(x.shape), operands)
     _C.linear_apply(y.data_ptr(), 0 if bias is None else bias.data_ptr(), layer, torch.get_num_threads())
     return y
@@ -144,7 +144,7 @@ def linear_transpose(stream: Tensor, weight: Tensor, *, operands: torch.dtype, p
     stream = _stream("stream", stream, (*stream.shape[:-1], n))
     if n == 0:
         return torch.zeros((*stream.shape[:-1], k))
-    out = torch.empty((*stream.shape[:-1], k), dtype=torch.float32)
+    out = empty((*stream.shape[:-1], k), torch.float32)
     layer = _layer(None, weight, packed, _rows(stream.shape), operands)
     _C.linear_transpose(out.data_ptr(), stream.data_ptr(), layer, 1, torch.get_num_threads())
     return out
@@ -191,7 +191,7 @@ def share_out_product(
     relevance = _stream("relevance", relevance, (targets, *shape))
     y = None if y is None else _stream("y", y, shape)
     bias = None if bias is None else _stream("bias", bias, (n,))
-    out = torch.empty_like(relevance)
+    out = empty(relevance.shape, torch.float32)
     if k == 0:
         return out.zero_()
     _C.linear_alpha_beta_share_out_product(
@@ -233,7 +233,7 @@ def back_product(
     shares = _stream("shares", shares, (targets, *x.shape[:-1], n))
     if n == 0:
         return torch.zeros((targets, *x.shape))
-    out = torch.empty((targets, *x.shape), dtype=torch.float32)
+    out = empty((targets, *x.shape), torch.float32)
     layer = _layer(x, weight, packed, _rows(x.shape), operands)
     _C.linear_alpha_beta_back_product(out.data_ptr(), shares.data_ptr(), layer, targets, torch.get_num_threads())
     return out

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from relprop.errors import DeviceError, DTypeError, OptionError, ShapeError
+from relprop.native.module import _C, available
 
 Stabiliser = tuple[int, float]  # (kind, epsilon)
 SIGNED = 0  # z + epsilon * sign(z), sign(0) = +1; with epsilon 0 the share is 0 where z is 0
@@ -19,7 +21,26 @@ TOLERANCE = {dtype: 4 * torch.finfo(dtype).eps for dtype in ITEMSIZE}
 HALF = (torch.bfloat16, torch.float16)
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # DType in csrc/dtype.h
 _MIXED = {dtype: (dtype, *HALF) for dtype in ITEMSIZE}
+_SMALLEST_BLOCK = _C.SMALLEST_BLOCK if available()[0] else 0
 NONE = (0, 0)  # as `argument`, where there is no tensor
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A result to write to, on the CPU; its memory may be an earlier result's, which saves the first touch of pages."""
+    if math.prod(shape) * dtype.itemsize < _SMALLEST_BLOCK:
+        return torch.empty(shape, dtype=dtype)
+    return torch.from_dlpack(_C.result(list(shape), CODES[dtype]))
+
+
+def empty_cache() -> None:
+    """Give the memory of results that died back to the system.
+
+    The CPU kernels keep it for the next result of its size, a sixteenth of the machine's memory at most.
+    """
+    if available()[0]:
+        _, limit = _C.block_use()
+        _C.limit_blocks(0)
+        _C.limit_blocks(limit)
 
 
 def dtype_of(name: str, tensor: Tensor) -> tuple[torch.dtype, int]:
@@ -123,7 +144,7 @@ def output_tensor(
     if tensor is None:
         if default is not None and default not in dtypes:
             raise DTypeError(f"{name}: expected {_any_of(dtypes)}, got {default}")
-        return torch.empty(shape, dtype=default or dtype)
+        return empty(shape, default or dtype)
     _check_mixed(name, tensor, shape, dtypes)
     if not tensor.is_contiguous() or tensor.is_neg():
         raise ShapeError(f"{name}: expected a contiguous tensor to write to, got strides {text_of(tensor.stride())}")
