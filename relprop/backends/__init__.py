@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from relprop.backends import cpp, cpp_attention, products, triton
+from relprop.backends import cpp, cpp_attention, forward, products, triton
 from relprop.errors import BackendError, unknown_name
 from relprop.graph import Node
 from relprop.program import ChooseJoint, ForwardKernel, JointKernel, Kernel
@@ -83,12 +83,18 @@ def choose_forward(
 ) -> Callable[[Node], ForwardKernel | None]:
     """A chooser of forward kernels for a plan: None leaves an operation to the model's own.
 
-    Only `precision="medium"` changes the forward pass. Its linear layers then multiply what their relevance rules will
-    multiply, so that the parts of a z+ come from the same numbers.
+    Only `precision="medium"` changes the numbers of the forward pass. Its linear layers then multiply what their
+    relevance rules will multiply, so that the parts of a z+ come from the same numbers.
     """
-    if precision != "medium" or _used(name, dtype, device) != "cpp":
+    if _used(name, dtype, device) != "cpp":
         return lambda node: None
-    return lambda node: products.forward if node.kind == "linear" else None
+
+    def choose(node: Node) -> ForwardKernel | None:
+        if node.kind == "linear" and precision == "medium":
+            return products.forward
+        return forward.run if forward.takes(node) else None
+
+    return choose
 
 
 def choose_joint(name: str, dtype: torch.dtype, device: torch.device) -> ChooseJoint:

@@ -21,13 +21,14 @@ TOLERANCE = {dtype: 4 * torch.finfo(dtype).eps for dtype in ITEMSIZE}
 HALF = (torch.bfloat16, torch.float16)
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # DType in csrc/dtype.h
 _MIXED = {dtype: (dtype, *HALF) for dtype in ITEMSIZE}
-_SMALLEST_BLOCK = _C.SMALLEST_BLOCK if available()[0] else 0
+SMALLEST_KEPT = _C.SMALLEST_BLOCK if available()[0] else 0  # bytes, of a result in memory that is kept
+FLOATING = tuple(CODES)
 NONE = (0, 0)  # as `argument`, where there is no tensor
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """A result to write to, on the CPU; its memory may be an earlier result's, which saves the first touch of pages."""
-    if math.prod(shape) * dtype.itemsize < _SMALLEST_BLOCK:
+    if math.prod(shape) * dtype.itemsize < SMALLEST_KEPT:
         return torch.empty(shape, dtype=dtype)
     return torch.from_dlpack(_C.result(list(shape), CODES[dtype]))
 
