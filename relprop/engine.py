@@ -93,22 +93,34 @@ def compile(
     device, dtype = _placement(model, args, dict(kwargs or {}))
     choose = choose_backend(backend, dtype, device)
     key = (method, rules, _hashable(method_options), backend, dtype, str(device), precision)
+
+    def build(books: bool) -> Program:
+        return build_program(
+            plan.graph,
+            chosen,
+            method_options,
+            rules,
+            choose,
+            plan.captured.batch_symbols,
+            choose_joint=choose_joint(backend, dtype, device),
+            choose_forward=choose_forward(backend, dtype, device, precision),
+            books=books,
+        )
+
     with _CACHE.lock:
         plan = _plan(model, args, dict(kwargs or {}), output)
         program = plan.programs.get(key)
         if program is None:
-            program = build_program(
-                plan.graph,
-                chosen,
-                method_options,
-                rules,
-                choose,
-                plan.captured.batch_symbols,
-                choose_joint=choose_joint(backend, dtype, device),
-                choose_forward=choose_forward(backend, dtype, device, precision),
-            )
+            program = build(False)
             plan.programs[key] = program
-    return Engine(model, plan.captured, program, backend, precision, dtype, device)
+
+    def booked() -> Program:
+        with _CACHE.lock:
+            if (key, "books") not in plan.programs:
+                plan.programs[key, "books"] = build(True)
+            return plan.programs[key, "books"]
+
+    return Engine(model, plan.captured, program, backend, precision, dtype, device, booked)
 
 
 def _plan(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> _Plan:
@@ -197,8 +209,10 @@ class Engine:
         precision: str,
         dtype: torch.dtype,
         device: torch.device,
+        booked: Callable[[], Program],
     ) -> None:
         self.program = program
+        self._booked = booked
         self._model = model
         self._captured = captured
         self._weights = Weights(model, program.graph)
@@ -277,21 +291,23 @@ class Engine:
         trace: Trace | None = None,
     ) -> tuple[Explanation, Target, Reading]:
         program, graph = self.program, self.program.graph
+        if program.gradient_form and (ledger or trace is not None):
+            program = self._booked()
         bound = {**inputs, **self._weights.read(), **graph.constants}
         derive = DeriveOnce(graph, self._weights.derived)
         forward = run_forward(program, bound, derive, None if moved is None else trust.mover(graph, moved))
         output = forward.tensors[graph.output.index]
         if resolved is None:
             resolved = resolve_target(target, output, self._dtype)
-        reading = self._reading(forward, output, resolved)
+        reading = self._reading(program, forward, output, resolved)
         reader = program.readout.reader()
         sweep = Sweep(program, forward, derive, reading, reader, self._dtype, self._precision, ledger, trace)
         books = sweep.run(resolved.seed)
         relevance = reader.finish(reading)
         return self._explanation(relevance, output, resolved, reading, forward, books), resolved, reading
 
-    def _reading(self, forward: Forward, output: Tensor, target: Target) -> Reading:
-        program, graph = self.program, self.program.graph
+    def _reading(self, program: Program, forward: Forward, output: Tensor, target: Target) -> Reading:
+        graph = program.graph
         reading = Reading(output.shape[0], target.seed.shape[0])
         reading.backend = (
             "cpp" if any(s.backend == "cpp" for step in program.reverse for s in step.streams) else "torch"
@@ -301,6 +317,8 @@ class Engine:
             flags = explained_tokens(graph, graph.attention_sites()[0], lambda i: forward.shapes[i])
             if flags:
                 reading.explained_tokens = torch.tensor(flags, device=output.device)
+        if program.requirements.positions:
+            reading.positions = []
         for value, _ in program.requirements.values:
             reading.inputs[value] = forward.tensors[value.index]
         return reading

@@ -119,14 +119,17 @@ class Sweep:
             seed: [T, *output shape]
         """
         output = self.program.graph.output
+        relevance = seed
+        if self.program.composite.seed == "score" and not self.program.gradient_form:
+            relevance = seed * self.forward.tensors[output.index].to(seed.dtype)
         for name in self.program.seeds:
-            self._arrive(name, output, seed)
+            self._arrive(name, output, relevance if name == "relevance" else seed)
         for step in self.program.reverse:
             self._step(step)
         self._collect()
         if self.entries is None:
             return None
-        total = output.per_sample(seed).sum(-1, dtype=torch.float64)
+        total = output.per_sample(relevance).sum(-1, dtype=torch.float64)
         frontier = torch.zeros_like(total)
         for value in self.program.frontier.get("relevance", ()):
             arrived = self.streams["relevance"].get(value.index)
@@ -140,6 +143,8 @@ class Sweep:
             if found is None:
                 shape = self.forward.shapes[value.index]
                 found = torch.zeros(self.reading.targets, *shape, dtype=self.dtype, device=self.forward.device)
+            if name == "relevance" and self.program.gradient_form:
+                found = found * self.reading.inputs[value].to(found.dtype)
             self.reading.streams[value, name] = found
 
     def _arrive(self, name: str, value: Value, tensor: Tensor) -> None:
@@ -205,7 +210,7 @@ class Sweep:
             self._read(step, call or self._call(node, ()))
 
     def _call(self, node: Node, wanted: tuple[bool, ...]) -> Call:
-        return Call(
+        call = Call(
             node,
             self.forward.tensors,
             self.forward.shapes,
@@ -214,6 +219,8 @@ class Sweep:
             self.derive,
             precision=self.precision,
         )
+        call.positions = self.reading.positions
+        return call
 
     def _take(self, stream: StreamStep, node: Node) -> Any:
         streams = self.streams[stream.stream]

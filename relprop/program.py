@@ -115,6 +115,7 @@ class Program:
         readout, requirements: the read-out and what it asked for.
         forward, reverse: the steps.
         seeds: streams that start at the output.
+        gradient_form: relevance is walked as a modified gradient g and becomes x g where it is read.
         batch_symbols: sizes that stand for the batch.
     """
 
@@ -128,6 +129,7 @@ class Program:
     seeds: tuple[str, ...]
     batch_symbols: frozenset[Any]
     frontier: Mapping[str, tuple[Value, ...]] = field(default_factory=dict)
+    gradient_form: bool = False
 
     @property
     def kept(self) -> tuple[Value, ...]:
@@ -251,6 +253,7 @@ def build_program(
     everything: bool = False,
     choose_forward: Callable[[Node], ForwardKernel | None] = lambda node: None,
     choose_joint: ChooseJoint = lambda node, rules, edge: None,
+    books: bool = False,
 ) -> Program:
     """Plan a method on a graph.
 
@@ -259,6 +262,7 @@ def build_program(
         everything: run every step of every stream down to the inputs (for tracing).
         choose_forward: the kernel of an operation's forward, None for its own.
         choose_joint: the kernel for all streams of an operation at once, None where there is none.
+        books: walk relevance itself also where a modified gradient would do, for a ledger or a trace.
     Raises:
         UnsupportedOpError: operations without a rule; all are named.
         UnsupportedTopologyError: the method does not apply to this structure.
@@ -271,6 +275,9 @@ def build_program(
         streams["gradient"] = {node: gradient for node in graph.nodes if node.carrying}
     if _uses(requirements, "relevance"):
         streams["relevance"] = composite.assign(graph)
+    forms = None if books else _gradient_forms(composite, requirements, streams.get("relevance", {}))
+    if forms is not None:
+        streams["relevance"] = forms
     reached = {name: _reached(graph, requirements, name, everything) for name in streams}
     reverse: list[tuple[Node, tuple[StreamStep, ...], frozenset[str]]] = []
     frontier: dict[str, list[Value]] = {name: [] for name in streams}
@@ -306,7 +313,18 @@ def build_program(
         seeds=tuple(streams),
         batch_symbols=batch_symbols,
         frontier={name: tuple(values) for name, values in frontier.items()},
+        gradient_form=forms is not None,
     )
+
+
+def _gradient_forms(
+    composite: Composite, requirements: Requirements, rules: Mapping[Node, Rule]
+) -> dict[Node, Rule] | None:
+    """The rules as modified gradients, where relevance starts as the score and is only read at values."""
+    if composite.seed != "score" or any("relevance" in maps for maps in requirements.maps.values()):
+        return None
+    forms = {node: form for node, rule in rules.items() if (form := rule.gradient_form(node)) is not None}
+    return forms if rules and len(forms) == len(rules) else None
 
 
 def _joint(
