@@ -209,7 +209,7 @@ class Engine:
         precision: str,
         dtype: torch.dtype,
         device: torch.device,
-        booked: Callable[[], Program],
+        booked: Callable[[], Program] | None = None,
     ) -> None:
         self.program = program
         self._booked = booked
@@ -291,7 +291,7 @@ class Engine:
         trace: Trace | None = None,
     ) -> tuple[Explanation, Target, Reading]:
         program, graph = self.program, self.program.graph
-        if program.gradient_form and (ledger or trace is not None):
+        if self._booked is not None and program.gradient_form and (ledger or trace is not None):
             program = self._booked()
         bound = {**inputs, **self._weights.read(), **graph.constants}
         derive = DeriveOnce(graph, self._weights.derived)
