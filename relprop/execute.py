@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from relprop.graph import Node, Value, substitute
+from relprop.latents import Latent, make_latent
 from relprop.ledger import Ledger, LedgerEntry, book
 from relprop.methods.base import Reader, Reading, RowReader
 from relprop.program import JointStep, JointStream, Program, ReverseStep, StreamStep
@@ -108,9 +109,12 @@ class Sweep:
         self.dtype, self.precision = dtype, precision
         self.trace = trace
         self.streams: dict[str, Streams] = {name: {} for name in program.seeds}
+        self.activations = {name: forward.tensors[value.index] for name, value in program.requirements.latents.items()}
         self.entries: list[LedgerEntry] | None = [] if ledger else None
         self.wanted_values = set(program.requirements.values)
         self.kept = {name: {v.index for v, of in self.wanted_values if of == name} for name in program.seeds}
+        if "relevance" in self.kept:
+            self.kept["relevance"] |= {value.index for value in program.requirements.latents.values()}
 
     def run(self, seed: Tensor) -> Ledger | None:
         """Seed every stream at the output and walk.
@@ -136,6 +140,16 @@ class Sweep:
             if arrived is not None:
                 frontier = frontier + value.per_sample(arrived).sum(-1, dtype=torch.float64)
         return Ledger(total, frontier, self.entries)
+
+    def latents(self, several: bool) -> dict[str, Latent]:
+        """Relevance at the values that the plan keeps by name; call it after `run`."""
+        found: dict[str, Latent] = {}
+        for name, value in self.program.requirements.latents.items():
+            activation, stream = self.activations[name], self.streams["relevance"].get(value.index)
+            if stream is None:
+                stream = activation.new_zeros(self.reading.targets, *activation.shape, dtype=self.dtype)
+            found[name] = make_latent(value, activation, stream, self.program.gradient_form, several)
+        return found
 
     def _collect(self) -> None:
         for value, name in self.wanted_values:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from relprop import cost
 from relprop.composites import Composite
 from relprop.graph import Graph, Node, Value, leaves
+from relprop.latents import latent_values
 from relprop.methods.base import Method, Readout, Requirements
 from relprop.methods.topology import profile_nodes
 from relprop.rules import Call, Relevances, Rule, make_rule
@@ -254,6 +255,7 @@ def build_program(
     choose_forward: Callable[[Node], ForwardKernel | None] = lambda node: None,
     choose_joint: ChooseJoint = lambda node, rules, edge: None,
     books: bool = False,
+    latents: Sequence[str] = (),
 ) -> Program:
     """Plan a method on a graph.
 
@@ -263,12 +265,13 @@ def build_program(
         choose_forward: the kernel of an operation's forward, None for its own.
         choose_joint: the kernel for all streams of an operation at once, None where there is none.
         books: walk relevance itself also where a modified gradient would do, for a ledger or a trace.
+        latents: module paths at whose outputs relevance is kept.
     Raises:
         UnsupportedOpError: operations without a rule; all are named.
         UnsupportedTopologyError: the method does not apply to this structure.
     """
     readout = method.make_readout(options)
-    requirements = readout.require(graph)
+    requirements = replace(readout.require(graph), latents=latent_values(graph, latents))
     streams: dict[str, dict[Node, Rule]] = {}
     gradient = make_rule("any", "gradient")
     if _uses(requirements, "gradient"):
@@ -339,6 +342,8 @@ def _joint(
 
 
 def _uses(requirements: Requirements, stream: str) -> bool:
+    if stream == "relevance" and requirements.latents:
+        return True
     return any(stream in maps for maps in requirements.maps.values()) or any(
         name == stream for _, name in requirements.values
     )
@@ -347,6 +352,8 @@ def _uses(requirements: Requirements, stream: str) -> bool:
 def _reached(graph: Graph, requirements: Requirements, stream: str, everything: bool) -> set[int]:
     """Values at which a stream is needed: below each lies something that is read out."""
     wanted = {value.index for value, name in requirements.values if name == stream}
+    if stream == "relevance":
+        wanted |= {value.index for value in requirements.latents.values()}
     if everything:
         wanted |= {v.index for v in graph.explained}
         wanted |= {node.outputs[0].index for node in graph.nodes if node.kind == "embedding" and node.carrying}
@@ -394,6 +401,7 @@ def _forward_steps(
     choose: Callable[[Node], ForwardKernel | None],
 ) -> tuple[ForwardStep, ...]:
     kept = {index for item in plan for index in _needed(*item)}
+    kept |= {value.index for value in requirements.latents.values()}
     kept |= {graph.output.index} | {v.index for v, _ in requirements.values}
     if requirements.profile:
         kept |= {v.index for node in profile_nodes(graph) for v in node.operands if v is not None and not v.carrying}

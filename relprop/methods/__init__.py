@@ -7,6 +7,7 @@ from functools import partial
 from relprop.methods.attention_maps import GradCam, LayerRow, RowWalk
 from relprop.methods.base import METHODS, Method, Reading, Requirements, find_method, methods, register_method
 from relprop.methods.input_maps import InputMap, PositionedMap
+from relprop.methods.sampled import IntegratedGradients, SmoothGrad
 
 _CHEFER = "Chefer et al., CVPR 2021"
 
@@ -124,6 +125,28 @@ register_method(
     )
 )
 
+register_method(
+    Method(
+        "integrated_gradients",
+        "input less baseline, times the gradient's mean on the way from the baseline",
+        "Sundararajan et al., ICML 2017",
+        "chefer",
+        partial(IntegratedGradients, "gradient", "integrated_gradients"),
+        {"steps": 32, "baseline": 0.0, "batch": 8},
+        output="input",
+    )
+)
+register_method(
+    Method(
+        "smoothgrad",
+        "the gradient's mean over noisy inputs",
+        "Smilkov et al. 2017",
+        "chefer",
+        partial(SmoothGrad, "gradient", "smoothgrad"),
+        {"samples": 32, "noise": 0.15, "seed": 0, "times_input": False, "batch": 8},
+        output="input",
+    )
+)
 for _name, _summary, _source in (
     ("attnlrp", "relevance of every pixel or token: input times one modified gradient", "Achtibat et al., ICML 2024"),
     ("cp_lrp", "the same with softmax and gates held constant", "Ali et al., ICML 2022"),

@@ -23,12 +23,14 @@ class Requirements:
         values: streams at values: (value, "gradient" or "relevance").
         profile: whether the read-out asks which tokens the output reads.
         positions: whether it asks for what positions keep.
+        latents: values whose relevance is kept, by name.
     """
 
     maps: dict[Node, frozenset[str]] = field(default_factory=dict)
     values: tuple[tuple[Value, str], ...] = ()
     profile: bool = False
     positions: bool = False
+    latents: Mapping[str, Value] = field(default_factory=dict)
 
 
 @dataclass

@@ -42,9 +42,14 @@ class _AtInput(Reader):
         found = reading.streams[value, self.stream]
         if self.stream == "gradient":
             found = found * reading.inputs[value].to(found.dtype)
-        if found.ndim == 5:  # [T, B, C, H, W]
-            return found.sum(2)
-        return found.sum(-1) if found.ndim == 4 else found
+        return over_channels(found)
+
+
+def over_channels(found: Tensor) -> Tensor:
+    """Summed over the channels of pixels [T, B, C, H, W] or tokens [T, B, N, C]."""
+    if found.ndim == 5:
+        return found.sum(2)
+    return found.sum(-1) if found.ndim == 4 else found
 
 
 @dataclass(frozen=True)
