@@ -10,11 +10,13 @@ from relprop.composites import Composite, Entry, composites, entry, find_composi
 from relprop.engine import Engine, compile, explain
 from relprop.errors import RelpropError
 from relprop.explanation import Explanation
+from relprop.latents import Latent
 from relprop.ledger import Ledger, LedgerEntry
 from relprop.methods import methods
 from relprop.native import empty_cache
 from relprop.program import Program
 from relprop.rules import Call, Rule, Stabiliser, register_rule
+from relprop.targets import contrast
 
 __version__ = "0.1.0"
 
@@ -24,6 +26,7 @@ __all__ = [
     "Engine",
     "Entry",
     "Explanation",
+    "Latent",
     "Ledger",
     "LedgerEntry",
     "Program",
@@ -33,6 +36,7 @@ __all__ = [
     "backends",
     "compile",
     "composites",
+    "contrast",
     "empty_cache",
     "entry",
     "explain",

@@ -49,12 +49,15 @@ class Composite:
         entries: in order of precedence.
         summary: one line on what it is for.
         source: paper or code.
+        seed: relevance of the explained output: "one", or "score" for the output itself, so that relevance adds up to
+            the score.
     """
 
     name: str
     entries: tuple[Entry, ...]
     summary: str = ""
     source: str = ""
+    seed: str = "one"
 
     def rule_for(self, kind: str, role: str = "", module: str = "") -> Rule | None:
         """The rule of one operation, None where no entry matches."""
@@ -62,7 +65,7 @@ class Composite:
 
     def overridden(self, *entries: Entry, name: str | None = None) -> Composite:
         """This composite with entries that take precedence over its own."""
-        return Composite(name or f"{self.name}+", (*entries, *self.entries), self.summary, self.source)
+        return Composite(name or f"{self.name}+", (*entries, *self.entries), self.summary, self.source, self.seed)
 
     def assign(self, graph: Graph) -> dict[Node, Rule]:
         """A rule for every carrying node.
@@ -199,6 +202,114 @@ register_composite(
     )
 )
 register_composite(Composite("gradient", tuple(_gradient_entries()), "the gradient through every operation"))
+
+
+def _lrp(
+    *,
+    softmax: str = "taylor",
+    gate: str = "half",
+    stabiliser: Stabiliser = EXACT,
+) -> tuple[Entry, ...]:
+    """AttnLRP's rules and what other composites change of them; without stabilisers a modified gradient."""
+    return (
+        entry("linear", "epsilon", stabiliser=stabiliser),
+        entry("conv", "epsilon", stabiliser=stabiliser),
+        entry("matmul", "half", stabiliser=stabiliser),
+        entry("softmax", softmax),
+        entry("add", "epsilon", stabiliser=stabiliser),
+        entry("mul", gate),
+        entry("norm", "sigma_constant", stabiliser=stabiliser),
+        entry("activation", "slope", stabiliser=EXACT) if stabiliser.is_exact else entry("activation", "identity"),
+        entry("embedding", "sum"),
+        entry("pool", "epsilon", stabiliser=stabiliser),
+        entry("fanout", "epsilon", stabiliser=EXACT),
+        entry("select", "epsilon", stabiliser=EXACT),
+        entry("movement", "adjoint"),
+    )
+
+
+_STABLE = Stabiliser(1e-6)
+_ZENNIT_PLUS: dict[str, Any] = {"alpha": 1.0, "beta": 0.0, "bias": True, "stabiliser": _STABLE}
+_ZENNIT_ALPHA_BETA: dict[str, Any] = {"alpha": 2.0, "beta": 1.0, "bias": True, "stabiliser": _STABLE}
+
+for _composite in (
+    Composite(
+        "attnlrp",
+        _lrp(),
+        "epsilon without an epsilon, half to each factor of a product, softmax by its Taylor expansion",
+        "Achtibat et al., ICML 2024 (AttnLRP), as its authors' efficient code",
+        "score",
+    ),
+    Composite(
+        "cp_lrp",
+        _lrp(softmax="detached", gate="detached_gate"),
+        "softmax and gates held constant: relevance flows through values alone",
+        "Ali et al., ICML 2022 (CP-LRP), with the detached gate of AttnLRP's code",
+        "score",
+    ),
+    Composite(
+        "reslrp",
+        _replace(_lrp(), entry("add", "gamma", role="residual", gamma=1.0, stabiliser=EXACT)),
+        "attnlrp with gamma = 1 at every residual add: no add amplifies by more than 3",
+        "Berend et al. 2026 (ResLRP), eq. 3",
+        "score",
+    ),
+    Composite(
+        "libragrad",
+        _lrp(softmax="detached"),
+        "gradients that balance: softmax, sigma and self-gates pruned, products of two activations halved",
+        "Mehri et al., CVPR 2025 (LibraGrad)",
+        "score",
+    ),
+    Composite(
+        "pa_lrp",
+        _replace(
+            _lrp(),
+            entry("add", "positional", role="positional", stabiliser=EXACT),
+            entry("mul", "positional", role="rope"),
+        ),
+        "attnlrp with position embeddings and rotations as inputs of their own, which keep their share per token",
+        "Bakish et al. 2025 (PA-LRP)",
+        "score",
+    ),
+    Composite(
+        "epsilon",
+        _lrp(stabiliser=_STABLE),
+        "epsilon = 1e-6 wherever something is divided; attention as in attnlrp",
+        "Bach et al., PLoS ONE 2015",
+        "score",
+    ),
+    Composite(
+        "gamma",
+        _replace(
+            _lrp(stabiliser=_STABLE),
+            entry("linear", "gamma", gamma=0.25, stabiliser=_STABLE),
+            entry("conv", "gamma", gamma=0.25, stabiliser=_STABLE),
+        ),
+        "gamma = 0.25 for linear layers and convolutions; the rest as in epsilon",
+        "Montavon et al. 2019; Anders et al. 2021 (zennit)",
+        "score",
+    ),
+    Composite(
+        "epsilon_plus",
+        _replace(_lrp(stabiliser=_STABLE), entry("conv", "alpha_beta", **_ZENNIT_PLUS)),
+        "z+ for convolutions, the rest as in epsilon",
+        "zennit, EpsilonPlus; Kohlbrenner et al. 2020",
+        "score",
+    ),
+    Composite(
+        "alpha2_beta1",
+        _replace(
+            _lrp(stabiliser=_STABLE),
+            entry("linear", "alpha_beta", **_ZENNIT_ALPHA_BETA),
+            entry("conv", "alpha_beta", **_ZENNIT_ALPHA_BETA),
+        ),
+        "alpha = 2, beta = 1 for linear layers and convolutions, biases included; the rest as in epsilon",
+        "Bach et al., PLoS ONE 2015, eq. 60",
+        "score",
+    ),
+):
+    register_composite(_composite)
 
 
 def find_composite(composite: str | Composite) -> Composite:

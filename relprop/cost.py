@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from relprop.graph import Node, Value
-from relprop.rules import Rule
+from relprop.rules import Gradient, ModifiedGradient, Rule
 from relprop.rules.attention_composed import AttentionComposed
 from relprop.rules.linear_alpha_beta import LinearAlphaBeta
 from relprop.rules.linear_flat import LinearFlat
@@ -62,12 +62,16 @@ def products(node: Node, rule: Rule, stream: str, wanted: Sequence[bool]) -> flo
         if isinstance(rule, LinearZBox):
             return 5
         return 2 if isinstance(rule, LinearFlat) else 1
+    if isinstance(rule, (Gradient, ModifiedGradient)):
+        stream = "gradient"
     if node.kind == "matmul":
         return 1 if stream == "gradient" else 3
     if node.kind == "attention":
         # Two products make the forward: each of the products below counts one half.
         if stream == "gradient":
-            return (1 + sum(wanted[:3])) / 2
+            factors = getattr(rule, "factors", None) or (1.0, 1.0, 1.0)
+            made = [want and factor != 0.0 for want, factor in zip(wanted[:3], factors, strict=False)]
+            return (1 + any(made[:2]) + sum(made)) / 2
         one = isinstance(rule, AttentionComposed) and rule.qk.name == "alpha_beta"
         detached = isinstance(rule, AttentionComposed) and rule.softmax.name == "detached"
         through = 0 if detached else (1 + one) * sum(wanted[:2]) + one * any(wanted[:2])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,9 +20,12 @@ from relprop.composites import Composite, find_composite
 from relprop.errors import DeviceError, DTypeError, ModelStateError, NonFiniteError, OptionError, ShapeError
 from relprop.execute import Forward, Sweep, Trace, run_forward
 from relprop.explanation import Explanation
-from relprop.graph import Graph
+from relprop.graph import Graph, Value
 from relprop.ledger import Ledger
 from relprop.methods import Reading, find_method
+from relprop.methods.base import Reader
+from relprop.methods.input_maps import over_channels
+from relprop.methods.sampled import SampledMap
 from relprop.methods.topology import explained_tokens, read_profile
 from relprop.program import Program, build_program
 from relprop.targets import Target, TargetLike, resolve_target
@@ -62,6 +65,7 @@ def compile(
     backend: str = "auto",
     precision: str = "highest",
     output: str | int | Callable[..., Any] | None = None,
+    latents: Sequence[str] = (),
 ) -> Engine:
     """Capture a model and plan a method on it.
 
@@ -77,6 +81,7 @@ def compile(
         precision: of matrix products in float32 streams: "highest", "high", or "medium" for bfloat16 products with
             float32 accumulation where the hardware has them.
         output: which of several outputs to explain: a key, an index, or a function of the output.
+        latents: module paths ("blocks.*.mlp", "blocks.5.attn:heads") at which relevance is kept for `Explanation.at`.
     Returns:
         An engine. A second call for the same model, method and kind of input is served from a cache.
     Raises:
@@ -92,23 +97,36 @@ def compile(
     _check_mode(model)
     device, dtype = _placement(model, args, dict(kwargs or {}))
     choose = choose_backend(backend, dtype, device)
-    key = (method, rules, _hashable(method_options), backend, dtype, str(device), precision)
+    key = (method, rules, _hashable(method_options), backend, dtype, str(device), precision, tuple(latents))
+
+    def build(books: bool) -> Program:
+        return build_program(
+            plan.graph,
+            chosen,
+            method_options,
+            rules,
+            choose,
+            plan.captured.batch_symbols,
+            choose_joint=choose_joint(backend, dtype, device),
+            choose_forward=choose_forward(backend, dtype, device, precision),
+            books=books,
+            latents=latents,
+        )
+
     with _CACHE.lock:
         plan = _plan(model, args, dict(kwargs or {}), output)
         program = plan.programs.get(key)
         if program is None:
-            program = build_program(
-                plan.graph,
-                chosen,
-                method_options,
-                rules,
-                choose,
-                plan.captured.batch_symbols,
-                choose_joint=choose_joint(backend, dtype, device),
-                choose_forward=choose_forward(backend, dtype, device, precision),
-            )
+            program = build(False)
             plan.programs[key] = program
-    return Engine(model, plan.captured, program, backend, precision, dtype, device)
+
+    def booked() -> Program:
+        with _CACHE.lock:
+            if (key, "books") not in plan.programs:
+                plan.programs[key, "books"] = build(True)
+            return plan.programs[key, "books"]
+
+    return Engine(model, plan.captured, program, backend, precision, dtype, device, booked)
 
 
 def _plan(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> _Plan:
@@ -197,8 +215,10 @@ class Engine:
         precision: str,
         dtype: torch.dtype,
         device: torch.device,
+        booked: Callable[[], Program] | None = None,
     ) -> None:
         self.program = program
+        self._booked = booked
         self._model = model
         self._captured = captured
         self._weights = Weights(model, program.graph)
@@ -277,21 +297,70 @@ class Engine:
         trace: Trace | None = None,
     ) -> tuple[Explanation, Target, Reading]:
         program, graph = self.program, self.program.graph
+        if self._booked is not None and program.gradient_form and (ledger or trace is not None):
+            program = self._booked()
         bound = {**inputs, **self._weights.read(), **graph.constants}
         derive = DeriveOnce(graph, self._weights.derived)
         forward = run_forward(program, bound, derive, None if moved is None else trust.mover(graph, moved))
         output = forward.tensors[graph.output.index]
+        if ledger and isinstance(program.readout, SampledMap):
+            raise OptionError(f"ledger: expected a method of one pass, got {program.method.name}, a mean over several")
         if resolved is None:
             resolved = resolve_target(target, output, self._dtype)
-        reading = self._reading(forward, output, resolved)
+        reading = self._reading(program, forward, output, resolved)
         reader = program.readout.reader()
         sweep = Sweep(program, forward, derive, reading, reader, self._dtype, self._precision, ledger, trace)
-        books = sweep.run(resolved.seed)
-        relevance = reader.finish(reading)
-        return self._explanation(relevance, output, resolved, reading, forward, books), resolved, reading
+        if isinstance(program.readout, SampledMap):
+            books, relevance = None, self._sampled(program, program.readout, bound, derive, forward, target, resolved)
+        else:
+            books = sweep.run(resolved.seed)
+            relevance = reader.finish(reading)
+        explanation = self._explanation(relevance, output, resolved, reading, forward, books)
+        if program.requirements.latents:
+            explanation = replace(explanation, latents=sweep.latents(resolved.several))
+        return explanation, resolved, reading
 
-    def _reading(self, forward: Forward, output: Tensor, target: Target) -> Reading:
-        program, graph = self.program, self.program.graph
+    def _sampled(
+        self,
+        program: Program,
+        readout: SampledMap,
+        bound: dict[int, Any],
+        derive: DeriveOnce,
+        forward: Forward,
+        target: TargetLike,
+        resolved: Target,
+    ) -> Tensor:
+        """Gradients at a read-out's points, several points to a batch. [T, B, ...]"""
+        ((value, stream),) = program.requirements.values
+        x = forward.tensors[value.index]
+        points, total = readout.points(x), None
+        for start in range(0, len(points), readout.batch):
+            weights, moved = zip(*points[start : start + readout.batch], strict=True)
+            run = run_forward(program, self._repeated(bound, len(weights)), derive, _replacing(value, torch.cat(moved)))
+            output = run.tensors[program.graph.output.index]
+            if callable(target):
+                resolved = resolve_target(target, output, self._dtype)
+                seed = resolved.seed
+            else:
+                seed = resolved.seed.repeat(1, len(weights), *[1] * (resolved.seed.ndim - 2))
+            reading = self._reading(program, run, output, replace(resolved, seed=seed))
+            sweep = Sweep(program, run, derive, reading, Reader(), self._dtype, self._precision, False)
+            sweep.run(seed)
+            per_point = reading.streams[value, stream].unflatten(1, (len(weights), -1))
+            scale = torch.tensor(weights, dtype=per_point.dtype, device=per_point.device)
+            part = torch.einsum("tk...,k->t...", per_point, scale)
+            total = part if total is None else total + part
+        assert total is not None
+        return over_channels(readout.combine(x.to(total.dtype), total))
+
+    def _repeated(self, bound: dict[int, Any], times: int) -> dict[int, Any]:
+        """Inputs with a batch axis, repeated; everything else as it is."""
+        batched = {spec.placeholder for spec in self._captured.inputs if spec.shape and spec.shape[0] is None}
+        indices = {value.index for name, value in self.program.graph.inputs.items() if name in batched}
+        return {i: t.repeat(times, *[1] * (t.ndim - 1)) if i in indices else t for i, t in bound.items()}
+
+    def _reading(self, program: Program, forward: Forward, output: Tensor, target: Target) -> Reading:
+        graph = program.graph
         reading = Reading(output.shape[0], target.seed.shape[0])
         reading.backend = (
             "cpp" if any(s.backend == "cpp" for step in program.reverse for s in step.streams) else "torch"
@@ -301,6 +370,8 @@ class Engine:
             flags = explained_tokens(graph, graph.attention_sites()[0], lambda i: forward.shapes[i])
             if flags:
                 reading.explained_tokens = torch.tensor(flags, device=output.device)
+        if program.requirements.positions:
+            reading.positions = []
         for value, _ in program.requirements.values:
             reading.inputs[value] = forward.tensors[value.index]
         return reading
@@ -399,6 +470,11 @@ class Engine:
         return bound
 
 
+def _replacing(value: Value, tensor: Tensor) -> Callable[[Value, Tensor], Tensor]:
+    """A forward pass's hook that puts a tensor in one value's place."""
+    return lambda at, found: tensor.to(found.dtype) if at is value else found
+
+
 def _check_input(spec: Any, tensor: Tensor, batch: int | None, length: int | None) -> tuple[int | None, int | None]:
     if tensor.device != spec.device:
         raise DeviceError(f"input {spec.path}: expected a tensor on {spec.device}, got one on {tensor.device}")
@@ -440,6 +516,7 @@ def explain(
     backend: str = "auto",
     precision: str = "highest",
     output: str | int | Callable[..., Any] | None = None,
+    latents: Sequence[str] = (),
     ledger: bool = False,
     check: bool = False,
     **kwargs: Any,
@@ -455,5 +532,6 @@ def explain(
         backend=backend,
         precision=precision,
         output=output,
+        latents=latents,
     )
     return engine(*args, target=target, ledger=ledger, check=check, **kwargs)

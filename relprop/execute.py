@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from relprop.graph import Node, Value, substitute
+from relprop.latents import Latent, make_latent
 from relprop.ledger import Ledger, LedgerEntry, book
 from relprop.methods.base import Reader, Reading, RowReader
 from relprop.program import JointStep, JointStream, Program, ReverseStep, StreamStep
@@ -108,9 +109,12 @@ class Sweep:
         self.dtype, self.precision = dtype, precision
         self.trace = trace
         self.streams: dict[str, Streams] = {name: {} for name in program.seeds}
+        self.activations = {name: forward.tensors[value.index] for name, value in program.requirements.latents.items()}
         self.entries: list[LedgerEntry] | None = [] if ledger else None
         self.wanted_values = set(program.requirements.values)
         self.kept = {name: {v.index for v, of in self.wanted_values if of == name} for name in program.seeds}
+        if "relevance" in self.kept:
+            self.kept["relevance"] |= {value.index for value in program.requirements.latents.values()}
 
     def run(self, seed: Tensor) -> Ledger | None:
         """Seed every stream at the output and walk.
@@ -119,14 +123,17 @@ class Sweep:
             seed: [T, *output shape]
         """
         output = self.program.graph.output
+        relevance = seed
+        if self.program.composite.seed == "score" and not self.program.gradient_form:
+            relevance = seed * self.forward.tensors[output.index].to(seed.dtype)
         for name in self.program.seeds:
-            self._arrive(name, output, seed)
+            self._arrive(name, output, relevance if name == "relevance" else seed)
         for step in self.program.reverse:
             self._step(step)
         self._collect()
         if self.entries is None:
             return None
-        total = output.per_sample(seed).sum(-1, dtype=torch.float64)
+        total = output.per_sample(relevance).sum(-1, dtype=torch.float64)
         frontier = torch.zeros_like(total)
         for value in self.program.frontier.get("relevance", ()):
             arrived = self.streams["relevance"].get(value.index)
@@ -134,12 +141,24 @@ class Sweep:
                 frontier = frontier + value.per_sample(arrived).sum(-1, dtype=torch.float64)
         return Ledger(total, frontier, self.entries)
 
+    def latents(self, several: bool) -> dict[str, Latent]:
+        """Relevance at the values that the plan keeps by name; call it after `run`."""
+        found: dict[str, Latent] = {}
+        for name, value in self.program.requirements.latents.items():
+            activation, stream = self.activations[name], self.streams["relevance"].get(value.index)
+            if stream is None:
+                stream = activation.new_zeros(self.reading.targets, *activation.shape, dtype=self.dtype)
+            found[name] = make_latent(value, activation, stream, self.program.gradient_form, several)
+        return found
+
     def _collect(self) -> None:
         for value, name in self.wanted_values:
             found = self.streams[name].get(value.index)
             if found is None:
                 shape = self.forward.shapes[value.index]
                 found = torch.zeros(self.reading.targets, *shape, dtype=self.dtype, device=self.forward.device)
+            if name == "relevance" and self.program.gradient_form:
+                found = found * self.reading.inputs[value].to(found.dtype)
             self.reading.streams[value, name] = found
 
     def _arrive(self, name: str, value: Value, tensor: Tensor) -> None:
@@ -205,7 +224,7 @@ class Sweep:
             self._read(step, call or self._call(node, ()))
 
     def _call(self, node: Node, wanted: tuple[bool, ...]) -> Call:
-        return Call(
+        call = Call(
             node,
             self.forward.tensors,
             self.forward.shapes,
@@ -214,6 +233,8 @@ class Sweep:
             self.derive,
             precision=self.precision,
         )
+        call.positions = self.reading.positions
+        return call
 
     def _take(self, stream: StreamStep, node: Node) -> Any:
         streams = self.streams[stream.stream]

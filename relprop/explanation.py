@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from relprop.errors import ShapeError
+from relprop.errors import ShapeError, unknown_name
+from relprop.latents import Latent
 from relprop.ledger import Ledger
 
 
@@ -27,6 +29,7 @@ class Explanation:
         grid: (h, w) of the patches of an image model, None otherwise.
         image_size: (H, W) of the input image, None otherwise.
         ledger: the books of the pass, if asked for.
+        latents: relevance inside the model, by module path, where compilation was asked for it; see `at`.
         disagreement: relative difference to runs with a slightly moved input, the larger, if asked for. [B] or [B, T]
         trustworthy: disagreement below the method's threshold, if asked for. [B] or [B, T], bool
     """
@@ -41,8 +44,21 @@ class Explanation:
     grid: tuple[int, int] | None = None
     image_size: tuple[int, int] | None = None
     ledger: Ledger | None = None
+    latents: Mapping[str, Latent] = field(default_factory=dict)
     disagreement: Tensor | None = None
     trustworthy: Tensor | None = None
+
+    def at(self, path: str) -> Latent:
+        """Relevance at a module's output ("blocks.5.mlp"), or at its attention heads ("blocks.5.attn:heads").
+
+        Rows that carry no relevance are left out: above a classifier's last attention layer there is one.
+
+        Raises:
+            UnknownNameError: `latents` of `compile` or `explain` did not ask for it.
+        """
+        if path not in self.latents:
+            raise unknown_name("latent (name it in `latents` when compiling)", path, self.latents)
+        return self.latents[path]
 
     @property
     def patches(self) -> Tensor:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from relprop import cost
 from relprop.composites import Composite
 from relprop.graph import Graph, Node, Value, leaves
+from relprop.latents import latent_values
 from relprop.methods.base import Method, Readout, Requirements
 from relprop.methods.topology import profile_nodes
 from relprop.rules import Call, Relevances, Rule, make_rule
@@ -115,6 +116,7 @@ class Program:
         readout, requirements: the read-out and what it asked for.
         forward, reverse: the steps.
         seeds: streams that start at the output.
+        gradient_form: relevance is walked as a modified gradient g and becomes x g where it is read.
         batch_symbols: sizes that stand for the batch.
     """
 
@@ -128,6 +130,7 @@ class Program:
     seeds: tuple[str, ...]
     batch_symbols: frozenset[Any]
     frontier: Mapping[str, tuple[Value, ...]] = field(default_factory=dict)
+    gradient_form: bool = False
 
     @property
     def kept(self) -> tuple[Value, ...]:
@@ -251,6 +254,8 @@ def build_program(
     everything: bool = False,
     choose_forward: Callable[[Node], ForwardKernel | None] = lambda node: None,
     choose_joint: ChooseJoint = lambda node, rules, edge: None,
+    books: bool = False,
+    latents: Sequence[str] = (),
 ) -> Program:
     """Plan a method on a graph.
 
@@ -259,18 +264,23 @@ def build_program(
         everything: run every step of every stream down to the inputs (for tracing).
         choose_forward: the kernel of an operation's forward, None for its own.
         choose_joint: the kernel for all streams of an operation at once, None where there is none.
+        books: walk relevance itself also where a modified gradient would do, for a ledger or a trace.
+        latents: module paths at whose outputs relevance is kept.
     Raises:
         UnsupportedOpError: operations without a rule; all are named.
         UnsupportedTopologyError: the method does not apply to this structure.
     """
     readout = method.make_readout(options)
-    requirements = readout.require(graph)
+    requirements = replace(readout.require(graph), latents=latent_values(graph, latents))
     streams: dict[str, dict[Node, Rule]] = {}
     gradient = make_rule("any", "gradient")
     if _uses(requirements, "gradient"):
         streams["gradient"] = {node: gradient for node in graph.nodes if node.carrying}
     if _uses(requirements, "relevance"):
         streams["relevance"] = composite.assign(graph)
+    forms = None if books else _gradient_forms(composite, requirements, streams.get("relevance", {}))
+    if forms is not None:
+        streams["relevance"] = forms
     reached = {name: _reached(graph, requirements, name, everything) for name in streams}
     reverse: list[tuple[Node, tuple[StreamStep, ...], frozenset[str]]] = []
     frontier: dict[str, list[Value]] = {name: [] for name in streams}
@@ -306,7 +316,18 @@ def build_program(
         seeds=tuple(streams),
         batch_symbols=batch_symbols,
         frontier={name: tuple(values) for name, values in frontier.items()},
+        gradient_form=forms is not None,
     )
+
+
+def _gradient_forms(
+    composite: Composite, requirements: Requirements, rules: Mapping[Node, Rule]
+) -> dict[Node, Rule] | None:
+    """The rules as modified gradients, where relevance starts as the score and is only read at values."""
+    if composite.seed != "score" or any("relevance" in maps for maps in requirements.maps.values()):
+        return None
+    forms = {node: form for node, rule in rules.items() if (form := rule.gradient_form(node)) is not None}
+    return forms if rules and len(forms) == len(rules) else None
 
 
 def _joint(
@@ -321,6 +342,8 @@ def _joint(
 
 
 def _uses(requirements: Requirements, stream: str) -> bool:
+    if stream == "relevance" and requirements.latents:
+        return True
     return any(stream in maps for maps in requirements.maps.values()) or any(
         name == stream for _, name in requirements.values
     )
@@ -329,6 +352,8 @@ def _uses(requirements: Requirements, stream: str) -> bool:
 def _reached(graph: Graph, requirements: Requirements, stream: str, everything: bool) -> set[int]:
     """Values at which a stream is needed: below each lies something that is read out."""
     wanted = {value.index for value, name in requirements.values if name == stream}
+    if stream == "relevance":
+        wanted |= {value.index for value in requirements.latents.values()}
     if everything:
         wanted |= {v.index for v in graph.explained}
         wanted |= {node.outputs[0].index for node in graph.nodes if node.kind == "embedding" and node.carrying}
@@ -376,6 +401,7 @@ def _forward_steps(
     choose: Callable[[Node], ForwardKernel | None],
 ) -> tuple[ForwardStep, ...]:
     kept = {index for item in plan for index in _needed(*item)}
+    kept |= {value.index for value in requirements.latents.values()}
     kept |= {graph.output.index} | {v.index for v, _ in requirements.values}
     if requirements.profile:
         kept |= {v.index for node in profile_nodes(graph) for v in node.operands if v is not None and not v.carrying}

@@ -29,6 +29,31 @@ class Target:
     several: bool
 
 
+def contrast(target: TargetLike, against: TargetLike = None) -> Callable[[Tensor], Tensor]:
+    """A target that asks why one output and not another: their difference.
+
+    Args:
+        target, against: classes: an int, [B], or an index tuple for an output with several axes per sample; `against`
+            None is the mean of all outputs of the target's axis.
+    """
+
+    def score(output: Tensor) -> Tensor:
+        for_it = _picked(output, target)
+        return for_it - (output.mean(-1) if against is None and output.ndim == 2 else _picked(output, against))
+
+    return score
+
+
+def _picked(output: Tensor, target: TargetLike) -> Tensor:
+    if target is None or callable(target):
+        raise TargetError("contrast: expected a class, [B] classes or an index tuple, got " + repr(target))
+    index, several = _as_index(target, output)
+    if several:
+        raise TargetError(f"contrast: expected one class per sample, got {index.shape[1]}")
+    samples = torch.arange(output.shape[0], device=output.device)
+    return output[(samples, *index[:, 0].to(output.device).unbind(-1))]
+
+
 def resolve_target(target: TargetLike, output: Tensor, seed_dtype: torch.dtype) -> Target:
     """Turn a target into a seed.
 

@@ -10,18 +10,20 @@ from torch import Tensor
 
 from relprop import native
 from relprop.graph import Node, Value
-from relprop.program import JointStream
+from relprop.program import JointKernel, JointStream
 from relprop.rules import (
     AttentionComposed,
     Call,
     Gradient,
     MatmulAlphaBeta,
     MatmulHalf,
+    ModifiedGradient,
     Relevances,
     Rule,
     SoftmaxDetached,
     SoftmaxIdentity,
 )
+from relprop.rules.modified_gradient import scaled
 
 
 def kernel_reasons(node: Node, rules: Mapping[str, Rule], edge: str | None) -> list[str]:
@@ -32,7 +34,9 @@ def kernel_reasons(node: Node, rules: Mapping[str, Rule], edge: str | None) -> l
     if not isinstance(rules.get("gradient", Gradient()), Gradient):
         reasons.append("the kernel's gradient stream is the gradient")
     rule: Any = rules.get("relevance", AttentionComposed())
-    if not isinstance(rule, AttentionComposed):
+    if isinstance(rule, ModifiedGradient) and "gradient" not in rules:
+        pass  # the gradient stream's own products, with a factor each
+    elif not isinstance(rule, AttentionComposed):
         reasons.append("the kernel is for the rule composed")
     else:
         if not isinstance(rule.qk, (MatmulHalf, MatmulAlphaBeta)) or not isinstance(rule.av, MatmulHalf):
@@ -69,6 +73,8 @@ def attention(
         mask = stored
     output = call.tensors.get(node.outputs[0].index)
     gradient, relevance = streams.get("gradient"), streams.get("relevance")
+    if relevance is not None and isinstance(relevance.rule, ModifiedGradient):
+        return modified(attention, call, relevance, edge, row)
     rule: Any = AttentionComposed() if relevance is None else relevance.rule
     sample = node.outputs[0].sample
     heads = 1 if sample is None or sample.axis != 0 else sample.factor
@@ -101,6 +107,17 @@ def attention(
         parts = (part if part is None or not joined else part.flatten(1, 2) for part in made[name])
         passed[name] = (*parts, None)
     return passed, found.row
+
+
+def modified(
+    kernel: JointKernel, call: Call, stream: JointStream, edge: str | None, row: Tensor | None
+) -> tuple[dict[str, Relevances], Tensor | None]:
+    """A modified gradient: the gradient stream's results times a factor each, none of them made where that is 0."""
+    factors = stream.rule.factors  # type: ignore[attr-defined]
+    wanted = tuple(want and factor != 0.0 for want, factor in zip(stream.wanted, (*factors, 0.0), strict=False))
+    plain = JointStream(Gradient(), stream.arrived, wanted)
+    passed, product = kernel(call, {"gradient": plain}, edge, row)
+    return {"relevance": scaled(passed["gradient"], factors)}, product
 
 
 def _qk_rule(rule: AttentionComposed) -> str:

@@ -31,6 +31,7 @@ from relprop.rules import (
     LinearAlphaBeta,
     LinearEpsilon,
     LinearGamma,
+    ModifiedGradient,
     NormSigmaConstant,
     Relevances,
     Rule,
@@ -238,6 +239,9 @@ def attention(
     """All streams through one attention layer, and row E; see `relprop.kernels.attention_relevance`."""
     from relprop.kernels.attention_relevance import attention_relevance
 
+    arrived = streams.get("relevance")
+    if arrived is not None and isinstance(arrived.rule, ModifiedGradient):
+        return cpp_attention.modified(attention, call, arrived, edge, row)
     node = call.node
     q, k, v = (call.tensors[value.index] for value in node.operands[:3] if value is not None)
     mask = None if node.operands[3] is None else call.tensors[node.operands[3].index]

@@ -154,6 +154,10 @@ def _assign_roles(graph: Graph) -> None:
         carrying = [v for v in node.operands if v is not None and v.carrying]
         if node.kind == "add":
             node.role = _add_role(graph, node, carrying)
+            if node.role == "rope":
+                for value in carrying:
+                    assert value.producer is not None
+                    value.producer.role = "rope"
         elif node.kind == "mul":
             node.role = "gate" if len(carrying) > 1 else "scale"
         elif node.kind in ("linear", "conv") and carrying and carrying[0].index in explained:

@@ -6,7 +6,8 @@ from functools import partial
 
 from relprop.methods.attention_maps import GradCam, LayerRow, RowWalk
 from relprop.methods.base import METHODS, Method, Reading, Requirements, find_method, methods, register_method
-from relprop.methods.input_maps import InputMap
+from relprop.methods.input_maps import InputMap, PositionedMap
+from relprop.methods.sampled import IntegratedGradients, SmoothGrad
 
 _CHEFER = "Chefer et al., CVPR 2021"
 
@@ -120,6 +121,49 @@ register_method(
         "Shrikumar et al. 2016",
         "chefer",
         partial(InputMap, "gradient", "gradient_x_input"),
+        output="input",
+    )
+)
+
+register_method(
+    Method(
+        "integrated_gradients",
+        "input less baseline, times the gradient's mean on the way from the baseline",
+        "Sundararajan et al., ICML 2017",
+        "chefer",
+        partial(IntegratedGradients, "gradient", "integrated_gradients"),
+        {"steps": 32, "baseline": 0.0, "batch": 8},
+        output="input",
+    )
+)
+register_method(
+    Method(
+        "smoothgrad",
+        "the gradient's mean over noisy inputs",
+        "Smilkov et al. 2017",
+        "chefer",
+        partial(SmoothGrad, "gradient", "smoothgrad"),
+        {"samples": 32, "noise": 0.15, "seed": 0, "times_input": False, "batch": 8},
+        output="input",
+    )
+)
+for _name, _summary, _source in (
+    ("attnlrp", "relevance of every pixel or token: input times one modified gradient", "Achtibat et al., ICML 2024"),
+    ("cp_lrp", "the same with softmax and gates held constant", "Ali et al., ICML 2022"),
+    ("reslrp", "attnlrp with well-conditioned residual adds", "Berend et al. 2026"),
+    ("libragrad", "input times the gradient balanced by pruning and scaling", "Mehri et al., CVPR 2025"),
+):
+    register_method(
+        Method(_name, _summary, _source, _name, partial(InputMap, "relevance", _name), output="input"),
+    )
+register_method(
+    Method(
+        "pa_lrp",
+        "attnlrp plus what each token's position is relevant for, added to the token",
+        "Bakish et al. 2025",
+        "pa_lrp",
+        partial(PositionedMap, "relevance", "pa_lrp"),
+        {"positions": "added"},
         output="input",
     )
 )

@@ -22,11 +22,15 @@ class Requirements:
         maps: per attention layer, which of its maps: "attention", "gradient", "relevance".
         values: streams at values: (value, "gradient" or "relevance").
         profile: whether the read-out asks which tokens the output reads.
+        positions: whether it asks for what positions keep.
+        latents: values whose relevance is kept, by name.
     """
 
     maps: dict[Node, frozenset[str]] = field(default_factory=dict)
     values: tuple[tuple[Value, str], ...] = ()
     profile: bool = False
+    positions: bool = False
+    latents: Mapping[str, Value] = field(default_factory=dict)
 
 
 @dataclass
@@ -39,6 +43,7 @@ class Reading:
         explained_tokens: for each token whether it comes from an explained input (not a class or register token). [N]
         streams: (value, stream name) -> tensor [T, *shape].
         inputs: value -> the tensor it had in the forward pass.
+        positions: relevance that positions keep, each [T, B, N], where the read-out asks.
         backend: that the run's kernels come from.
     """
 
@@ -48,6 +53,7 @@ class Reading:
     explained_tokens: Tensor | None = None
     streams: dict[tuple[Value, str], Tensor] = field(default_factory=dict)
     inputs: dict[Value, Tensor] = field(default_factory=dict)
+    positions: list[Tensor] | None = None
     backend: str = "torch"
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from relprop.errors import UnsupportedTopologyError
+from relprop.errors import OptionError, UnsupportedTopologyError
 from relprop.graph import Graph, Value
 from relprop.methods.base import Reader, Reading, Readout, Requirements
 
@@ -42,9 +42,69 @@ class _AtInput(Reader):
         found = reading.streams[value, self.stream]
         if self.stream == "gradient":
             found = found * reading.inputs[value].to(found.dtype)
-        if found.ndim == 5:  # [T, B, C, H, W]
-            return found.sum(2)
-        return found.sum(-1) if found.ndim == 4 else found
+        return over_channels(found)
+
+
+def over_channels(found: Tensor) -> Tensor:
+    """Summed over the channels of pixels [T, B, C, H, W] or tokens [T, B, N, C]."""
+    if found.ndim == 5:
+        return found.sum(2)
+    return found.sum(-1) if found.ndim == 4 else found
+
+
+@dataclass(frozen=True)
+class PositionedMap(InputMap):
+    """Relevance at the input, and what positions keep of it.
+
+    Args:
+        positions: "added" to the token at each position (in an image spread over the patch's pixels), "alone" or
+            "left out".
+    """
+
+    positions: str = "added"
+
+    def require(self, graph: Graph) -> Requirements:
+        """The stream at the one explained input, and what positions keep."""
+        choices = ("added", "alone", "left out")
+        if self.positions not in choices:
+            raise OptionError(f"positions: expected one of {', '.join(choices)}, got {self.positions!r}")
+        return replace(super().require(graph), positions=True)
+
+    def reader(self) -> Reader:
+        """A reader at the input that knows of positions."""
+        return _WithPositions(self.stream, self.positions)
+
+
+class _WithPositions(_AtInput):
+    def __init__(self, stream: str, positions: str) -> None:
+        super().__init__(stream)
+        self.positions = positions
+
+    def finish(self, reading: Reading) -> Tensor:
+        tokens = super().finish(reading)
+        kept = reading.positions
+        if not kept or self.positions == "left out":
+            return tokens
+        longest = max(part.shape[-1] for part in kept)
+        total = tokens.new_zeros(*tokens.shape[:2], longest)
+        for part in kept:  # a rotation may leave out the class and register tokens in front
+            total[..., longest - part.shape[-1] :] += part
+        if tokens.ndim == 4:
+            total = _over_pixels(total, tokens)
+        return total if self.positions == "alone" else tokens + total
+
+
+def _over_pixels(positions: Tensor, pixels: Tensor) -> Tensor:
+    """Each patch's share spread evenly over its pixels; class and register tokens, in front, are left out."""
+    height, width = pixels.shape[-2:]
+    for size in range(1, min(height, width) + 1):
+        rows, columns = height // size, width // size
+        if height % size == 0 == width % size and 0 <= positions.shape[-1] - rows * columns < 16:
+            patches = positions[..., -rows * columns :].unflatten(-1, (rows, columns)) / size**2
+            return patches.repeat_interleave(size, -2).repeat_interleave(size, -1)
+    raise UnsupportedTopologyError(
+        f"positions: expected one for each square patch of an image of {height} x {width}, got {positions.shape[-1]}"
+    )
 
 
 def entry_value(graph: Graph, method: str) -> Value:

@@ -8,6 +8,7 @@ from relprop.rules.activation_slope import ActivationSlope
 from relprop.rules.add_epsilon import AddEpsilon, AddIdentity
 from relprop.rules.add_gamma import AddGamma
 from relprop.rules.add_normalised import AddNormalised
+from relprop.rules.add_positional import AddPositional
 from relprop.rules.attention_composed import AttentionComposed
 from relprop.rules.base import ANY, REGISTRY, Absorbed, Call, Relevances, Rule, make_rule, register_rule
 from relprop.rules.embedding_sum import EmbeddingSum
@@ -20,9 +21,11 @@ from relprop.rules.linear_gamma import LinearGamma
 from relprop.rules.linear_z_box import LinearZBox
 from relprop.rules.matmul_alpha_beta import MatmulAlphaBeta
 from relprop.rules.matmul_half import MatmulHalf
+from relprop.rules.modified_gradient import ModifiedGradient
 from relprop.rules.movement_adjoint import MovementAdjoint
 from relprop.rules.mul_detached_gate import MulDetachedGate
 from relprop.rules.mul_half import MulHalf
+from relprop.rules.mul_positional import MulPositional
 from relprop.rules.norm_identity import NormIdentity
 from relprop.rules.norm_sigma_constant import NormSigmaConstant
 from relprop.rules.pool_epsilon import PoolEpsilon
@@ -44,6 +47,7 @@ __all__ = [
     "AddGamma",
     "AddIdentity",
     "AddNormalised",
+    "AddPositional",
     "AttentionComposed",
     "Call",
     "EmbeddingSum",
@@ -56,9 +60,11 @@ __all__ = [
     "LinearZBox",
     "MatmulAlphaBeta",
     "MatmulHalf",
+    "ModifiedGradient",
     "MovementAdjoint",
     "MulDetachedGate",
     "MulHalf",
+    "MulPositional",
     "NormIdentity",
     "NormSigmaConstant",
     "PoolEpsilon",

@@ -6,8 +6,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from relprop.graph import Node
 from relprop.rules.base import Call, Relevances, Rule, register_rule
-from relprop.rules.stabiliser import Stabiliser
+from relprop.rules.modified_gradient import ModifiedGradient
+from relprop.rules.stabiliser import EXACT, Stabiliser
 
 
 @register_rule
@@ -25,9 +27,20 @@ class ActivationSlope(Rule):
     name: ClassVar = "slope"
     stabiliser: Stabiliser = Stabiliser(1e-10)
 
+    def gradient_form(self, node: Node) -> Rule | None:
+        """The slope f(x) / x in place of the derivative."""
+        if not self.stabiliser.is_exact:
+            return None
+        return ModifiedGradient(self, _slope, output=True)
+
     def propagate(self, call: Call, relevance: Tensor) -> Relevances:
         """relevance: [T, ...] -> ([T, ...], None, ...)."""
         x, y = call.x, call.y
         received = x * self.stabiliser.share(y, x) * self.stabiliser.share(relevance, y)
         call.absorb("epsilon", relevance - received)
         return (received, *[None] * (len(call.node.operands) - 1))
+
+
+def _slope(call: Call, gradient: Tensor) -> Relevances:
+    slope = EXACT.share(call.y, call.x)
+    return (gradient * slope, *[None] * (len(call.node.operands) - 1))

@@ -7,8 +7,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from relprop.graph import Value
-from relprop.rules.base import Call, Relevances, Rule, register_rule, unbroadcast
+from relprop.graph import Node, Value
+from relprop.rules.base import Call, Relevances, Rule, plain_gradient, register_rule, unbroadcast
 from relprop.rules.stabiliser import Stabiliser
 
 aten = torch.ops.aten
@@ -29,6 +29,10 @@ class AddEpsilon(Rule):
     name: ClassVar = "epsilon"
     needs_output: ClassVar = False
     stabiliser: Stabiliser = Stabiliser(1e-6)
+
+    def gradient_form(self, node: Node) -> Rule | None:
+        """The plain gradient, where nothing is stabilised."""
+        return plain_gradient() if self.stabiliser.is_exact else None
 
     def propagate(self, call: Call, relevance: Tensor) -> Relevances:
         """relevance: [T, ...] -> ([T, ...], [T, ...])."""

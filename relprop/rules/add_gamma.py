@@ -7,9 +7,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from relprop.rules.add_epsilon import hand_out, summands
-from relprop.rules.base import Call, Relevances, Rule, register_rule
-from relprop.rules.stabiliser import Stabiliser
+from relprop.graph import Node, Value
+from relprop.rules.add_epsilon import hand_out, signed_factors, summands
+from relprop.rules.base import Call, Relevances, Rule, register_rule, unbroadcast
+from relprop.rules.modified_gradient import ModifiedGradient
+from relprop.rules.stabiliser import EXACT, Stabiliser
 
 
 @register_rule
@@ -32,6 +34,22 @@ class AddGamma(Rule):
     needs_output: ClassVar = False
     gamma: float = 1.0
     stabiliser: Stabiliser = Stabiliser()
+
+    def gradient_form(self, node: Node) -> Rule | None:
+        """The gradient times (a + b) / (a'' + b''), for a summand of the sum's sign also times 1 + gamma."""
+        return ModifiedGradient(self, self._weighted) if self.stabiliser.is_exact else None
+
+    def _weighted(self, call: Call, gradient: Tensor) -> Relevances:
+        a, b = summands(call)
+        total = a + b
+        factors = [torch.where(part * total > 0, 1 + self.gamma, 1.0).to(total.dtype) for part in (a, b)]
+        common = EXACT.share(total, factors[0] * a + factors[1] * b)
+        results: list[Tensor | None] = []
+        for argument, factor, sign in zip(call.node.args[:2], factors, signed_factors(call), strict=True):
+            if isinstance(argument, Value):
+                part = gradient * (sign * factor * common)
+                results.append(unbroadcast(part, call.shapes[argument.index]) if argument.carrying else None)
+        return tuple(results)
 
     def propagate(self, call: Call, relevance: Tensor) -> Relevances:
         """relevance: [T, ...] -> ([T, ...], [T, ...])."""

@@ -8,9 +8,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from relprop.graph import Node
 from relprop.rules.base import Call, Relevances, Rule, register_rule
 from relprop.rules.linear_map import multiply
 from relprop.rules.matmul_half import MatmulHalf
+from relprop.rules.modified_gradient import ModifiedGradient, scaled
 from relprop.rules.softmax_identity import SoftmaxIdentity
 
 
@@ -95,6 +97,18 @@ class AttentionComposed(Rule):
         """The three parts."""
         return f"{self.qk.describe()} | {self.softmax.describe()} | {self.av.describe()}"
 
+    def gradient_form(self, node: Node) -> Rule | None:
+        """A quarter of the gradient for q and k and half for v; all of it for v where the softmax is detached."""
+        halves = isinstance(self.qk, MatmulHalf) and isinstance(self.av, MatmulHalf)
+        if not (halves and self.qk.stabiliser.is_exact and self.av.stabiliser.is_exact):  # type: ignore[attr-defined]
+            return None
+        if self.softmax.name == "detached":
+            return ModifiedGradient(self, _value_gradient, factors=(0.0, 0.0, 1.0))
+        if self.softmax.name == "taylor":
+            factors = (0.25, 0.25, 0.5)
+            return ModifiedGradient(self, lambda call, g: scaled(attention_gradient(call, g), factors), factors=factors)
+        return None
+
     def propagate(self, call: Call, relevance: Tensor) -> Relevances:
         """relevance: [T, ..., H, Nq, dv] -> q, k, v: [T, ..., H, N, d]."""
         at = heads(call)
@@ -109,7 +123,8 @@ class AttentionComposed(Rule):
         map_relevance, value_relevance = av.back(call, s, at.probabilities, at.v, (True, wanted[2]))
         assert map_relevance is not None
         call.maps["relevance"] = map_relevance
-        passed = softmax.through(at.logits, at.probabilities, map_relevance)
+        # A mask that adds to the logits takes its share of them, and keeps it.
+        passed = softmax.through(at.dots * at.scale, at.probabilities, map_relevance)
         query = key = None
         if passed is None:
             value_relevance = None if value_relevance is None else 2 * value_relevance
@@ -152,3 +167,8 @@ def attention_gradient(call: Call, gradient: Tensor) -> Relevances:
     if call.wanted[2]:
         value = at.fold(multiply(call, at.probabilities.mT, gradient))
     return query, key, value, None
+
+
+def _value_gradient(call: Call, gradient: Tensor) -> Relevances:
+    at = heads(call)
+    return None, None, at.fold(multiply(call, at.probabilities.mT, gradient)), None

@@ -33,7 +33,19 @@ class Call:
     Relevance and gradients carry a leading axis of T targets: [T, *shape].
     """
 
-    __slots__ = ("absorbed", "derive", "dtype", "maps", "memo", "node", "precision", "shapes", "tensors", "wanted")
+    __slots__ = (
+        "absorbed",
+        "derive",
+        "dtype",
+        "maps",
+        "memo",
+        "node",
+        "positions",
+        "precision",
+        "shapes",
+        "tensors",
+        "wanted",
+    )
 
     def __init__(
         self,
@@ -56,6 +68,7 @@ class Call:
         self.precision = precision
         self.memo: dict[Any, Any] = {}  # shared by the streams of this step
         self.maps: dict[str, Tensor] = {}  # attention maps, for the read-out
+        self.positions: list[Tensor] | None = None  # relevance that positions keep, each [T, B, N], where one asks
 
     def operand(self, position: int) -> Tensor | None:
         """Operand in the streams' dtype; a cast of a parameter is made once per model, not once per call."""
@@ -105,6 +118,27 @@ class Call:
             value = value or self.node.outputs[0]
             self.absorbed.add(cause, value.per_sample(amount).sum(-1, dtype=torch.float64))
 
+    def keep_position(self, amount: Tensor, shape: torch.Size | None) -> None:
+        """Book relevance that belongs to positions, and keep it per token.
+
+        Args:
+            amount: [T, *output shape].
+            shape: of the constant that says where a token is; the axis along which it varies is that of the tokens.
+        """
+        self.absorb("position", amount)
+        output = self.node.outputs[0]
+        if self.positions is None or shape is None or output.sample is None or output.sample.axis != 0:
+            return
+        rank = amount.ndim - 1
+        aligned = [1] * (rank - len(shape)) + list(shape)
+        axes = [axis for axis in range(1, rank - 1) if aligned[axis] != 1]
+        if not axes:
+            return
+        batch = amount.shape[1] // output.sample.factor
+        tokens = amount.movedim(axes[-1] + 1, 1)  # [T, N, B * factor, ...]
+        kept = tokens.reshape(amount.shape[0], tokens.shape[1], batch, -1).sum(-1)
+        self.positions.append(kept.transpose(1, 2))
+
 
 RuleType = TypeVar("RuleType", bound="type[Rule]")
 
@@ -130,6 +164,14 @@ class Rule:
     def needs(self, node: Node) -> tuple[bool, bool]:
         """Whether the step keeps the operation's inputs and its output."""
         return self.needs_inputs, self.needs_output
+
+    def gradient_form(self, node: Node) -> Rule | None:
+        """The rule that does to a modified gradient g what this rule does to relevance R = x g; None if there is none.
+
+        With such a rule for every operation, relevance is the input times one modified gradient: nothing is divided by
+        what it was multiplied with, and no denominators are kept.
+        """
+        return None
 
     def propagate(self, call: Call, relevance: Tensor) -> Relevances:
         """Relevance at each operand (None where it carries none or none is wanted).
@@ -200,6 +242,11 @@ def make_rule(kind: str, name: str, **parameters: Any) -> Rule:
         raise OptionError(
             f"rule {name} for {kind}: expected parameters among {fields}, got {sorted(parameters)} ({error})"
         ) from None
+
+
+def plain_gradient() -> Rule:
+    """The rule of the gradient, for operations whose modified gradient is their own."""
+    return make_rule(ANY, "gradient")
 
 
 def unbroadcast(tensor: Tensor, shape: torch.Size) -> Tensor:

@@ -6,7 +6,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from relprop.rules.base import Call, Relevances, Rule, register_rule
+from relprop.graph import Node
+from relprop.rules.base import Call, Relevances, Rule, plain_gradient, register_rule
 
 
 @register_rule
@@ -22,6 +23,10 @@ class EmbeddingSum(Rule):
     name: ClassVar = "sum"
     needs_inputs: ClassVar = False
     needs_output: ClassVar = False
+
+    def gradient_form(self, node: Node) -> Rule | None:
+        """The plain gradient."""
+        return plain_gradient()
 
     def propagate(self, call: Call, relevance: Tensor) -> Relevances:
         """relevance: [T, ..., N, D] -> (None, [T, ..., N])."""

@@ -6,7 +6,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from relprop.rules.base import Call, Relevances, Rule, register_rule
+from relprop.graph import Node
+from relprop.rules.base import Call, Relevances, Rule, plain_gradient, register_rule
 from relprop.rules.linear_map import bias_of, preactivation, transpose, weight_of
 from relprop.rules.stabiliser import Stabiliser
 
@@ -27,6 +28,10 @@ class LinearEpsilon(Rule):
     name: ClassVar = "epsilon"
     stabiliser: Stabiliser = Stabiliser(1e-6)
     bias: bool = True
+
+    def gradient_form(self, node: Node) -> Rule | None:
+        """The plain gradient, where nothing is stabilised."""
+        return plain_gradient() if self.stabiliser.is_exact and self.bias else None
 
     def propagate(self, call: Call, relevance: Tensor) -> Relevances:
         """relevance: [T, ..., N] -> ([T, ..., K], None, None)."""

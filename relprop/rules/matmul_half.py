@@ -6,8 +6,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from relprop.rules.base import Call, Relevances, Rule, register_rule, unbroadcast
+from relprop.graph import Node
+from relprop.rules.base import Call, Relevances, Rule, plain_gradient, register_rule, unbroadcast
 from relprop.rules.linear_map import multiply
+from relprop.rules.modified_gradient import ModifiedGradient, scaled
 from relprop.rules.stabiliser import Stabiliser
 
 
@@ -26,12 +28,21 @@ class MatmulHalf(Rule):
     name: ClassVar = "half"
     stabiliser: Stabiliser = Stabiliser()
 
+    def gradient_form(self, node: Node) -> Rule | None:
+        """Half the gradient for each of two activations, the gradient for one."""
+        if not self.stabiliser.is_exact:
+            return None
+        one = sum(v is not None and v.carrying for v in node.operands) < 2
+        return plain_gradient() if one else ModifiedGradient(self, _half_gradient)
+
     def propagate(self, call: Call, relevance: Tensor) -> Relevances:
         """relevance: [T, ..., M, N] -> ([T, ..., M, K], [T, ..., K, N])."""
         a, b = call.x, call.operand(1)
         assert b is not None
         s = call.share(self.stabiliser, relevance, call.y)
         left, right = self.back(call, s, a, b, call.wanted)
+        if sum(v is not None and v.carrying for v in call.node.operands) < 2:  # a constant factor takes nothing
+            left, right = (None if part is None else 2 * part for part in (left, right))
         return (
             None if left is None else unbroadcast(left, a.shape),
             None if right is None else unbroadcast(right, b.shape),
@@ -52,3 +63,7 @@ class MatmulHalf(Rule):
         left = a * multiply(call, s, b.mT) / 2 if wanted[0] else None
         right = b * multiply(call, a.mT, s) / 2 if wanted[1] else None
         return left, right
+
+
+def _half_gradient(call: Call, gradient: Tensor) -> Relevances:
+    return scaled(plain_gradient().propagate(call, gradient), (0.5, 0.5))

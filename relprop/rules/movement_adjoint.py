@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from relprop.rules.base import Call, Relevances, Rule, register_rule, unbroadcast
+from relprop.graph import Node
+from relprop.rules.base import Call, Relevances, Rule, plain_gradient, register_rule, unbroadcast
 from relprop.rules.vjp import vjp
 
 aten = torch.ops.aten
@@ -30,6 +31,10 @@ class MovementAdjoint(Rule):
     @property
     def needs_inputs(self) -> bool:  # type: ignore[override]
         return False
+
+    def gradient_form(self, node: Node) -> Rule | None:
+        """The plain gradient."""
+        return plain_gradient()
 
     def propagate(self, call: Call, relevance: Any) -> Relevances:
         """relevance: [T, *output shape], or one per output -> [T, *operand shape] per operand."""

@@ -6,8 +6,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from relprop.rules.base import Call, Relevances, Rule, register_rule, unbroadcast
-from relprop.rules.mul_half import MulHalf, is_gate
+from relprop.graph import Node
+from relprop.rules.base import Call, Relevances, Rule, plain_gradient, register_rule, unbroadcast
+from relprop.rules.modified_gradient import ModifiedGradient, scaled
+from relprop.rules.mul_half import MulHalf, is_gate, turned
 
 
 @register_rule
@@ -24,16 +26,34 @@ class MulDetachedGate(Rule):
     needs_inputs: ClassVar = False
     needs_output: ClassVar = False
 
+    def gradient_form(self, node: Node) -> Rule | None:
+        """The gradient of the value alone."""
+        if sum(v is not None and v.carrying for v in node.operands) < 2:
+            return plain_gradient()
+        return ModifiedGradient(self, _value_gradient)
+
     def propagate(self, call: Call, relevance: Tensor) -> Relevances:
         """relevance: [T, ...] -> [T, ...] per carrying factor, zeros at the gate."""
         operands = call.node.operands
         carrying = [i for i, v in enumerate(operands) if v is not None and v.carrying]
         if len(carrying) < 2:
             return MulHalf().propagate(call, relevance)
-        gates = [i for i in carrying if is_gate(operands[i])]  # type: ignore[arg-type]
-        gate = gates[0] if gates else carrying[0]
+        gate = gate_of(call.node)
         parts: list[Tensor | None] = [None] * len(operands)
         for i in carrying:
             part = unbroadcast(relevance, call.shape(i))
             parts[i] = part * 0 if i == gate else part
         return tuple(parts)
+
+
+def gate_of(node: Node) -> int:
+    """Which factor is the gate."""
+    carrying = [i for i, v in enumerate(node.operands) if v is not None and v.carrying]
+    gates = [i for i in carrying if is_gate(node.operands[i])]  # type: ignore[arg-type]
+    return gates[0] if gates else carrying[0]
+
+
+def _value_gradient(call: Call, gradient: Tensor) -> Relevances:
+    gate = gate_of(call.node)
+    factors = tuple(0.0 if i == gate else (1.0, turned(call.node))[i] for i in range(2))
+    return scaled(plain_gradient().propagate(call, gradient), factors)

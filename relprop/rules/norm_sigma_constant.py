@@ -7,13 +7,18 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from relprop.capture.ops import Region
+from relprop.capture.ops import Region, overloads
 from relprop.errors import UnsupportedOpError
 from relprop.graph import Node, Value
 from relprop.rules.base import Call, Relevances, Rule, register_rule
+from relprop.rules.modified_gradient import ModifiedGradient
 from relprop.rules.stabiliser import Stabiliser
+from relprop.rules.vjp import vjp
 
 aten = torch.ops.aten
+
+# Norms whose statistics do not depend on the input.
+_AFFINE = overloads("batch_norm _native_batch_norm_legit_no_training")
 
 
 @register_rule
@@ -25,7 +30,7 @@ class NormSigmaConstant(Rule):
     Args:
         stabiliser: of the share-out.
     Conservation:
-        the bias's share is absorbed; the ledger books it under "rule".
+        the bias's share is absorbed; what else a spelled-out norm adds, the ledger books under "rule".
     Source: Achtibat et al., ICML 2024, prop. 3.4, in the form of its authors' efficient implementation.
     """
 
@@ -34,10 +39,20 @@ class NormSigmaConstant(Rule):
     conserves: ClassVar = False
     stabiliser: Stabiliser = Stabiliser(1e-10)
 
+    def gradient_form(self, node: Node) -> Rule | None:
+        """The gradient with 1 / sigma constant."""
+        return ModifiedGradient(self, self._linearised) if self.stabiliser.is_exact else None
+
+    def _linearised(self, call: Call, gradient: Tensor) -> Relevances:
+        return (self.linearised(call, call.x, gradient), *[None] * (len(call.node.operands) - 1))
+
     def propagate(self, call: Call, relevance: Tensor) -> Relevances:
         """relevance: [T, ...] -> ([T, ...], None, ...)."""
         x = call.x
-        s = self.stabiliser.share(relevance, call.y)
+        s = call.share(self.stabiliser, relevance, call.y)
+        bias = layer_norm_arguments(call.node)[2] if call.node.target is aten.layer_norm.default else None
+        if call.absorbed is not None and isinstance(bias, Value):
+            call.absorb("bias", s * call.tensor(bias))
         return (x * self.linearised(call, x, s), *[None] * (len(call.node.operands) - 1))
 
     def linearised(self, call: Call, x: Tensor, s: Tensor) -> Tensor:
@@ -55,6 +70,10 @@ class NormSigmaConstant(Rule):
             eps = torch.finfo(x.dtype).eps if eps is None else eps
             inverse = torch.rsqrt(x.square().mean(axes, keepdim=True) + eps)
             return s * inverse if weight is None else s * call.tensor(weight) * inverse
+        if node.target in _AFFINE:
+            passed = vjp(call, s)[0]
+            assert passed is not None
+            return passed
         if isinstance(node.target, Region):
             constants = [call.tensors[v.index] for v in node.operands[1:] if v is not None]
             with torch.enable_grad():

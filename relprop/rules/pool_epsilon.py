@@ -6,7 +6,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from relprop.rules.base import Call, Relevances, Rule, register_rule
+from relprop.graph import Node
+from relprop.rules.base import Call, Relevances, Rule, plain_gradient, register_rule
 from relprop.rules.stabiliser import Stabiliser
 from relprop.rules.vjp import vjp
 
@@ -25,6 +26,10 @@ class PoolEpsilon(Rule):
     kind: ClassVar = "pool"
     name: ClassVar = "epsilon"
     stabiliser: Stabiliser = Stabiliser()
+
+    def gradient_form(self, node: Node) -> Rule | None:
+        """The plain gradient, where nothing is stabilised."""
+        return plain_gradient() if self.stabiliser.is_exact else None
 
     def propagate(self, call: Call, relevance: Tensor) -> Relevances:
         """relevance: [T, *pooled] -> ([T, *shape],)."""

@@ -6,7 +6,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from relprop.rules.base import Call, Relevances, Rule, register_rule
+from relprop.graph import Node
+from relprop.rules.base import Call, Relevances, Rule, plain_gradient, register_rule
 from relprop.rules.stabiliser import EXACT, Stabiliser
 
 
@@ -29,6 +30,10 @@ class SelectEpsilon(Rule):
     @property
     def needs_inputs(self) -> bool:  # type: ignore[override]
         return not self.stabiliser.is_exact
+
+    def gradient_form(self, node: Node) -> Rule | None:
+        """The plain gradient, where nothing is stabilised."""
+        return plain_gradient() if self.stabiliser.is_exact else None
 
     def propagate(self, call: Call, relevance: Tensor) -> Relevances:
         """relevance: [T, ...] -> ([T, ..., 1, ...],)."""

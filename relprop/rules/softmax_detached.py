@@ -7,7 +7,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from relprop.graph import Node
 from relprop.rules.base import Call, Relevances, Rule, register_rule
+from relprop.rules.modified_gradient import ModifiedGradient
 
 
 @register_rule
@@ -23,6 +25,10 @@ class SoftmaxDetached(Rule):
     name: ClassVar = "detached"
     needs_inputs: ClassVar = False
     needs_output: ClassVar = False
+
+    def gradient_form(self, node: Node) -> Rule | None:
+        """No gradient."""
+        return ModifiedGradient(self, lambda call, gradient: (torch.zeros_like(gradient),), inputs=False)
 
     def propagate(self, call: Call, relevance: Tensor) -> Relevances:
         """relevance: [T, ..., N] -> zeros."""

@@ -7,7 +7,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from relprop.rules.base import Call, Relevances, Rule, register_rule
+from relprop.graph import Node
+from relprop.rules.base import Call, Relevances, Rule, plain_gradient, register_rule
 
 
 @register_rule
@@ -22,6 +23,10 @@ class SoftmaxTaylor(Rule):
     kind: ClassVar = "softmax"
     name: ClassVar = "taylor"
     conserves: ClassVar = False
+
+    def gradient_form(self, node: Node) -> Rule | None:
+        """The plain gradient."""
+        return plain_gradient()
 
     def propagate(self, call: Call, relevance: Tensor) -> Relevances:
         """relevance: [T, ..., N] -> ([T, ..., N],)."""

@@ -27,6 +27,26 @@ def test_it_closes(method: str, composite: str) -> None:
         assert (entry.amplification >= 0).all()
 
 
+LRP = ["attnlrp", "cp_lrp", "reslrp", "libragrad", "pa_lrp", "epsilon", "gamma", "epsilon_plus", "alpha2_beta1"]
+
+
+@pytest.mark.parametrize("composite", LRP)
+def test_it_closes_at_the_score(composite: str) -> None:
+    """score = relevance of the input + what biases, constants, positions and the rules themselves keep."""
+    model, x = vit().double(), torch.randn(3, 3, 32, 32, dtype=torch.float64)
+    found = relprop.compile(model, (x,), method="full", composite=composite)(x, target=[[1, 2]] * 3, ledger=True)
+    books = found.ledger
+    assert books is not None
+    torch.testing.assert_close(books.seed, found.logits[:, 1:3].T)
+    torch.testing.assert_close(books.frontier, found.relevance.sum((2, 3)).T)
+    scale = max(1.0, *(float(e.arriving.abs().max()) for e in books.entries))
+    assert float(books.imbalance.abs().max()) < 1e-10 * scale
+    kinds = {e.kind for e in books.entries if float(e.absorbed.get("rule", torch.zeros(1)).abs().max()) > 1e-9}
+    # The constant term of the softmax's expansion; shares of z- where a unit has no z-.
+    expected = {"alpha2_beta1": {"attention", "linear", "conv"}}.get(composite, {"attention"})
+    assert kinds <= (set() if composite in ("cp_lrp", "libragrad") else expected)
+
+
 def test_constants_are_named() -> None:
     """Position embedding and class token keep what the read-out drops."""
     model, x = vit().double(), torch.randn(2, 3, 32, 32, dtype=torch.float64)

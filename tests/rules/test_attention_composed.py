@@ -135,8 +135,8 @@ def expected(case: Case, rule: AttentionComposed, relevance: Tensor, *inputs: Te
     if isinstance(rule.softmax, SoftmaxDetached):
         return None, None, gathered(case, 2 * at_values), None
     if isinstance(rule.softmax, SoftmaxTaylor):
-        finite = torch.where(torch.isinf(logits), 0.0, logits)
-        at_map = finite * (at_map - p * at_map.sum(-1, keepdim=True))
+        # What a mask adds to a logit is its share of it, and stays there.
+        at_map = case.scale * (q @ k.mT) * (at_map - p * at_map.sum(-1, keepdim=True))
     through_scores = products(q, k.mT, qk)
     scores = divide(at_map, through_scores.sum(-2), qk.stabiliser)[..., :, None, :] * through_scores
     at_keys = gathered(case, scores.sum(-3).mT / 2)

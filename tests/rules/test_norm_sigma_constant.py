@@ -98,10 +98,13 @@ def test_formula(name: str, rule: NormSigmaConstant, batch: int, targets: int) -
 def test_ledger(name: str) -> None:
     op, x = norm_op(name), random(4, *NORMS[name][1])
     relevance = op.relevance([x], 3)
-    entry = check_ledger(op, NormSigmaConstant(), [x], relevance, ["rule"])
+    entry = check_ledger(
+        op, NormSigmaConstant(), [x], relevance, [*(["bias"] if name == "layer" else []), "epsilon", "rule"]
+    )
     offset = linear_part(name, x)[1]
     share = divide(relevance, op.output([x]), NormSigmaConstant().stabiliser) * offset
-    torch.testing.assert_close(entry.absorbed["rule"], share.flatten(2).sum(-1), rtol=1e-7, atol=1e-6)
+    kept = entry.absorbed["bias"] if name == "layer" else entry.absorbed["rule"]
+    torch.testing.assert_close(kept, share.flatten(2).sum(-1), rtol=1e-7, atol=1e-6)
 
 
 def test_epsilon_may_be_left_to_its_default() -> None:

@@ -19,7 +19,7 @@ from relprop.rules.base import Relevances
 
 ROOT = Path(__file__).parents[2]
 RULES = sorted(set(REGISTRY.values()), key=lambda rule: rule.__name__)
-NO_RULES = {"__init__", "base", "linear_map", "vjp"}  # machinery that rule files share
+NO_RULES = {"__init__", "base", "linear_map", "modified_gradient", "vjp"}  # machinery that rule files share
 STEMS = sorted(path.stem for path in (ROOT / "relprop" / "rules").glob("*.py") if path.stem not in NO_RULES)
 # Kernels that are named after the product they fuse.
 COMPOSED = {"attention_composed": "matmul_half", "gradient": "norm_gradient"}

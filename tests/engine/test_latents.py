@@ -1,0 +1,100 @@
+"""Relevance inside the model, from the one pass that explains its output."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import relprop
+from relprop.errors import ShapeError, TargetError, UnknownNameError
+from tests.engine.models import Spelled, relative, vit
+
+IMAGES = torch.randn(2, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+def test_neurons_by_hooks_and_autograd() -> None:
+    """libragrad on a model without norms in between: after the last block nothing but a norm and a linear layer."""
+    model = vit().double()
+    found = relprop.explain(model, IMAGES, method="attnlrp", target=3, latents=["blocks.*.mlp", "blocks.2", "norm"])
+    assert set(found.latents) == {"blocks.0.mlp", "blocks.1.mlp", "blocks.2.mlp", "blocks.2", "norm"}
+    kept: dict[str, torch.Tensor] = {}
+
+    def keep(module: torch.nn.Module, args: object, output: torch.Tensor) -> None:
+        kept["norm"] = output
+
+    handle = model.norm.register_forward_hook(keep)
+    model(IMAGES)
+    handle.remove()
+    at_norm = found.at("norm")
+    row = kept["norm"][:, 0].detach()
+    assert torch.allclose(at_norm.activation.reshape(2, -1), row)
+    assert torch.allclose(at_norm.relevance.reshape(2, -1), row * model.head.weight[3])  # R = x w
+
+
+def test_what_flows_through_a_layer_is_what_reaches_the_residual_stream() -> None:
+    """Without biases and norms' bias in the way: relevance of the sum is that of its summands."""
+    model = vit().double()
+    found = relprop.explain(model, IMAGES, method="cp_lrp", target=3, latents=["blocks.*"], ledger=True)
+    books = found.ledger
+    assert books is not None
+    for depth in range(3):
+        entry = next(e for e in books.entries if e.module == f"blocks.{depth}" and e.kind == "add")
+        total = found.at(f"blocks.{depth}").relevance.flatten(1).sum(1)
+        assert torch.allclose(total, entry.arriving[0])
+
+
+@pytest.mark.parametrize("spelling", ["sdpa", "bmm"])
+def test_heads(spelling: str) -> None:
+    model = Spelled(spelling).double().eval()
+    found = relprop.explain(model, IMAGES, method="attnlrp", target=[[0, 1]] * 2, latents=["*:heads", "blocks.0.proj"])
+    name = next(path for path in found.latents if path.startswith("blocks.0") and path.endswith(":heads"))
+    heads = found.at(name)
+    assert heads.per_token().shape == (2, 2, 4, 17)  # batch, targets, heads, tokens
+    # The projection's bias keeps a part; its input is the heads, side by side.
+    joined = heads.activation.transpose(1, 2).flatten(2)
+    projected = found.at("blocks.0.proj")
+    expected = joined.unsqueeze(1) * (projected.coefficient @ model.blocks[0].proj.weight)
+    assert relative(heads.relevance.transpose(2, 3).flatten(3), expected.detach()) < 1e-10
+
+
+def test_directions_of_a_dictionary() -> None:
+    """Features whose directions add up to the activation share out all of its relevance."""
+    model = vit().double()
+    found = relprop.explain(model, IMAGES, method="attnlrp", target=3, latents=["blocks.1.mlp"]).at("blocks.1.mlp")
+    basis = torch.linalg.qr(torch.randn(48, 48, dtype=torch.float64))[0]
+    features = found.directions(lambda x: x @ basis.T, basis)
+    assert torch.allclose(features.sum(-1), found.per_token())
+    neurons = found.directions(lambda x: x, torch.eye(48, dtype=torch.float64))
+    assert torch.allclose(neurons, found.relevance)
+    with pytest.raises(ShapeError, match=r"directions: expected a decoder \[K, 48\], got \[48, 5\]"):
+        found.directions(lambda x: x, torch.zeros(48, 5))
+
+
+def test_with_the_default_method() -> None:
+    """The walk's relevance stream is kept too; it ends at the first attention map."""
+    model = vit().double()
+    plain = relprop.explain(model, IMAGES, target=1)
+    found = relprop.explain(model, IMAGES, target=1, latents=["blocks.1"])
+    assert torch.allclose(plain.relevance, found.relevance)
+    latent = found.at("blocks.1")
+    assert latent.relevance.shape == (2, 17, 48)
+    assert torch.allclose(latent.activation * latent.coefficient, latent.relevance)
+
+
+def test_unknown_paths() -> None:
+    with pytest.raises(UnknownNameError, match=r"did you mean 'blocks\.1\.mlp'\?"):
+        relprop.explain(vit(), IMAGES.float(), latents=["blocks.1.mpl"])
+    found = relprop.explain(vit(), IMAGES.float(), latents=["blocks.1.mlp"])
+    with pytest.raises(UnknownNameError, match=r"name it in `latents` when compiling"):
+        found.at("blocks.0.mlp")
+
+
+def test_contrast() -> None:
+    model = vit().double()
+    engine = relprop.compile(model, (IMAGES,), method="attnlrp")
+    first, second = (engine(IMAGES, target=t).relevance for t in (1, 4))
+    assert relative(engine(IMAGES, target=relprop.contrast(1, 4)).relevance, first - second) < 1e-10
+    mean = torch.stack([engine(IMAGES, target=t).relevance for t in range(10)]).mean(0)
+    assert relative(engine(IMAGES, target=relprop.contrast([1, 4])).relevance[0], (first - mean)[0]) < 1e-10
+    with pytest.raises(TargetError, match="contrast: expected a class"):
+        engine(IMAGES, target=relprop.contrast(None))

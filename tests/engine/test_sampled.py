@@ -1,0 +1,108 @@
+"""Integrated gradients and SmoothGrad against their closed forms and a plain loop."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import relprop
+from relprop.errors import OptionError
+from tests.engine.models import relative, vit
+
+IMAGES = torch.randn(2, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+def gradient(model: nn.Module, x: Tensor, target: int) -> Tensor:
+    leaf = x.clone().requires_grad_()
+    return torch.autograd.grad(model(leaf)[:, target].sum(), leaf)[0]
+
+
+class Quadratic(nn.Module):
+    """x^T M x of what a linear layer makes of the input, per class."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(6, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.first(x) ** 2)
+
+
+def test_closed_form_on_a_quadratic() -> None:
+    """Two nodes integrate a linear gradient exactly: the mean gradient is that half way."""
+    model, x = Quadratic().double().eval(), torch.randn(4, 6, dtype=torch.float64)
+    options: dict[str, Any] = {"steps": 2, "baseline": 0.5}
+    found = relprop.explain(model, x, method="integrated_gradients", target=1, method_options=options).relevance
+    assert relative(found, (x - 0.5) * gradient(model, (x + 0.5) / 2, 1)) < 1e-10
+    difference = model(x)[:, 1] - model(torch.full_like(x, 0.5))[:, 1]
+    assert torch.allclose(found.sum(-1), difference.detach())
+
+
+@pytest.mark.parametrize("batch", [1, 3, 64])
+def test_a_loop_over_the_path(batch: int) -> None:
+    model = vit(depth=2).double()
+    nodes, weights = np.polynomial.legendre.leggauss(7)
+    expected = sum(w / 2 * gradient(model, IMAGES * (1 + a) / 2, 3) for a, w in zip(nodes, weights, strict=True))
+    found = relprop.explain(
+        model, IMAGES, method="integrated_gradients", target=3, method_options={"steps": 7, "batch": batch}
+    )
+    assert relative(found.relevance, (IMAGES * expected).sum(1)) < 1e-9
+
+
+def test_completeness_targets_and_one_sample_alone() -> None:
+    model = vit(depth=2).double()
+    engine = relprop.compile(model, (IMAGES,), method="integrated_gradients", method_options={"steps": 64})
+    found = engine(IMAGES, target=[[3, 5], [1, 3]])
+    assert found.relevance.shape == (2, 2, 32, 32)
+    black = model(torch.zeros_like(IMAGES))
+    difference = torch.gather(found.logits - black, 1, torch.tensor([[3, 5], [1, 3]]))
+    assert torch.allclose(found.relevance.sum((2, 3)), difference.detach(), rtol=1e-3, atol=1e-4)
+    alone = engine(IMAGES[1:], target=3).relevance[0]
+    assert relative(alone, found.relevance[1, 1]) < 1e-10
+    called = engine(IMAGES, target=lambda logits: logits[:, 3]).relevance
+    assert relative(called[0], found.relevance[0, 0]) < 1e-10
+
+
+def test_smoothgrad_is_a_mean_over_noise() -> None:
+    model = vit(depth=2).double()
+    options: dict[str, Any] = {"samples": 5, "noise": 0.1, "batch": 2, "seed": 7}
+    found = relprop.explain(model, IMAGES, method="smoothgrad", target=3, method_options=options).relevance
+    generator = torch.Generator().manual_seed(7)
+    spread = 0.1 * (IMAGES.flatten(1).max(1)[0] - IMAGES.flatten(1).min(1)[0])
+    draws = [torch.randn(3, 32, 32, generator=generator).double() for _ in range(5)]
+    expected = sum(gradient(model, IMAGES + spread[:, None, None, None] * draw, 3) for draw in draws) / 5
+    assert relative(found, expected.sum(1)) < 1e-9  # type: ignore[union-attr]
+    times = relprop.explain(
+        model, IMAGES, method="smoothgrad", target=3, method_options={**options, "times_input": True}
+    ).relevance
+    assert relative(times, (IMAGES * expected).sum(1)) < 1e-9
+
+
+def test_token_embeddings_are_the_input() -> None:
+    class Bag(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.head = nn.Embedding(9, 4), nn.Linear(4, 2)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.head(self.embed(ids).tanh().mean(1))
+
+    torch.manual_seed(0)
+    model, ids = Bag().double().eval(), torch.tensor([[1, 2, 3], [4, 4, 0]])
+    found = relprop.explain(model, ids, method="integrated_gradients", target=1, method_options={"steps": 40})
+    # One weight per channel and token: the integral of tanh' along the line is tanh itself.
+    expected = (model.embed(ids).tanh() * model.head.weight[1]).sum(-1) / 3
+    assert relative(found.relevance, expected.detach()) < 1e-8
+
+
+def test_wrong_options() -> None:
+    for options, text in (({"steps": 0}, "steps: expected an int from 1, got 0"), ({"batch": 1.5}, "batch: expected")):
+        with pytest.raises(OptionError, match=text):
+            relprop.explain(vit(), IMAGES.float(), method="integrated_gradients", method_options=options)
+    with pytest.raises(OptionError, match="ledger: expected a method of one pass, got smoothgrad"):
+        relprop.explain(vit(), IMAGES.float(), method="smoothgrad", ledger=True)
