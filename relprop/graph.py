@@ -18,7 +18,7 @@ class SampleAxis:
     factor: int
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Value:
     """A tensor of the graph. Sizes that depend on the batch or the sequence length are SymInts."""
 
@@ -35,6 +35,9 @@ class Value:
     def rank(self) -> int:
         return len(self.shape)
 
+    def __repr__(self) -> str:  # in one line: the fields would print everything before this value
+        return f"<Value {self.index} {self.name} {self.describe()} {self.dtype}>"
+
     def describe(self) -> str:
         return f"[{', '.join(str(s) for s in self.shape)}]"
 
@@ -45,7 +48,7 @@ class Value:
         return lead.reshape(lead.shape[0], lead.shape[1] // self.sample.factor, -1)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Node:
     """One operation. `operands` are its tensor inputs in order, as rules see them (None where one is absent)."""
 
@@ -60,6 +63,9 @@ class Node:
     module: str = ""
     source: str = ""
     attributes: dict[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return f"<Node {self.kind}: {self.describe()}>"
 
     @property
     def carrying(self) -> bool:
