@@ -200,3 +200,10 @@ def test_errors() -> None:
     assert message(OptionError, product="float16") == "product: expected one of float32, tfloat32, got 'float16'"
     both = {"q": torch.zeros(2, 3, 5, 300, dtype=BF16), "k": wide}
     assert message(ValueError, **both) == "d, dv: expected heads of at most 256 channels"
+
+
+def test_more_rows_than_are_counted() -> None:
+    """The kernels count the rows of one head in 32 bits."""
+    one, many = torch.zeros(1, 1, 1, 1), torch.zeros(()).expand(1, 1, 2**30 + 1, 1)
+    with pytest.raises(ValueError, match="^queries: expected at most 1073741824, got 1073741825$"):
+        native_cuda.attention_relevance(many, one, one, scale=1.0, edge="attention", row=many[..., 0])
