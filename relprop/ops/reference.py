@@ -339,3 +339,73 @@ def norm_sigma_constant(
     h = stabiliser_of(stabiliser_kind, epsilon).share(stream.tensor, y)
     h = h if weight is None else h * stream.take("weight", weight, x.shape[-1:])
     return stream.give(x * inverse * (h - h.mean(-1, keepdim=True) if norm == "layer" else h))
+
+
+def _multiplied(tensor: Tensor, operands: torch.dtype) -> Tensor:
+    """What a product of these operands multiplies, in float32."""
+    if operands not in (torch.float32, torch.bfloat16):
+        raise OptionError(f"operands: expected torch.float32 or torch.bfloat16, got {operands}")
+    return tensor.to(operands).float()
+
+
+def _layer(x: Stream, weight: Tensor, axis: int, operands: torch.dtype) -> Tensor:
+    if weight.dim() != 2:
+        raise ShapeError(f"weight: expected shape [N, K], got {text_of(weight.shape)}")
+    size = x.tensor.shape[-1]
+    expected = [size if i == axis else other for i, other in enumerate(weight.shape)]
+    return _multiplied(x.take("weight", weight, expected), operands)
+
+
+def linear_apply(
+    x: Tensor,  # [..., K]
+    weight: Tensor,  # [N, K]
+    bias: Tensor | None,  # [N]
+    operands: torch.dtype,
+) -> Tensor:
+    """x wᵀ + b in float32. [..., N]"""
+    stream = Stream("x", x, x.shape[1:])
+    y = _multiplied(stream.tensor, operands) @ _layer(stream, weight, 1, operands).mT
+    return y if bias is None else y + stream.take("bias", bias, weight.shape[:1])
+
+
+def linear_transpose(
+    stream: Tensor,  # [T, ..., N]
+    weight: Tensor,  # [N, K]
+    operands: torch.dtype,
+) -> Tensor:
+    """stream w in float32. [T, ..., K]"""
+    s = Stream("stream", stream, stream.shape[1:])
+    return _multiplied(s.tensor, operands) @ _layer(s, weight, 0, operands)
+
+
+def linear_alpha_beta_share_out_product(
+    relevance: Tensor,  # [T, ..., N]
+    x: Tensor,  # [..., K]
+    weight: Tensor,  # [N, K]
+    y: Tensor | None,  # [..., N]
+    bias: Tensor | None,  # [N]
+    operands: torch.dtype,
+    alpha: float,
+    tolerance: float,
+    stabiliser_kind: int,
+    epsilon: float,
+) -> Tensor:
+    """αR / stab(z⁺), z⁺ = ½(x wᵀ + |x||w|ᵀ). [T, ..., N]"""
+    layer = Stream("x", x, x.shape[1:])
+    factor, w = _multiplied(layer.tensor, operands), _layer(layer, weight, 1, operands)
+    if y is None:
+        y, bias = factor @ w.mT, None
+    given = (alpha, 0.0, tolerance, stabiliser_kind, epsilon)
+    return linear_alpha_beta_share_out(relevance, y, bias, factor.abs() @ w.abs().mT, *given)[0]
+
+
+def linear_alpha_beta_back_product(
+    shares: Tensor,  # [T, ..., N]
+    x: Tensor,  # [..., K]
+    weight: Tensor,  # [N, K]
+    operands: torch.dtype,
+) -> Tensor:
+    """½(x ⊙ (s w) + |x| ⊙ (s |w|)). [T, ..., K]"""
+    stream = Stream("shares", shares, (*x.shape[:-1], shares.shape[-1]))
+    s, w = _multiplied(stream.tensor, operands), _layer(stream, weight, 0, operands)
+    return linear_alpha_beta_select(x, s @ w, s @ w.abs())

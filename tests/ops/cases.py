@@ -20,6 +20,7 @@ def arguments(name: str, dtype: torch.dtype = torch.float32, half: torch.dtype |
     r, q = random(2, 3, 8, dtype=dtype, seed=1), random(2, 3, 8, dtype=dtype, seed=2)
     x, y, z = (random(3, 8, dtype=other, seed=i) for i in (3, 4, 5))
     bias, absz = random(8, dtype=other, seed=6), random(3, 8, dtype=other, seed=7).abs() + 4
+    w, own = random(5, 8, dtype=other, seed=8), random(2, 3, 5, seed=9)
     maps = {"sv": (2, 1, 3, 2, 4), "a": (1, 3, 2, 4)}
     return {
         "linear_alpha_beta_share_out": (r, y, bias, absz, 2.0, 1.0, None, *STABILISER),
@@ -27,6 +28,10 @@ def arguments(name: str, dtype: torch.dtype = torch.float32, half: torch.dtype |
         "linear_epsilon_share_out": (r, y, bias, 1.0, *STABILISER),
         "linear_epsilon_select": (x, r),
         "linear_gamma_share_out": (r, y, bias, absz, 0.25, True, True, *STABILISER),
+        "linear_apply": (x, w, random(5, seed=10), torch.float32),
+        "linear_transpose": (own, w, torch.float32),
+        "linear_alpha_beta_share_out_product": (own, x, w, None, None, torch.float32, 1.0, 1e-6, *STABILISER),
+        "linear_alpha_beta_back_product": (own, x, w, torch.float32),
         "add_normalised": (r, x.abs(), y.abs(), *STABILISER),
         "add_epsilon": (r, x, y, *STABILISER),
         "add_gamma": (r, x, y[:1], 1.0, *STABILISER),

@@ -11,9 +11,11 @@ from torch import Tensor
 
 from relprop import native
 from relprop.errors import DeviceError, DTypeError, OptionError, RelpropError, ShapeError
-from relprop.ops.registry import SPECS, WITHOUT_OUT
+from relprop.ops.registry import PRODUCTS, SPECS, WITHOUT_OUT
 from tests.ops.cases import arguments, random, results
 
+# Kernels without a matrix product inside: any dtype, every size.
+ELEMENTWISE = sorted(set(SPECS) - PRODUCTS)
 WITH_OUT = sorted(set(SPECS) - WITHOUT_OUT)
 IMPLEMENTATIONS = ["reference", *(["kernel"] if native.available()[0] else [])]
 
@@ -37,7 +39,7 @@ def replaced(given: tuple[Any, ...], place: int, item: Any) -> tuple[Any, ...]:
     return (*given[:place], item, *given[place + 1 :])
 
 
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("name", ELEMENTWISE)
 def test_wrong_dtype(implementation: str, name: str) -> None:
     given = arguments(name)
     for place in tensors_of(given):
@@ -51,7 +53,7 @@ def test_wrong_dtype(implementation: str, name: str) -> None:
                 overload(name)(*replaced(given, place, given[place].double()))
 
 
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("name", ELEMENTWISE)
 def test_wrong_shape(implementation: str, name: str) -> None:
     given = arguments(name)
     for place in tensors_of(given):
@@ -74,7 +76,7 @@ def test_wrong_device(name: str) -> None:
             overload(name)(*replaced(given, place, given[place].to("meta")))
 
 
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("name", ELEMENTWISE)
 def test_any_strides(implementation: str, name: str) -> None:
     given = arguments(name)
     want = results(name, overload(name)(*given))
@@ -103,7 +105,7 @@ def misaligned(tensor: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("name", ELEMENTWISE)
 def test_misaligned_inputs(name: str, dtype: torch.dtype) -> None:
     given = arguments(name, dtype)
     want = results(name, overload(name)(*given))
@@ -160,6 +162,31 @@ def test_overlapping_output(name: str) -> None:
     assert torch.equal(tensor, want[0])
 
 
+@pytest.mark.parametrize("name", sorted(PRODUCTS))
+def test_products(implementation: str, name: str) -> None:
+    given = arguments(name)
+    want = results(name, overload(name)(*given))
+    for place in tensors_of(given):
+        tensor = given[place]
+        with pytest.raises(DTypeError, match=r": expected torch\.float32.*, got torch\.int32"):
+            overload(name)(*replaced(given, place, tensor.int()))
+        with pytest.raises(ShapeError, match=r": expected shape \[.*, got \["):
+            overload(name)(*replaced(given, place, torch.zeros(3, 4, 5, 6)))
+        for view in (
+            misaligned(tensor),
+            torch._neg_view(-tensor),
+            tensor.mT.contiguous().mT if tensor.ndim > 1 else tensor,
+        ):
+            made = results(name, overload(name)(*replaced(given, place, view)))
+            for one, other in zip(made, want, strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    operands = next(i for i, item in enumerate(given) if isinstance(item, torch.dtype))
+    if implementation == "reference":
+        with pytest.raises(OptionError) as raised:
+            overload(name)(*replaced(given, operands, torch.float16))
+        assert str(raised.value) == "operands: expected torch.float32 or torch.bfloat16, got torch.float16"
+
+
 def emptied(item: Any, axis: int) -> Any:
     if isinstance(item, list):
         return [emptied(one, axis) for one in item]
@@ -171,7 +198,7 @@ def emptied(item: Any, axis: int) -> Any:
 
 
 @pytest.mark.parametrize("axis", [-1, -2])
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("name", ELEMENTWISE)
 def test_zero_size(implementation: str, name: str, axis: int) -> None:
     given = arguments(name)
     if name == "add_gamma":

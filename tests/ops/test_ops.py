@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from relprop import native
 from relprop.ops import OPS
-from relprop.ops.registry import SPECS, WITHOUT_OUT
+from relprop.ops.registry import PRODUCTS, SPECS, WITHOUT_OUT
 from tests.ops.cases import arguments, results
 
 HALF = [torch.bfloat16, torch.float16]
@@ -48,7 +48,7 @@ def test_opcheck_of_out_variants(name: str) -> None:
 @needs_kernels
 @pytest.mark.parametrize("half", [None, *HALF])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALF])
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("name", sorted(set(SPECS) - PRODUCTS))
 def test_kernel_equals_reference(name: str, dtype: torch.dtype, half: torch.dtype | None) -> None:
     if half is not None and dtype in HALF:
         half = dtype
@@ -58,6 +58,17 @@ def test_kernel_equals_reference(name: str, dtype: torch.dtype, half: torch.dtyp
     for one, other in zip(got, want, strict=True):
         assert one.dtype is dtype and one.is_contiguous()
         torch.testing.assert_close(one, other, rtol=64 * eps, atol=64 * eps)
+
+
+@needs_kernels
+@pytest.mark.parametrize("operands", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("half", [None, *HALF])
+@pytest.mark.parametrize("name", sorted(PRODUCTS))
+def test_products_equal_reference(name: str, half: torch.dtype | None, operands: torch.dtype) -> None:
+    given = tuple(operands if isinstance(item, torch.dtype) else item for item in arguments(name, half=half))
+    got, want = overload(name)(*given), SPECS[name].reference(*given)
+    assert got.dtype is torch.float32
+    torch.testing.assert_close(got, want.float(), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
