@@ -12,7 +12,7 @@ from torch import Tensor
 from relprop import native
 from relprop.errors import DeviceError, OptionError, ShapeError
 from relprop.native.tensors import text_of
-from relprop.ops import reference
+from relprop.ops import attention, reference
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Spec:
         stream: the argument whose shape and dtype the results have.
         last: the size of the results' last axis where it is another one: an argument, and one of its axes.
         dtype: of the results where it is not the stream's.
+        fake: shapes of the results where more than the stream decides them.
     """
 
     arguments: str
@@ -36,6 +37,7 @@ class Spec:
     stream: str = "relevance"
     last: tuple[str, int] | None = None
     dtype: torch.dtype | None = None
+    fake: Callable[..., Any] | None = None
 
 
 def _share_out(relevance: Tensor, y: Any, bias: Any, absz: Any, alpha: float, beta: float, *rest: Any) -> list[Tensor]:
@@ -193,6 +195,14 @@ SPECS: dict[str, Spec] = {
         _attention_shares,
         "sv",
     ),
+    "attention_relevance": Spec(
+        attention.ARGUMENTS,
+        0,
+        attention.attention_relevance,
+        attention.on_cpu,
+        "q",
+        fake=attention.fake,
+    ),
     "matmul_half_rollout_matrix": Spec(
         "Tensor grad, Tensor relevance", 1, reference.matmul_half_rollout_matrix, native.rollout_matrix, "grad"
     ),
@@ -227,14 +237,16 @@ SPECS: dict[str, Spec] = {
     ),
 }
 
-# Kernels without a variant that writes to given tensors: their wrapper has none, or the number of results varies.
+# Kernels that hold their tensors to certain dtypes: matrix products, and attention as a whole.
 PRODUCTS = {
     "linear_apply",
     "linear_transpose",
     "linear_alpha_beta_share_out_product",
     "linear_alpha_beta_back_product",
 }
-WITHOUT_OUT = {"linear_alpha_beta_share_out", "matmul_half_share", "matmul_half_attention_shares", *PRODUCTS}
+WHOLE_LAYERS = {*PRODUCTS, "attention_relevance"}
+# Kernels without a variant that writes to given tensors: their wrapper has none, or the number of results varies.
+WITHOUT_OUT = {"linear_alpha_beta_share_out", "matmul_half_share", "matmul_half_attention_shares", *WHOLE_LAYERS}
 
 
 def _names(spec: Spec) -> list[str]:
@@ -285,7 +297,7 @@ def _define(name: str, spec: Spec) -> Any:
         f"relprop::{name}", spec.reference, mutates_args=(), schema=f"({spec.arguments}) -> {returns}"
     )
     op.register_kernel("cpu")(_on_cpu(spec))
-    op.register_fake(_fake(name, spec))
+    op.register_fake(spec.fake or _fake(name, spec))
     return op
 
 

@@ -25,6 +25,7 @@ from tests.csrc.attention_checks import (
     reference_output,
 )
 from tests.csrc.cuda_checks import BF16, FLOAT, FP16, assert_near, surrounded
+from tests.ops.cases import misaligned
 
 pytestmark = pytest.mark.usefixtures("results")
 
@@ -165,10 +166,11 @@ def test_strided_inputs() -> None:
     want = run(tensors, **options)
     packed = torch.stack([tensors[n].transpose(1, 2) for n in "qkv"], 2)
     views = dict(zip("qkv", packed.permute(2, 0, 3, 1, 4).unbind(0), strict=True))
-    got = run({**tensors, **views}, **options)
-    for name, part in want.items():
-        ours = got[name]
-        assert part is not None and ours is not None and torch.equal(ours, part)
+    for given in (views, {n: misaligned(tensors[n]) for n in ("q", "v", "gradient")}):
+        got = run({**tensors, **given}, **options)
+        for name, part in want.items():
+            ours = got[name]
+            assert part is not None and ours is not None and torch.equal(ours, part)
 
 
 @pytest.mark.parametrize("change", [{"batch": 0}, {"queries": 0}, {"keys": 0}, {"targets": 0}])
