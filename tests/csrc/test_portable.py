@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 import pytest
@@ -71,7 +70,8 @@ def test_one_binary_under_two_versions_of_torch(tmp_path: Path) -> None:
         pytest.skip(f"torch 2.11 cannot be installed here: {old.stderr.strip().splitlines()[-1]}")
     packages = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").stdout.strip())
     # After its own packages: everything but torch comes from here, the compiled module included.
-    (packages / "lent.pth").write_text(f"{ROOT}\n{sysconfig.get_path('purelib')}\n")
+    lent = [str(ROOT), *(path for path in sys.path if Path(path).name in ("site-packages", "dist-packages"))]
+    (packages / "lent.pth").write_text("\n".join(lent))
     try:
         found = [run(sys.executable, "-c", PROBE), run(python, "-c", PROBE)]
         for done in found:
