@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from relprop import native
 
@@ -49,7 +51,10 @@ print(torch.__version__, native._C.__file__, native.info()["openmp"])
 
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    # A torch in another environment finds the CUDA libraries that lie beside this one's.
+    beside = Path(torch.__file__).parents[1].glob("nvidia/*/lib")
+    environment = {**os.environ, "LD_LIBRARY_PATH": os.pathsep.join(str(folder) for folder in beside)}
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
 
 
 @pytest.mark.full
