@@ -184,5 +184,5 @@ _REASONS: dict[type[Rule], Callable[[Node], list[str]]] = {
     SoftmaxTaylor: elementwise.softmax_reasons,
     ActivationSlope: lambda node: [],
     NormSigmaConstant: elementwise.norm_reasons,
-    Gradient: elementwise.gradient_reasons,
+    Gradient: lambda node: [] if node.kind == "fanout" else elementwise.gradient_reasons(node),
 }

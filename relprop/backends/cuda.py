@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from relprop import native_cuda
-from relprop.backends import cpp, cpp_attention
+from relprop.backends import cpp, cpp_attention, elementwise
 from relprop.backends.elementwise import ACTIVATIONS, NORMS, Rows, only_first
 from relprop.graph import Node, Value
 from relprop.native_cuda import Back
@@ -67,6 +67,8 @@ def reasons_against(dtype: torch.dtype, device: torch.device) -> list[str]:
 
 def kernel_reasons(node: Node, rule: Rule) -> list[str]:
     """Why the kernel for a rule does not take this node; empty where it does."""
+    if isinstance(rule, Gradient):
+        return elementwise.gradient_reasons(node)
     return cpp.kernel_reasons(node, rule)
 
 
