@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from relprop import trust
-from relprop.backends import choose_backend, choose_forward, choose_joint
+from relprop.backends import choose_kernels
 from relprop.capture import Captured, capture, lower
 from relprop.capture.export import bind_arguments
 from relprop.composites import Composite, find_composite
@@ -77,7 +77,7 @@ def compile(
         composite: rules for the relevance stream, a name of `relprop.composites()` or a Composite; the method's own
             by default.
         method_options: options of the method, such as {"start_layer": 1}.
-        backend: "auto", "torch", "cpp" or "triton".
+        backend: "auto", "torch", "cpp", "triton" or "cuda".
         precision: of matrix products in float32 streams: "highest", "high", or "medium" for bfloat16 products with
             float32 accumulation where the hardware has them.
         output: which of several outputs to explain: a key, an index, or a function of the output.
@@ -96,7 +96,7 @@ def compile(
     rules = find_composite(composite if composite is not None else chosen.composite)
     _check_mode(model)
     device, dtype = _placement(model, args, dict(kwargs or {}))
-    choose = choose_backend(backend, dtype, device)
+    kernels = choose_kernels(backend, dtype, device, precision)
     key = (method, rules, _hashable(method_options), backend, dtype, str(device), precision, tuple(latents))
 
     def build(books: bool) -> Program:
@@ -105,10 +105,8 @@ def compile(
             chosen,
             method_options,
             rules,
-            choose,
+            kernels,
             plan.captured.batch_symbols,
-            choose_joint=choose_joint(backend, dtype, device),
-            choose_forward=choose_forward(backend, dtype, device, precision),
             books=books,
             latents=latents,
         )

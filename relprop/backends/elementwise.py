@@ -187,9 +187,9 @@ def norm_sigma_constant(rule: Any, call: Call, relevance: Tensor) -> Relevances:
 
 def gradient_reasons(node: Node) -> list[str]:
     """Why no kernel of the gradient takes a node."""
-    if node.kind in ("linear", "fanout") or node.target in NORMS or node.target in ACTIVATIONS:
+    if node.kind == "linear" or node.target in NORMS or node.target in ACTIVATIONS:
         return []
-    return ["the kernels are for linear layers, fan-out, layer norms, RMS norms, GELU and SiLU"]
+    return ["the kernels are for linear layers, layer norms, RMS norms, GELU and SiLU"]
 
 
 def _sum(parts: list[Tensor]) -> Tensor:
