@@ -94,8 +94,6 @@ def kernel_reasons(node: Node, rule: Rule) -> list[str]:
         return elementwise.softmax_reasons(node)
     if isinstance(rule, NormSigmaConstant):
         return elementwise.norm_reasons(node) or _row_reasons(node)
-    if node.kind == "fanout":
-        return ["a plain sum needs no kernel"]
     return elementwise.gradient_reasons(node) or (_row_reasons(node) if node.kind == "norm" else [])
 
 

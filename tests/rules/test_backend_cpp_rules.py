@@ -138,7 +138,7 @@ def test_reasons() -> None:
     group = Op(nn.GroupNorm(1, 3), random(2, 3, 7), kind="norm")
     assert kernel_reasons(group.node, NormSigmaConstant()) == ["the kernel is for layer norms and RMS norms"]
     assert kernel_reasons(group.node, Gradient()) == [
-        "the kernels are for linear layers, fan-out, layer norms, RMS norms, GELU and SiLU"
+        "the kernels are for linear layers, layer norms, RMS norms, GELU and SiLU"
     ]
     scaled = Op(module_of(lambda a, b: torch.add(a, b, alpha=2), 2), random(2, 3), random(2, 3), kind="add")
     assert kernel_reasons(scaled.node, AddGamma()) == ["the kernel adds without a factor"]
