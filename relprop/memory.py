@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from relprop.native.tensors import fresh_results
+
 PROBES = (2, 4)
 SHARE = 0.8  # of the free memory that an automatic batch may take
 
@@ -79,7 +81,7 @@ def measure(run: Callable[[int], None]) -> Memory:
     run(PROBES[0])
     histories = []
     for batch in PROBES:
-        with Allocations() as counted:
+        with fresh_results(), Allocations() as counted:
             run(batch)
         histories.append(counted.history)
     if len(histories[0]) != len(histories[1]):  # the batch decided which way was taken: only the peaks compare

@@ -11,13 +11,14 @@ from torch.profiler import ProfilerActivity, profile
 import relprop
 from relprop import memory
 from relprop.errors import OptionError
+from relprop.native.tensors import fresh_results
 from tests.engine.models import vit
 
 
 def allocated(run: Callable[[], object]) -> int:
     """Peak bytes that torch's allocator handed out during a call, without what it made once."""
     run()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+    with fresh_results(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         run()
     alive = peak = 0
     for event in profiled.profiler.kineto_results.events():
