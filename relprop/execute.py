@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,8 +13,12 @@ from relprop.graph import Node, Value, substitute
 from relprop.latents import Latent, make_latent
 from relprop.ledger import Ledger, LedgerEntry, book
 from relprop.methods.base import Reader, Reading, RowReader
+from relprop.methods.input_maps import over_channels
+from relprop.methods.sampled import SampledMap
+from relprop.methods.topology import explained_tokens, read_profile
 from relprop.program import JointStep, JointStream, Program, ReverseStep, StreamStep
 from relprop.rules import Absorbed, Call
+from relprop.targets import Target
 from relprop.weights import Derive
 
 Streams = dict[int, Tensor]
@@ -283,3 +287,113 @@ class Sweep:
                 booked.causes,
             )
         )
+
+
+@dataclass
+class PassResult:
+    """What one pass leaves: the read-out's map [T or 1, B, ...], the model's output, and how they came about."""
+
+    relevance: Tensor
+    output: Tensor
+    target: Target
+    reading: Reading
+    shapes: dict[int, torch.Size]
+    books: Ledger | None = None
+    latents: dict[str, Latent] = field(default_factory=dict)
+
+
+def run_pass(
+    program: Program,
+    bound: dict[int, Any],
+    aim: Callable[[Tensor], Target],
+    derive: Derive,
+    dtype: torch.dtype,
+    precision: str,
+    *,
+    move: Callable[[Value, Tensor], Tensor] | None = None,
+    ledger: bool = False,
+    trace: Trace | None = None,
+    explained: Tensor | None = None,
+    instead: Callable[[Forward, Target], Tensor] | None = None,
+) -> PassResult:
+    """Forward pass, reverse sweep and read-out.
+
+    Args:
+        bound: inputs, parameters and constants by value index.
+        aim: from the model's output to what is explained of it.
+        move: see `run_forward`.
+        explained: `Reading.explained_tokens` of an earlier run with the same lengths, to make no tensor anew.
+        instead: makes the read-out's map from the forward pass, where one sweep does not; see `run_sampled`.
+    """
+    forward = run_forward(program, bound, derive, move)
+    output = forward.tensors[program.graph.output.index]
+    target = aim(output)
+    reading = _reading(program, forward, output, target, explained)
+    reader = program.readout.reader()
+    sweep = Sweep(program, forward, derive, reading, reader, dtype, precision, ledger, trace)
+    books = None if instead is not None else sweep.run(target.seed)
+    relevance = reader.finish(reading) if instead is None else instead(forward, target)
+    return PassResult(relevance, output, target, reading, forward.shapes, books, sweep.latents(target.several))
+
+
+def run_sampled(
+    program: Program,
+    readout: SampledMap,
+    repeated: Callable[[int], dict[int, Any]],
+    derive: Derive,
+    forward: Forward,
+    target: Target,
+    again: Callable[[Tensor], Target] | None,
+    dtype: torch.dtype,
+    precision: str,
+) -> Tensor:
+    """Gradients at a read-out's points, several points to a batch. [T, B, ...]
+
+    Args:
+        repeated: inputs, parameters and constants for that many times the batch.
+        forward, target: of the pass at the input itself.
+        again: aims anew at the outputs of a point, where the seed depends on them.
+    """
+    ((value, stream),) = program.requirements.values
+    x = forward.tensors[value.index]
+    points, total = readout.points(x), None
+    for start in range(0, len(points), readout.batch):
+        weights, moved = zip(*points[start : start + readout.batch], strict=True)
+        run = run_forward(program, repeated(len(weights)), derive, _replacing(value, torch.cat(moved)))
+        output = run.tensors[program.graph.output.index]
+        if again is not None:
+            target = again(output)
+            seed = target.seed
+        else:
+            seed = target.seed.repeat(1, len(weights), *[1] * (target.seed.ndim - 2))
+        reading = _reading(program, run, output, replace(target, seed=seed), None)
+        Sweep(program, run, derive, reading, Reader(), dtype, precision, False).run(seed)
+        per_point = reading.streams[value, stream].unflatten(1, (len(weights), -1))
+        scale = torch.tensor(weights, dtype=per_point.dtype, device=per_point.device)
+        part = torch.einsum("tk...,k->t...", per_point, scale)
+        total = part if total is None else total + part
+    assert total is not None
+    return over_channels(readout.combine(x.to(total.dtype), total))
+
+
+def _replacing(value: Value, tensor: Tensor) -> Callable[[Value, Tensor], Tensor]:
+    """A forward pass's hook that puts a tensor in one value's place."""
+    return lambda at, found: tensor.to(found.dtype) if at is value else found
+
+
+def _reading(program: Program, forward: Forward, output: Tensor, target: Target, explained: Tensor | None) -> Reading:
+    graph = program.graph
+    reading = Reading(output.shape[0], target.seed.shape[0])
+    compiled = any(s.backend == "cpp" for step in program.reverse for s in step.streams)
+    reading.backend = "cpp" if compiled else "torch"
+    if program.requirements.profile:
+        reading.profile = read_profile(graph, forward.tensors, forward.shapes, target.seed)
+        reading.explained_tokens = explained
+        if explained is None:
+            flags = explained_tokens(graph, graph.attention_sites()[0], lambda i: forward.shapes[i])
+            reading.explained_tokens = torch.tensor(flags, device=output.device) if flags else None
+    if program.requirements.positions:
+        reading.positions = []
+    for value, _ in program.requirements.values:
+        reading.inputs[value] = forward.tensors[value.index]
+    return reading

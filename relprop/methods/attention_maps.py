@@ -203,11 +203,12 @@ class _Cam(Reader):
         explained = reading.explained_tokens
         if explained is None:
             explained = torch.ones(gradient.shape[-1], dtype=torch.bool, device=gradient.device)
-        weight = gradient[..., explained].mean(-1, keepdim=True)
+        # Selected by arithmetic: taking them out would make sizes depend on values, which a recorded pass cannot have.
+        weight = (gradient * explained).sum(-1, keepdim=True) / explained.sum()
         cam = (attention * weight).mean(2).clamp(min=0)
         if self.normalise:
-            seen = cam[..., explained]
-            low, high = seen.amin(-1, keepdim=True), seen.amax(-1, keepdim=True)
+            low = torch.where(explained, cam, torch.inf).amin(-1, keepdim=True)
+            high = torch.where(explained, cam, -torch.inf).amax(-1, keepdim=True)
             cam = torch.where(high > low, (cam - low) / torch.where(high > low, high - low, 1.0), 0.0)
         self.cam = torch.where(explained, cam, 0.0)
 

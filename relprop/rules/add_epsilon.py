@@ -79,7 +79,7 @@ def summands(call: Call) -> tuple[Tensor, Tensor]:
         else:
             first = next(a for a in call.node.args[:2] if isinstance(a, Value))
             device = call.tensors[first.index].device
-            parts.append(torch.tensor(float(argument) * factor, dtype=call.dtype, device=device))
+            parts.append(torch.full((), float(argument) * factor, dtype=call.dtype, device=device))
     return parts[0], parts[1]
 
 
