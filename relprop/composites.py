@@ -9,7 +9,7 @@ from typing import Any
 
 from relprop.errors import OptionError, UnsupportedOpError, unknown_name
 from relprop.graph import Graph, Node
-from relprop.rules import EXACT, REFERENCE, Rule, Stabiliser, make_rule
+from relprop.rules import EXACT, REFERENCE, AddIdentity, Rule, Stabiliser, make_rule
 from relprop.rules.attention_composed import AttentionComposed
 
 
@@ -102,7 +102,8 @@ class Composite:
             return None
         qk, softmax, av = parts
         assert qk is not None and softmax is not None and av is not None
-        return AttentionComposed(qk=qk, softmax=softmax, av=av)
+        masks = (e.rule for e in self.entries if e.role == "mask" and e.matches("add", "mask", node.module))
+        return AttentionComposed(qk=qk, softmax=softmax, av=av, mask=next(masks, AddIdentity()))
 
 
 def entry(kind: str, rule: str, role: str | None = None, module: str | None = None, **parameters: Any) -> Entry:
@@ -188,6 +189,14 @@ register_composite(
     )
 )
 _chefer = COMPOSITES["chefer"].entries
+register_composite(
+    Composite(
+        "chefer_bert",
+        _replace(_chefer, entry("add", "normalised", role="mask", stabiliser=REFERENCE)),
+        "chefer as its authors wrote it for BERT: the addition of the attention mask is an add like any other",
+        "Chefer et al., CVPR 2021, code (BERT)",
+    )
+)
 register_composite(
     Composite(
         "chefer_original",

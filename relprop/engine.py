@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from relprop.methods import Reading, find_method
 from relprop.methods.base import Reader
 from relprop.methods.input_maps import over_channels
 from relprop.methods.sampled import SampledMap
-from relprop.methods.topology import explained_tokens, read_profile
+from relprop.methods.topology import explained_tokens, padded_tokens, read_profile
 from relprop.program import Program, build_program
 from relprop.targets import Target, TargetLike, resolve_target
 from relprop.weights import DeriveOnce, Weights
@@ -39,8 +39,14 @@ class _Plan:
     """What compilation makes of a model; holds no tensor of it."""
 
     captured: Captured
-    graph: Graph
-    programs: dict[Any, Program]
+    graphs: dict[bool, Graph] = field(default_factory=dict)  # by whether all rows are computed
+    programs: dict[Any, Program] = field(default_factory=dict)
+
+    def graph(self, all_rows: bool) -> Graph:
+        """The canonical graph; without `all_rows` rows that the output does not read are left out."""
+        if all_rows not in self.graphs:
+            self.graphs[all_rows] = lower(self.captured, hoist=not all_rows)
+        return self.graphs[all_rows]
 
 
 class _Cache:
@@ -101,7 +107,7 @@ def compile(
 
     def build(books: bool) -> Program:
         return build_program(
-            plan.graph,
+            plan.graph(chosen.make_readout(method_options).all_rows),
             chosen,
             method_options,
             rules,
@@ -136,8 +142,7 @@ def _plan(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outpu
     key = (str(spec), inputs, output if not callable(output) else id(output), _structure(model))
     plans = _CACHE.plans.setdefault(model, {})
     if key not in plans:
-        captured = capture(model, args, kwargs, output)
-        plans[key] = _Plan(captured, lower(captured), {})
+        plans[key] = _Plan(capture(model, args, kwargs, output))
     return plans[key]
 
 
@@ -372,6 +377,8 @@ class Engine:
                 reading.explained_tokens = torch.tensor(flags, device=output.device)
         if program.requirements.positions:
             reading.positions = []
+        if program.requirements.padding:
+            reading.padded = padded_tokens(graph, forward.tensors, forward.shapes, reading.batch)
         for value, _ in program.requirements.values:
             reading.inputs[value] = forward.tensors[value.index]
         return reading

@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -48,6 +48,13 @@ class Captured:
     output: fx.Node
     batch_symbols: frozenset[Any]
     signature: tuple[str, ...] = field(default=())  # argument names in call order
+
+    def copy(self) -> Captured:
+        """The same with a graph of its own, to be rewritten."""
+        nodes: dict[fx.Node, fx.Node] = {}
+        graph = fx.Graph()
+        graph.output(fx.map_arg(graph.graph_copy(self.graph, nodes), lambda node: node))
+        return replace(self, graph=graph, output=nodes[self.output])
 
 
 def bind_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from torch import Tensor
 from relprop.errors import OptionError, UnsupportedTopologyError
 from relprop.graph import Graph, Value
 from relprop.methods.base import Reader, Reading, Readout, Requirements
+from relprop.methods.topology import residual_tokens, self_attention_sites
 
 
 @dataclass(frozen=True)
@@ -18,14 +19,19 @@ class InputMap(Readout):
     Args:
         stream: "relevance" or "gradient" (multiplied with the input).
         method: for messages.
+        at: "input", or "tokens" for the sequence that the first attention layer reads, where position embeddings and
+            class tokens still have their share.
     """
 
     stream: str
     method: str
+    at: str = "input"
 
     def require(self, graph: Graph) -> Requirements:
         """The stream at the one explained input."""
-        value = entry_value(graph, self.method)
+        if self.at not in ("input", "tokens"):
+            raise OptionError(f"at: expected 'input' or 'tokens', got {self.at!r}")
+        value = entry_value(graph, self.method) if self.at == "input" else first_tokens(graph, self.method)
         return Requirements(values=((value, self.stream),))
 
     def reader(self) -> Reader:
@@ -105,6 +111,18 @@ def _over_pixels(positions: Tensor, pixels: Tensor) -> Tensor:
     raise UnsupportedTopologyError(
         f"positions: expected one for each square patch of an image of {height} x {width}, got {positions.shape[-1]}"
     )
+
+
+def first_tokens(graph: Graph, method: str) -> Value:
+    """The sequence of tokens that the first attention layer reads. [B, N, C]
+
+    Raises:
+        UnsupportedTopologyError: attention layers do not share one sequence.
+    """
+    found = residual_tokens(graph, self_attention_sites(graph, method)[0])
+    if found is None:
+        raise UnsupportedTopologyError(f"method {method!r}: expected a first attention layer over tokens [B, N, C]")
+    return found
 
 
 def entry_value(graph: Graph, method: str) -> Value:

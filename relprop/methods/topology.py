@@ -65,6 +65,25 @@ def query_rows(site: Node, length: int) -> slice:
     return slice(start, min(stop, length))
 
 
+def padded_tokens(graph: Graph, tensors: dict[int, Any], shapes: dict[int, torch.Size], batch: int) -> Tensor | None:
+    """Tokens that masks hide from every query of every attention layer; None where a layer hides none. [B, N], bool"""
+    found: Tensor | None = None
+    for site in graph.attention_sites():
+        mask, sample = site.operands[3], site.outputs[0].sample
+        stored = None if mask is None else tensors.get(mask.index)
+        if stored is None:
+            return None
+        # Additive masks hide by minus infinity, the lowest number, or -10,000.
+        hidden = ~stored if stored.dtype == torch.bool else stored <= -1e4
+        keys = shapes[site.operands[1].index][-2]  # type: ignore[union-attr]
+        lead = hidden.shape[0] if hidden.ndim > 2 else 1
+        if sample is not None and sample.factor > 1 and lead > 1:
+            lead //= sample.factor
+        hidden = hidden.reshape(lead, -1, hidden.shape[-1]).all(1).expand(batch, keys)
+        found = hidden if found is None else found & hidden
+    return found
+
+
 def residual_tokens(graph: Graph, site: Node) -> Value | None:
     """The token sequence [B, N, C] that a first attention layer reads: the value before its norm and projections."""
     value = site.operands[1]
