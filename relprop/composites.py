@@ -22,7 +22,7 @@ class Entry:
             select, movement.
         rule: the rule itself.
         role: "residual", "positional", "bias", "mask", "offset" or "rope" for add; "gate" or "scale" for mul;
-            "input" for a first layer; "qk" or "av" for a product inside attention.
+            "input" for a first layer; "qk" or "av" for a product inside attention, "weights" for one with a constant.
         module: a pattern over module paths, as in `fnmatch`.
     """
 
@@ -164,6 +164,7 @@ register_composite(
     Composite(
         "chefer",
         (
+            entry("matmul", "alpha_beta", role="weights", stabiliser=REFERENCE),
             entry("matmul", "half", stabiliser=REFERENCE),
             entry("add", "normalised", role="residual", stabiliser=REFERENCE),
             entry("add", "normalised", role="positional", stabiliser=REFERENCE),
@@ -178,6 +179,7 @@ register_composite(
         "chefer_stable",
         (
             entry("softmax", "detached"),
+            entry("matmul", "alpha_beta", role="weights"),
             entry("matmul", "alpha_beta", role="qk"),  # of a copy with the softmax rule "identity"
             entry("matmul", "half"),
             entry("add", "gamma", role="residual", gamma=1.0),

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from relprop import trust
 from relprop.backends import choose_backend, choose_forward, choose_joint
 from relprop.capture import Captured, capture, lower
-from relprop.capture.export import bind_arguments
+from relprop.capture.export import InputSpec, bind_arguments
 from relprop.composites import Composite, find_composite
 from relprop.errors import DeviceError, DTypeError, ModelStateError, NonFiniteError, OptionError, ShapeError
 from relprop.execute import Forward, Sweep, Trace, run_forward
@@ -269,8 +269,8 @@ class Engine:
             disagreement = torch.stack(
                 [
                     trust.disagreement(
-                        explanation.relevance,
-                        self._explain(inputs, target, False, resolved, moved=seed)[0].relevance,
+                        trust.answer(explanation, resolved.several),
+                        trust.answer(self._explain(inputs, target, False, resolved, moved=seed)[0], resolved.several),
                         resolved.several,
                         own,
                         reading.explained_tokens,
@@ -311,19 +311,26 @@ class Engine:
         if ledger and isinstance(program.readout, SampledMap):
             raise OptionError(f"ledger: expected a method of one pass, got {program.method.name}, a mean over several")
         if resolved is None:
-            resolved = resolve_target(target, output, self._dtype)
+            resolved = resolve_target(target, output, self._dtype, self._pairs())
         reading = self._reading(program, forward, output, resolved)
         reader = program.readout.reader()
         sweep = Sweep(program, forward, derive, reading, reader, self._dtype, self._precision, ledger, trace)
+        books: Ledger | None = None
         if isinstance(program.readout, SampledMap):
-            books, relevance = None, self._sampled(program, program.readout, bound, derive, forward, target, resolved)
+            maps = {"": self._sampled(program, program.readout, bound, derive, forward, target, resolved)}
         else:
             books = sweep.run(resolved.seed)
-            relevance = reader.finish(reading)
-        explanation = self._explanation(relevance, output, resolved, reading, forward, books)
+            maps = {"": reader.finish(reading), **reader.by_input(program.graph, reading)}
+        explanation = self._explanation(maps, output, resolved, reading, forward, books)
         if program.requirements.latents:
             explanation = replace(explanation, latents=sweep.latents(resolved.several))
         return explanation, resolved, reading
+
+    def _pairs(self) -> bool:
+        """Whether the output scores every sample with every sample."""
+        symbols = self.program.batch_symbols
+        sizes = [size.node.expr for size in self.program.graph.output.shape if isinstance(size, torch.SymInt)]
+        return len(sizes) == 2 and all(expr.free_symbols & symbols for expr in sizes)
 
     def _sampled(
         self,
@@ -385,7 +392,7 @@ class Engine:
 
     def _explanation(
         self,
-        relevance: Tensor,
+        maps: dict[str, Tensor],
         output: Tensor,
         target: Target,
         reading: Reading,
@@ -393,18 +400,20 @@ class Engine:
         books: Ledger | None,
     ) -> Explanation:
         method = self.program.method
-        if relevance.shape[0] != reading.targets:
-            relevance = relevance.expand(reading.targets, *relevance.shape[1:])
-        shaped = relevance.transpose(0, 1) if target.several else relevance[0]
+        for name, found in maps.items():
+            found = found.expand(reading.targets, *found.shape[1:])
+            maps[name] = (found.transpose(0, 1) if target.several else found[0]).contiguous()
+        shaped = maps.pop("")
         kinds, grid, size = self._layout(reading, forward, shaped.shape[-1])
         index = target.index
         if index is not None and not target.several:
             index = index[:, 0]
-        shaped = shaped.contiguous()
-        names = [spec.path for spec in self._captured.inputs if spec.placeholder in self._explained_names()]
+        explained = [spec for spec in self._captured.inputs if spec.placeholder in self._explained_names()]
+        if len(explained) == 1:
+            maps = {explained[0].placeholder: shaped}
         return Explanation(
             relevance=shaped,
-            relevances={names[0]: shaped} if len(names) == 1 else {},
+            relevances={spec.path: maps[spec.placeholder] for spec in explained if spec.placeholder in maps},
             logits=output,
             target=index,
             method=method.name,
@@ -468,9 +477,9 @@ class Engine:
             elif plain != leaf:
                 raise OptionError(f"inputs: expected {plain!r} as when compiled, got {leaf!r}; compile again for it")
         bound: dict[int, Any] = {}
-        batch, length = None, None
+        sizes: dict[str, tuple[int, str]] = {}
         for spec_, tensor in zip(self._captured.inputs, tensors, strict=True):
-            batch, length = _check_input(spec_, tensor, batch, length)
+            _check_input(spec_, tensor, sizes)
             value = self.program.graph.inputs.get(spec_.placeholder)
             if value is not None:
                 bound[value.index] = tensor
@@ -482,7 +491,8 @@ def _replacing(value: Value, tensor: Tensor) -> Callable[[Value, Tensor], Tensor
     return lambda at, found: tensor.to(found.dtype) if at is value else found
 
 
-def _check_input(spec: Any, tensor: Tensor, batch: int | None, length: int | None) -> tuple[int | None, int | None]:
+def _check_input(spec: InputSpec, tensor: Tensor, sizes: dict[str, tuple[int, str]]) -> None:
+    """Hold a tensor to its capture. sizes: of the inputs before it, by the capture's names, with the input's path."""
     if tensor.device != spec.device:
         raise DeviceError(f"input {spec.path}: expected a tensor on {spec.device}, got one on {tensor.device}")
     if tensor.dtype != spec.dtype:
@@ -494,23 +504,16 @@ def _check_input(spec: Any, tensor: Tensor, batch: int | None, length: int | Non
     )
     if not fits or 0 in tensor.shape:
         raise ShapeError(f"input {spec.path}: expected shape {expected}, got {list(tensor.shape)}")
-    if spec.shape and spec.shape[0] is None:
-        if batch is not None and tensor.shape[0] != batch:
-            raise ShapeError(
-                f"input {spec.path}: expected {batch} samples as in the first input, got {tensor.shape[0]}"
-            )
-        batch = tensor.shape[0]
-    if len(spec.shape) == 2 and spec.shape[1] is None:
-        if length is not None and tensor.shape[1] != length:
-            raise ShapeError(
-                f"input {spec.path}: expected {length} tokens as in the first input, got {tensor.shape[1]}"
-            )
-        length = tensor.shape[1]
+    for axis, (want, name) in enumerate(zip(spec.shape, spec.sizes, strict=True)):
+        if want is None:
+            size, first = sizes.setdefault(name, (tensor.shape[axis], spec.path))
+            if tensor.shape[axis] != size:
+                what = "tokens" if axis else "samples"
+                raise ShapeError(f"input {spec.path}: expected {size} {what} as in {first}, got {tensor.shape[axis]}")
     if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
         finite = torch.isfinite(tensor).reshape(tensor.shape[0], -1).all(-1)
         bad = torch.nonzero(~finite).flatten().tolist()
         raise NonFiniteError(f"input {spec.path}: expected finite numbers, got NaN or infinity in sample(s) {bad}")
-    return batch, length
 
 
 def explain(

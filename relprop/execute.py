@@ -111,7 +111,7 @@ class Sweep:
         self.streams: dict[str, Streams] = {name: {} for name in program.seeds}
         self.activations = {name: forward.tensors[value.index] for name, value in program.requirements.latents.items()}
         self.entries: list[LedgerEntry] | None = [] if ledger else None
-        self.wanted_values = set(program.requirements.values)
+        self.wanted_values = program.requirements.values
         self.kept = {name: {v.index for v, of in self.wanted_values if of == name} for name in program.seeds}
         if "relevance" in self.kept:
             self.kept["relevance"] |= {value.index for value in program.requirements.latents.values()}

@@ -29,6 +29,7 @@ class InputSpec:
     shape: tuple[int | None, ...]  # None where the size is free
     dtype: torch.dtype
     device: torch.device
+    sizes: tuple[str, ...] = ()  # the same as the capture names them: sizes of one name are equal
 
     @property
     def is_token_ids(self) -> bool:
@@ -226,7 +227,7 @@ def _input_specs(
         shape = nodes[placeholder].meta["val"].shape
         free = tuple(None if isinstance(size, torch.SymInt) else int(size) for size in shape)
         pretty = path.removeprefix("['").replace("']", "", 1)
-        specs.append(InputSpec(pretty, placeholder, free, leaf.dtype, leaf.device))
+        specs.append(InputSpec(pretty, placeholder, free, leaf.dtype, leaf.device, tuple(map(str, shape))))
     return tuple(specs)
 
 

@@ -14,7 +14,7 @@ from relprop.capture import ops
 from relprop.capture.canonicalise import canonicalise, explained_inputs, token_source
 from relprop.capture.export import Captured, module_path, source_line
 from relprop.capture.hoist import hoist_rows
-from relprop.graph import Graph, Node, SampleAxis, Value, leaves
+from relprop.graph import Graph, Node, SampleAxis, Value, depends_on_input, leaves
 
 aten = torch.ops.aten
 
@@ -69,7 +69,9 @@ class _Lowering:
             if expr is not None and expr.free_symbols & symbols:
                 factor = expr.subs({s: 1 for s in expr.free_symbols & symbols})
                 found.append(SampleAxis(axis, int(factor) if factor.is_Integer else 0))
-        return found[0] if len(found) == 1 and found[0].factor else None
+        # Scores of all samples with all samples belong to those of the first axis.
+        whole = len(found) == 2 and all(axis.factor == 1 for axis in found) and len(shape) == 2
+        return found[0] if (len(found) == 1 or whole) and found[0].factor else None
 
     def run(self) -> None:
         inputs: dict[str, Value] = {}
@@ -105,7 +107,9 @@ class _Lowering:
         fake = node.meta.get("val")
         carrying = bool(node.meta.get("carrying"))
         if isinstance(fake, (list, tuple)):
-            outputs = tuple(self.value(f"{node.name}.{i}", f, carrying) for i, f in enumerate(fake))
+            outputs = tuple(
+                self.value(f"{node.name}.{i}", f, carrying and f.dtype.is_floating_point) for i, f in enumerate(fake)
+            )
             self.of[node] = outputs
         else:
             outputs = (self.value(node.name, fake, carrying),)
@@ -124,6 +128,7 @@ class _Lowering:
         )
         if token_source(node) in self.explained:
             made.role = "tokens"
+            made.attributes["ids"] = token_source(node)
         if "query_rows" in node.meta:
             made.attributes["query_rows"] = node.meta["query_rows"]
         for i, out in enumerate(outputs):
@@ -164,6 +169,8 @@ def _assign_roles(graph: Graph) -> None:
                 for value in carrying:
                     assert value.producer is not None
                     value.producer.role = "rope"
+        elif node.kind == "matmul" and len(carrying) == 1:
+            node.role = "weights"
         elif node.kind == "mul":
             node.role = "gate" if len(carrying) > 1 else "scale"
         elif node.kind in ("linear", "conv") and carrying and carrying[0].index in explained:
@@ -177,26 +184,10 @@ def _add_role(graph: Graph, node: Node, carrying: list[Value]) -> str:
     if not others:
         return "offset"
     other = others[0]
-    if other.dtype == torch.bool or _depends_on_input(graph, other):
+    if other.dtype == torch.bool or depends_on_input(graph, other):
         return "mask"
     extent = [s for s in other.shape if not (isinstance(s, int) and s == 1)]
     return "bias" if len(extent) <= 1 else "positional"
-
-
-def _depends_on_input(graph: Graph, value: Value) -> bool:
-    inputs = {v.index for v in graph.inputs.values()}
-    stack, seen = [value], set()
-    while stack:
-        at = stack.pop()
-        if at.index in inputs:
-            return True
-        if at.index in seen or at.producer is None:
-            continue
-        seen.add(at.index)
-        # Sizes are read off the inputs everywhere; only values count.
-        if at.producer.target is not aten.sym_size.int:
-            stack.extend(leaves((at.producer.args, at.producer.kwargs)))
-    return False
 
 
 def _is_rope(operands: list[Value]) -> bool:

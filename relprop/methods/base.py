@@ -71,6 +71,10 @@ class Reader:
         """The relevance map. [T or 1, B, ...]"""
         raise NotImplementedError
 
+    def by_input(self, graph: Graph, reading: Reading) -> dict[str, Tensor]:
+        """Relevance maps by explained input, where the read-out answers for inputs. Each [T or 1, B, ...]"""
+        return {}
+
 
 class RowReader(Reader):
     """A reader that only multiplies a row with each layer's matrix E, which a kernel can do without E."""

@@ -28,14 +28,15 @@ class InputMap(Readout):
     at: str = "input"
 
     def require(self, graph: Graph) -> Requirements:
-        """The stream at the one explained input."""
+        """The stream at every explained input."""
         if self.at not in ("input", "tokens"):
             raise OptionError(f"at: expected 'input' or 'tokens', got {self.at!r}")
-        value = entry_value(graph, self.method) if self.at == "input" else first_tokens(graph, self.method)
-        return Requirements(values=((value, self.stream),))
+        if self.at == "tokens":
+            return Requirements(values=((first_tokens(graph, self.method), self.stream),))
+        return Requirements(values=tuple((value, self.stream) for _, value in entries(graph)))
 
     def reader(self) -> Reader:
-        """A reader at the input."""
+        """A reader at the inputs."""
         return _AtInput(self.stream)
 
 
@@ -44,7 +45,19 @@ class _AtInput(Reader):
         self.stream = stream
 
     def finish(self, reading: Reading) -> Tensor:
-        (value,) = {value for value, name in reading.streams if name == self.stream}
+        first = next(value for value, name in reading.streams if name == self.stream)
+        return self._summed(reading, first)
+
+    def by_input(self, graph: Graph, reading: Reading) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for name, value in entries(graph):
+            if (value, self.stream) in reading.streams:
+                part = self._summed(reading, value)
+                found[name] = found[name] + part if name in found else part
+        return found
+
+    def _summed(self, reading: Reading, value: Value) -> Tensor:
+        """The stream at one input, summed over channels."""
         found = reading.streams[value, self.stream]
         if self.stream == "gradient":
             found = found * reading.inputs[value].to(found.dtype)
@@ -74,7 +87,7 @@ class PositionedMap(InputMap):
         choices = ("added", "alone", "left out")
         if self.positions not in choices:
             raise OptionError(f"positions: expected one of {', '.join(choices)}, got {self.positions!r}")
-        return replace(super().require(graph), positions=True)
+        return replace(only_one(super().require(graph), self.method), positions=True)
 
     def reader(self) -> Reader:
         """A reader at the input that knows of positions."""
@@ -125,15 +138,26 @@ def first_tokens(graph: Graph, method: str) -> Value:
     return found
 
 
-def entry_value(graph: Graph, method: str) -> Value:
-    """Where relevance leaves the model: a floating-point input, or the embedding of token ids.
+def only_one(requirements: Requirements, method: str) -> Requirements:
+    """The same requirements, of a read-out for one input.
 
     Raises:
-        UnsupportedTopologyError: there is not exactly one.
+        UnsupportedTopologyError: there are several.
     """
-    found = [value for value in graph.explained if value.dtype.is_floating_point]
-    found += [node.outputs[0] for node in graph.nodes if node.kind == "embedding" and node.role == "tokens"]
-    if len(found) != 1:
-        names = ", ".join(value.name for value in found) or "none"
+    if len(requirements.values) != 1:
+        names = ", ".join(value.name for value, _ in requirements.values)
         raise UnsupportedTopologyError(f"method {method!r}: expected one explained input, got {names}")
-    return found[0]
+    return requirements
+
+
+def entries(graph: Graph) -> list[tuple[str, Value]]:
+    """Where relevance leaves the model, by explained input: the input itself, or embeddings of its token ids."""
+    found: list[tuple[str, Value]] = []
+    for name, value in graph.inputs.items():
+        if all(value is not explained for explained in graph.explained):
+            continue
+        if value.dtype.is_floating_point:
+            found.append((name, value))
+        else:
+            found += [(name, node.outputs[0]) for node in graph.nodes if node.attributes.get("ids") == name]
+    return found

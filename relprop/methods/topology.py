@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from relprop.errors import UnsupportedTopologyError
-from relprop.graph import Graph, Node, Value
+from relprop.graph import Graph, Node, Value, depends_on_input
 from relprop.rules import Call, make_rule
 from relprop.rules.base import unbroadcast
 from relprop.weights import Derive
@@ -191,12 +191,16 @@ def _unmixed(graph: Graph, node: Node, call: Call, parts: list[Tensor | None], g
     if node.kind == "linear":
         shape = (len(given[0]), *call.shape(0))
         return (given[0].mean(-1, keepdim=True).expand(shape),)
+    if node.kind == "matmul" and sum(carrying) == 1:
+        at = carrying.index(True)
+        spread = given[0].mean(-2 if at else -1, keepdim=True).expand(len(given[0]), *call.shape(at))
+        return (None, spread) if at else (spread, None)
     if node.kind in ("norm", "activation"):
         return (given[0],)
     if node.kind == "fanout":
         return (sum(given[1:], given[0]),)
     constants = [v for v in node.operands if v is not None and not v.carrying]
-    if node.kind == "mul" and any(v.index not in graph.parameters for v in constants):
+    if node.kind == "mul" and any(depends_on_input(graph, v) for v in constants):
         return GRADIENT.propagate(call, given[0])  # a mask says which tokens are read
     if node.kind in ("add", "mul"):
         return tuple(unbroadcast(given[0], call.shape(i)) if c else None for i, c in enumerate(carrying))
