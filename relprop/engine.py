@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from relprop import cost, memory, trust
 from relprop.backends import choose_kernels
 from relprop.batches import check_batch_size, join, pieces
 from relprop.capture import Captured, capture, lower
-from relprop.capture.export import bind_arguments
+from relprop.capture.export import InputSpec, bind_arguments
 from relprop.composites import Composite, find_composite
 from relprop.errors import (
     BackendError,
@@ -48,8 +48,14 @@ class _Plan:
     """What compilation makes of a model; holds no tensor of it."""
 
     captured: Captured
-    graph: Graph
-    programs: dict[Any, Program]
+    graphs: dict[bool, Graph] = field(default_factory=dict)  # by whether all rows are computed
+    programs: dict[Any, Program] = field(default_factory=dict)
+
+    def graph(self, all_rows: bool) -> Graph:
+        """The canonical graph; without `all_rows` rows that the output does not read are left out."""
+        if all_rows not in self.graphs:
+            self.graphs[all_rows] = lower(self.captured, hoist=not all_rows)
+        return self.graphs[all_rows]
 
 
 class _Cache:
@@ -115,7 +121,7 @@ def compile(
 
     def build(books: bool) -> Program:
         return build_program(
-            plan.graph,
+            plan.graph(chosen.make_readout(method_options).all_rows),
             chosen,
             method_options,
             rules,
@@ -153,8 +159,7 @@ def _plan(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outpu
     key = (str(spec), inputs, output if not callable(output) else id(output), _structure(model))
     plans = _CACHE.plans.setdefault(model, {})
     if key not in plans:
-        captured = capture(model, args, kwargs, output)
-        plans[key] = _Plan(captured, lower(captured), {})
+        plans[key] = _Plan(capture(model, args, kwargs, output))
     return plans[key]
 
 
@@ -255,6 +260,12 @@ class Engine:
         self._replays = self._make_replays(compiled, recorded)
 
     def _one_pass(self, what: str) -> None:
+        if len(self._explained_names()) > 1 or self._pairs():
+            raise OptionError(
+                f"{what}: expected a model with one explained input and scores of its own for each sample, got"
+                f" {', '.join(sorted(self._explained_names()))} and an output of shape"
+                f" {self.program.graph.output.describe()}"
+            )
         if isinstance(self.program.readout, SampledMap) or self.program.requirements.latents:
             raise OptionError(
                 f"{what}: expected a method of one pass, without latents, got {self.program.method.name} with"
@@ -340,8 +351,8 @@ class Engine:
         disagreement = torch.stack(
             [
                 trust.disagreement(
-                    explanation.relevance,
-                    self._explain(inputs, target, False, resolved, moved=seed)[0].relevance,
+                    trust.answer(explanation, resolved.several),
+                    trust.answer(self._explain(inputs, target, False, resolved, moved=seed)[0], resolved.several),
                     resolved.several,
                     own,
                     reading.explained_tokens,
@@ -472,7 +483,7 @@ class Engine:
             raise OptionError(f"ledger: expected a method of one pass, got {program.method.name}, a mean over several")
 
         def aim(output: Tensor) -> Target:
-            return resolve_target(target, output, self._dtype) if resolved is None else resolved
+            return resolve_target(target, output, self._dtype, self._pairs()) if resolved is None else resolved
 
         def sampled(forward: Forward, aimed: Target) -> Tensor:
             assert isinstance(readout, SampledMap)
@@ -494,6 +505,12 @@ class Engine:
         )
         return self._explanation(result), result.target, result.reading
 
+    def _pairs(self) -> bool:
+        """Whether the output scores every sample with every sample."""
+        symbols = self.program.batch_symbols
+        sizes = [size.node.expr for size in self.program.graph.output.shape if isinstance(size, torch.SymInt)]
+        return len(sizes) == 2 and all(expr.free_symbols & symbols for expr in sizes)
+
     def _repeated(self, bound: dict[int, Any]) -> Callable[[int], dict[int, Any]]:
         """Inputs with a batch axis, repeated; everything else as it is."""
         indices = {index for index, is_batch in self._batched.items() if is_batch}
@@ -504,20 +521,22 @@ class Engine:
         return repeated
 
     def _explanation(self, result: PassResult) -> Explanation:
-        method = self.program.method
-        relevance, target, reading = result.relevance, result.target, result.reading
-        if relevance.shape[0] != reading.targets:
-            relevance = relevance.expand(reading.targets, *relevance.shape[1:])
-        shaped = relevance.transpose(0, 1) if target.several else relevance[0]
+        method, target, reading = self.program.method, result.target, result.reading
+        maps = {"": result.relevance, **result.by_input}
+        for name, found in maps.items():
+            found = found.expand(reading.targets, *found.shape[1:])
+            maps[name] = (found.transpose(0, 1) if target.several else found[0]).contiguous()
+        shaped = maps.pop("")
         kinds, grid, size = self._layout(reading, result.shapes, shaped.shape[-1])
         index = target.index
         if index is not None and not target.several:
             index = index[:, 0]
-        shaped = shaped.contiguous()
-        names = [spec.path for spec in self._captured.inputs if spec.placeholder in self._explained_names()]
+        explained = [spec for spec in self._captured.inputs if spec.placeholder in self._explained_names()]
+        if len(explained) == 1:
+            maps = {explained[0].placeholder: shaped}
         return Explanation(
             relevance=shaped,
-            relevances={names[0]: shaped} if len(names) == 1 else {},
+            relevances={spec.path: maps[spec.placeholder] for spec in explained if spec.placeholder in maps},
             logits=result.output,
             target=index,
             method=method.name,
@@ -582,16 +601,17 @@ class Engine:
             elif plain != leaf:
                 raise OptionError(f"inputs: expected {plain!r} as when compiled, got {leaf!r}; compile again for it")
         bound: dict[int, Any] = {}
-        batch, length = None, None
+        sizes: dict[str, tuple[int, str]] = {}
         for spec_, tensor in zip(self._captured.inputs, tensors, strict=True):
-            batch, length = _check_input(spec_, tensor, batch, length)
+            _check_input(spec_, tensor, sizes)
             value = self.program.graph.inputs.get(spec_.placeholder)
             if value is not None:
                 bound[value.index] = tensor
         return bound
 
 
-def _check_input(spec: Any, tensor: Tensor, batch: int | None, length: int | None) -> tuple[int | None, int | None]:
+def _check_input(spec: InputSpec, tensor: Tensor, sizes: dict[str, tuple[int, str]]) -> None:
+    """Hold a tensor to its capture. sizes: of the inputs before it, by the capture's names, with the input's path."""
     if tensor.device != spec.device:
         raise DeviceError(f"input {spec.path}: expected a tensor on {spec.device}, got one on {tensor.device}")
     if tensor.dtype != spec.dtype:
@@ -603,23 +623,16 @@ def _check_input(spec: Any, tensor: Tensor, batch: int | None, length: int | Non
     )
     if not fits or 0 in tensor.shape:
         raise ShapeError(f"input {spec.path}: expected shape {expected}, got {list(tensor.shape)}")
-    if spec.shape and spec.shape[0] is None:
-        if batch is not None and tensor.shape[0] != batch:
-            raise ShapeError(
-                f"input {spec.path}: expected {batch} samples as in the first input, got {tensor.shape[0]}"
-            )
-        batch = tensor.shape[0]
-    if len(spec.shape) == 2 and spec.shape[1] is None:
-        if length is not None and tensor.shape[1] != length:
-            raise ShapeError(
-                f"input {spec.path}: expected {length} tokens as in the first input, got {tensor.shape[1]}"
-            )
-        length = tensor.shape[1]
+    for axis, (want, name) in enumerate(zip(spec.shape, spec.sizes, strict=True)):
+        if want is None:
+            size, first = sizes.setdefault(name, (tensor.shape[axis], spec.path))
+            if tensor.shape[axis] != size:
+                what = "tokens" if axis else "samples"
+                raise ShapeError(f"input {spec.path}: expected {size} {what} as in {first}, got {tensor.shape[axis]}")
     if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
         finite = torch.isfinite(tensor).reshape(tensor.shape[0], -1).all(-1)
         bad = torch.nonzero(~finite).flatten().tolist()
         raise NonFiniteError(f"input {spec.path}: expected finite numbers, got NaN or infinity in sample(s) {bad}")
-    return batch, length
 
 
 def explain(

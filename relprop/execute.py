@@ -15,7 +15,7 @@ from relprop.ledger import Ledger, LedgerEntry, book
 from relprop.methods.base import Reader, Reading, RowReader
 from relprop.methods.input_maps import over_channels
 from relprop.methods.sampled import SampledMap
-from relprop.methods.topology import explained_tokens, read_profile
+from relprop.methods.topology import explained_tokens, padded_tokens, read_profile
 from relprop.program import JointStep, JointStream, Program, ReverseStep, StreamStep
 from relprop.rules import Absorbed, Call
 from relprop.targets import Target
@@ -115,7 +115,7 @@ class Sweep:
         self.streams: dict[str, Streams] = {name: {} for name in program.seeds}
         self.activations = {name: forward.tensors[value.index] for name, value in program.requirements.latents.items()}
         self.entries: list[LedgerEntry] | None = [] if ledger else None
-        self.wanted_values = set(program.requirements.values)
+        self.wanted_values = program.requirements.values
         self.kept = {name: {v.index for v, of in self.wanted_values if of == name} for name in program.seeds}
         if "relevance" in self.kept:
             self.kept["relevance"] |= {value.index for value in program.requirements.latents.values()}
@@ -291,7 +291,11 @@ class Sweep:
 
 @dataclass
 class PassResult:
-    """What one pass leaves: the read-out's map [T or 1, B, ...], the model's output, and how they came about."""
+    """What one pass leaves: the read-out's map [T or 1, B, ...], the model's output, and how they came about.
+
+    Attributes:
+        by_input: the read-out's maps by explained input, where it answers for inputs.
+    """
 
     relevance: Tensor
     output: Tensor
@@ -300,6 +304,7 @@ class PassResult:
     shapes: dict[int, torch.Size]
     books: Ledger | None = None
     latents: dict[str, Latent] = field(default_factory=dict)
+    by_input: dict[str, Tensor] = field(default_factory=dict)
 
 
 def run_pass(
@@ -333,7 +338,9 @@ def run_pass(
     sweep = Sweep(program, forward, derive, reading, reader, dtype, precision, ledger, trace)
     books = None if instead is not None else sweep.run(target.seed)
     relevance = reader.finish(reading) if instead is None else instead(forward, target)
-    return PassResult(relevance, output, target, reading, forward.shapes, books, sweep.latents(target.several))
+    by_input = reader.by_input(program.graph, reading) if instead is None else {}
+    latents = sweep.latents(target.several)
+    return PassResult(relevance, output, target, reading, forward.shapes, books, latents, by_input)
 
 
 def run_sampled(
@@ -394,6 +401,8 @@ def _reading(program: Program, forward: Forward, output: Tensor, target: Target,
             reading.explained_tokens = torch.tensor(flags, device=output.device) if flags else None
     if program.requirements.positions:
         reading.positions = []
+    if program.requirements.padding:
+        reading.padded = padded_tokens(graph, forward.tensors, forward.shapes, reading.batch)
     for value, _ in program.requirements.values:
         reading.inputs[value] = forward.tensors[value.index]
     return reading

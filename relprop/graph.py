@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from relprop.errors import UnsupportedTopologyError
+
 
 @dataclass(frozen=True)
 class SampleAxis:
@@ -42,8 +44,17 @@ class Value:
         return f"[{', '.join(str(s) for s in self.shape)}]"
 
     def per_sample(self, tensor: Tensor) -> Tensor:
-        """Bring a stream's tensor [T, *shape] to [T, B, rest]."""
-        assert self.sample is not None
+        """Bring a stream's tensor [T, *shape] to [T, B, rest].
+
+        Raises:
+            UnsupportedTopologyError: samples are mixed along one axis, as in a list of all tokens of a batch.
+        """
+        if self.sample is None:
+            place = self.producer.describe() if self.producer is not None else "an input"
+            raise UnsupportedTopologyError(
+                f"sums per sample: expected samples on an axis of their own, got {self.name} {self.describe()} of"
+                f" {place}"
+            )
         lead = tensor.movedim(self.sample.axis + 1, 1)
         return lead.reshape(lead.shape[0], lead.shape[1] // self.sample.factor, -1)
 
@@ -102,6 +113,23 @@ class Graph:
 
     def attention_sites(self) -> list[Node]:
         return [node for node in self.nodes if node.kind == "attention" and node.carrying]
+
+
+def depends_on_input(graph: Graph, value: Value) -> bool:
+    """Whether a value is made from what is in an input, not from weights and sizes alone."""
+    inputs = {v.index for v in graph.inputs.values()}
+    stack, seen = [value], set()
+    while stack:
+        at = stack.pop()
+        if at.index in inputs:
+            return True
+        if at.index in seen or at.producer is None:
+            continue
+        seen.add(at.index)
+        # Sizes are read off the inputs everywhere; only values count.
+        if at.producer.target is not torch.ops.aten.sym_size.int:
+            stack.extend(leaves((at.producer.args, at.producer.kwargs)))
+    return False
 
 
 def leaves(structure: Any) -> Iterator[Value]:

@@ -55,16 +55,19 @@ def _picked(output: Tensor, target: TargetLike) -> Tensor:
     return output[(samples, *index[:, 0].to(output.device).unbind(-1))]
 
 
-def resolve_target(target: TargetLike, output: Tensor, seed_dtype: torch.dtype) -> Target:
+def resolve_target(target: TargetLike, output: Tensor, seed_dtype: torch.dtype, pairs: bool = False) -> Target:
     """Turn a target into a seed.
 
     Args:
         target: None (the largest output), an int, [B], [B, T], an index tuple of k ints or [B, T, k] for an output
             with k axes per sample, or a callable from the output to one score per sample.
         output: the model's output. [B, ...]
+        pairs: the output scores every sample with every sample, [B, B]; each sample's score with itself is explained.
     Raises:
         TargetError: out of range, of the wrong shape, or not integers.
     """
+    if pairs:
+        target = _own_column(target, output)
     if callable(target):
         return _from_callable(target, output, seed_dtype)
     index, several = find_index(target, output)
@@ -104,6 +107,18 @@ def aimed_at(index: Tensor, output: Tensor, seed_dtype: torch.dtype, several: bo
     seed.scatter_(2, flat.t().unsqueeze(-1), 1.0)
     kept = index.squeeze(-1) if len(sizes) == 1 else index
     return Target(seed.reshape(index.shape[1], *output.shape), kept, several)
+
+
+def _own_column(target: TargetLike, output: Tensor) -> Tensor:
+    """Samples are explained as if alone, so that none has a score with another one."""
+    own = torch.arange(output.shape[0])
+    given = own if target is None else target
+    if isinstance(given, Tensor) and given.shape == own.shape and bool((given.cpu() == own).all()):
+        return own
+    raise TargetError(
+        f"target: expected None for an output of shape [B, B] that scores samples with each other, got {target!r}; each"
+        " sample's score with itself is explained: to explain other pairs, pass them as samples"
+    )
 
 
 def _sizes(sizes: tuple[int, ...]) -> str:

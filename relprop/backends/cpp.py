@@ -17,6 +17,7 @@ from relprop.rules import (
     ActivationSlope,
     AddEpsilon,
     AddGamma,
+    AddIdentity,
     AddNormalised,
     AttentionComposed,
     Call,
@@ -77,6 +78,8 @@ def kernel_reasons(node: Node, rule: Rule) -> list[str]:
             reasons.append("the kernel is for the rule half in both products")
         if not isinstance(parts[1], SoftmaxIdentity):
             reasons.append("the kernel is for the softmax rule identity")
+        if not isinstance(rule.mask, AddIdentity):
+            reasons.append("the kernel gives nothing to the mask")
     return reasons
 
 

@@ -13,6 +13,7 @@ from relprop.graph import Node, Value
 from relprop.native.attention import AttentionStreams
 from relprop.program import JointKernel, JointStream
 from relprop.rules import (
+    AddIdentity,
     AttentionComposed,
     Call,
     Gradient,
@@ -44,6 +45,8 @@ def kernel_reasons(node: Node, rules: Mapping[str, Rule], edge: str | None) -> l
             reasons.append("the kernel is for the rules half and alpha_beta of q and k, and half of A and v")
         if not isinstance(rule.softmax, (SoftmaxIdentity, SoftmaxDetached)):
             reasons.append("the kernel is for the softmax rules identity and detached")
+        if not isinstance(rule.mask, AddIdentity):
+            reasons.append("the kernel gives nothing to the mask")
     return reasons + _shape_reasons(node)
 
 

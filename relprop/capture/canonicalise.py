@@ -29,17 +29,22 @@ def is_tensor(node: Any) -> bool:
 
 
 def explained_inputs(captured: Captured) -> list[str]:
-    """Placeholders whose relevance is asked for: floating-point inputs and the ids of the largest vocabulary."""
-    names = [spec.placeholder for spec in captured.inputs if spec.dtype.is_floating_point]
+    """Placeholders whose relevance is asked for: floating-point inputs and the ids of the largest vocabulary.
+
+    An encoder's and a decoder's ids look into vocabularies of one size, and are both asked for.
+    """
     ids = {spec.placeholder for spec in captured.inputs if spec.is_token_ids}
     tables: dict[str, int] = {}
     for node in captured.graph.nodes:
         source = token_source(node)
         if source in ids:
             tables[source] = max(tables.get(source, 0), int(node.args[0].meta["val"].shape[0]))
-    if tables:
-        names.append(max(tables, key=lambda name: tables[name]))
-    return names
+    largest = max(tables.values(), default=0)
+    return [
+        spec.placeholder
+        for spec in captured.inputs
+        if spec.dtype.is_floating_point or tables.get(spec.placeholder) == largest
+    ]
 
 
 def token_source(node: fx.Node) -> str:
@@ -77,6 +82,7 @@ def canonicalise(captured: Captured) -> None:
     output = next(n for n in graph.nodes if n.op == "output")
     output.args = ((captured.output,),)
     output.meta = {}
+    make_functional(captured)
     remove_identities(captured)
     mark_carrying(captured)
     fold_products(graph)
@@ -114,6 +120,38 @@ def _is_noop(node: fx.Node) -> bool:
             statically_known_true(a == b) for a, b in zip(before.shape, after.shape, strict=True)
         )
     return False
+
+
+def make_functional(captured: Captured) -> None:
+    """Operations that write into their first operand become ones that return a new value.
+
+    One whose operand is seen afterwards through a view stays as it is, and is refused where rules are assigned.
+    """
+    order = {node: i for i, node in enumerate(captured.graph.nodes)}
+    for node in list(captured.graph.nodes):
+        functional = ops.FUNCTIONAL.get(node.target)
+        if functional is None:
+            continue
+        source = node.args[0]
+        others = _aliases(source) - {source, node}
+        if any(order[user] > order[node] for alias in others for user in alias.users):
+            continue
+        node.target = functional
+        source.replace_all_uses_with(node, delete_user_cb=lambda user, node=node: order[user] > order[node])
+
+
+def _aliases(node: fx.Node) -> set[fx.Node]:
+    """Values that share memory with a value, as far as movements can make views."""
+    found, stack = set(), [node]
+    while stack:
+        at = stack.pop()
+        if at in found:
+            continue
+        found.add(at)
+        stack += [user for user in at.users if user.target in ops.MOVEMENT]
+        if at.target in ops.MOVEMENT:
+            stack += at.all_input_nodes
+    return found
 
 
 def remove_identities(captured: Captured) -> None:
@@ -308,7 +346,9 @@ def _passes(node: fx.Node) -> bool:
     target = node.target
     if target in ops.REDUCTIONS:
         source = node.all_input_nodes[0].meta["val"]
-        return node.meta["val"].ndim == source.ndim and source.ndim > 2
+        axis = node.args[2] if node.target is aten.linalg_vector_norm.default else node.args[1]
+        last = [a % source.ndim for a in (axis if isinstance(axis, (list, tuple)) else [axis])] == [source.ndim - 1]
+        return node.meta["val"].ndim == source.ndim and (source.ndim > 2 or last)
     if target in ops.BINARY or isinstance(target, ops.Region):
         return True
     return target in ops.POINTWISE or target in (aten.to.dtype, aten.neg.default, aten.pow.Tensor_Tensor)

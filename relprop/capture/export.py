@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ class InputSpec:
     shape: tuple[int | None, ...]  # None where the size is free
     dtype: torch.dtype
     device: torch.device
+    sizes: tuple[str, ...] = ()  # the same as the capture names them: sizes of one name are equal
 
     @property
     def is_token_ids(self) -> bool:
@@ -48,6 +49,13 @@ class Captured:
     output: fx.Node
     batch_symbols: frozenset[Any]
     signature: tuple[str, ...] = field(default=())  # argument names in call order
+
+    def copy(self) -> Captured:
+        """The same with a graph of its own, to be rewritten."""
+        nodes: dict[fx.Node, fx.Node] = {}
+        graph = fx.Graph()
+        graph.output(fx.map_arg(graph.graph_copy(self.graph, nodes), lambda node: node))
+        return replace(self, graph=graph, output=nodes[self.output])
 
 
 def bind_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -219,7 +227,7 @@ def _input_specs(
         shape = nodes[placeholder].meta["val"].shape
         free = tuple(None if isinstance(size, torch.SymInt) else int(size) for size in shape)
         pretty = path.removeprefix("['").replace("']", "", 1)
-        specs.append(InputSpec(pretty, placeholder, free, leaf.dtype, leaf.device))
+        specs.append(InputSpec(pretty, placeholder, free, leaf.dtype, leaf.device, tuple(map(str, shape))))
     return tuple(specs)
 
 

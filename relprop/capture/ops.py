@@ -83,6 +83,23 @@ def _overload(name: str) -> Any:
     return getattr(getattr(aten, packet, None), overload or "default", None)
 
 
+def _functional(names: str) -> dict[Any, Any]:
+    """In-place overloads and those of the same operation that return a new value."""
+    found = {}
+    for name in names.split():
+        packet, _, overload = name.partition(".")
+        inplace, plain = _overload(f"{packet}_.{overload}"), _overload(name)
+        if inplace is not None and plain is not None:
+            found[inplace] = plain
+    return found
+
+
+FUNCTIONAL = _functional(
+    "add.Tensor sub.Tensor mul.Tensor div.Tensor add.Scalar sub.Scalar mul.Scalar div.Scalar masked_fill.Scalar"
+    " masked_fill.Tensor relu gelu silu tanh sigmoid mish elu leaky_relu hardtanh relu6 hardswish hardsigmoid exp log"
+    " sqrt rsqrt neg abs clamp clamp_min clamp_max softmax.int pow.Scalar"
+)
+
 POINTWISE = overloads(
     "relu relu_ gelu silu silu_ tanh sigmoid mish softplus elu leaky_relu hardtanh relu6 hardswish hardsigmoid exp log"
     " log1p erf rsqrt sqrt reciprocal abs square pow.Tensor_Scalar clamp clamp_min clamp_max sin cos log_sigmoid selu"
@@ -100,6 +117,7 @@ MOVEMENT = overloads(
     " transpose.int t movedim.int movedim.intlist swapaxes numpy_T mT slice.Tensor narrow select.int index.Tensor"
     " index_select gather unbind.int split.Tensor split_with_sizes split.sizes chunk cat concat stack expand expand_as"
     " repeat repeat_interleave.self_int roll flip pad constant_pad_nd pixel_shuffle pixel_unshuffle unfold im2col"
+    " masked_fill.Scalar topk"
     " to.dtype to.device to.dtype_layout _to_copy contiguous clone alias view_as broadcast_to tile type_as view.dtype"
 )
 

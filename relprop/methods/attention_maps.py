@@ -21,6 +21,8 @@ EDGES: dict[str, frozenset[str]] = {
     "attention": frozenset({"attention"}),
 }
 
+READ_TOKENS = ("kept", "zero", "minimum")
+
 
 def edge_matrix(edge: str, site: Node, maps: Maps, backend: str) -> Tensor:
     """Mean over heads of a layer's map; products and relevance are cut at zero first. [T, B, Nq, Nk]"""
@@ -42,6 +44,9 @@ class RowWalk(Readout):
         edge: what E is made of, a name of `EDGES`.
         start_layer: first layer of the product.
         normalise: divide each row of I + E by its sum.
+        read_tokens: what the tokens that the output reads show for themselves: "kept", "zero", or "minimum" for the
+            smallest relevance of the sample, as the authors' code does for BERT.
+        count_padding: let padded tokens count in that minimum, as the authors' code does.
         method: for messages.
     """
 
@@ -49,6 +54,8 @@ class RowWalk(Readout):
     method: str
     start_layer: int = 0
     normalise: bool = False
+    read_tokens: str = "kept"
+    count_padding: bool = False
 
     @property
     def starts_from_profile(self) -> bool:
@@ -62,8 +69,11 @@ class RowWalk(Readout):
             raise OptionError(f"start_layer: expected an int, got {self.start_layer!r}")
         if not -len(sites) <= self.start_layer < len(sites):
             raise OptionError(f"start_layer: expected one of {len(sites)} attention layers, got {self.start_layer}")
+        if self.read_tokens not in READ_TOKENS:
+            raise OptionError(f"read_tokens: expected one of {', '.join(READ_TOKENS)}, got {self.read_tokens!r}")
         walked = sites[self.start_layer % len(sites) :]
-        return Requirements({site: EDGES[self.edge] for site in walked}, profile=True)
+        asked = self.read_tokens == "minimum" and not self.count_padding
+        return Requirements({site: EDGES[self.edge] for site in walked}, profile=True, padding=asked)
 
     def row_edge(self, site: Node) -> str | None:
         """Any, but rows are normalised without E only where they add up to 1: attention that sees a key."""
@@ -72,12 +82,12 @@ class RowWalk(Readout):
 
     def reader(self) -> Reader:
         """A walk from the rows that the output reads."""
-        return _Walk(self.edge, self.normalise)
+        return _Walk(self.edge, self.normalise, self.read_tokens)
 
 
 class _Walk(RowReader):
-    def __init__(self, edge: str, normalise: bool) -> None:
-        self.edge, self.normalise = edge, normalise
+    def __init__(self, edge: str, normalise: bool, read_tokens: str) -> None:
+        self.edge, self.normalise, self.read_tokens = edge, normalise, read_tokens
         self.row: Tensor | None = None  # [T or 1, B, N]
 
     def visit(self, site: Node, maps: Maps, reading: Reading) -> None:
@@ -107,8 +117,15 @@ class _Walk(RowReader):
         return queried
 
     def finish(self, reading: Reading) -> Tensor:
-        assert self.row is not None
-        return self.row
+        assert self.row is not None and reading.profile is not None
+        if self.read_tokens == "kept":
+            return self.row
+        if self.read_tokens == "zero":
+            shown = torch.zeros_like(self.row[..., :1])
+        else:
+            counted = self.row if reading.padded is None else self.row.masked_fill(reading.padded, torch.inf)
+            shown = counted.amin(-1, keepdim=True)
+        return torch.where(reading.profile > 0, shown, self.row)
 
 
 @dataclass(frozen=True)
@@ -170,47 +187,74 @@ class _Row(RowReader):
 
 @dataclass(frozen=True)
 class GradCam(Readout):
-    """Grad-CAM on the last attention map: heads weighted by their mean gradient over the explained tokens.
+    """Grad-CAM on the last attention map: heads weighted by their mean gradient.
 
     Args:
         normalise: stretch each sample's map to [0, 1]; a constant map becomes zeros.
+        over: what the mean and the stretch run over: "row" for the explained tokens in the rows that the output reads,
+            as the authors' code does for ViT, "matrix" for all tokens by all tokens, as it does for BERT.
+        count_padding: let padded tokens count there, as the authors' code does.
         method: for messages.
     """
 
     method: str
     normalise: bool = True
+    over: str = "row"
+    count_padding: bool = False
+
+    @property
+    def all_rows(self) -> bool:
+        """Over the matrix: its other rows too."""
+        return self.over == "matrix"
 
     def require(self, graph: Graph) -> Requirements:
         """The last layer's attention and its gradient."""
+        if self.over not in ("row", "matrix"):
+            raise OptionError(f"over: expected 'row' or 'matrix', got {self.over!r}")
         sites = self_attention_sites(graph, self.method)
-        return Requirements({sites[-1]: EDGES["gradient_x_attention"]}, profile=True)
+        maps = {sites[-1]: EDGES["gradient_x_attention"]}
+        return Requirements(maps, profile=True, padding=not self.count_padding)
 
     def reader(self) -> Reader:
         """A reader of the last layer."""
-        return _Cam(self.normalise)
+        return _Cam(self.normalise, self.over)
 
 
 class _Cam(Reader):
-    def __init__(self, normalise: bool) -> None:
-        self.normalise = normalise
+    def __init__(self, normalise: bool, over: str) -> None:
+        self.normalise, self.over = normalise, over
         self.cam: Tensor | None = None
 
     def visit(self, site: Node, maps: Maps, reading: Reading) -> None:
         attention, gradient = by_head(site, maps["attention"]), by_head(site, maps["gradient"])
         assert reading.profile is not None
         profile = reading.profile[..., query_rows(site, gradient.shape[-1])]
-        attention, gradient = ((profile[:, :, None, None] @ m).squeeze(-2) for m in (attention, gradient))
-        explained = reading.explained_tokens
-        if explained is None:
-            explained = torch.ones(gradient.shape[-1], dtype=torch.bool, device=gradient.device)
-        # Selected by arithmetic: taking them out would make sizes depend on values, which a recorded pass cannot have.
-        weight = (gradient * explained).sum(-1, keepdim=True) / explained.sum()
+        seen = torch.ones_like(gradient[:1, :, 0, 0], dtype=torch.bool)  # [1, B, Nk]
+        if reading.padded is not None:
+            seen = seen & ~reading.padded
+        if self.over == "matrix":
+            counted = seen.unsqueeze(-1) & seen.unsqueeze(-2)
+            self.cam = (profile.unsqueeze(-2) @ self._map(attention, gradient, counted)).squeeze(-2)
+            return
+        if reading.explained_tokens is not None:
+            seen = seen & reading.explained_tokens
+        row = profile[:, :, None, None]
+        self.cam = self._map(row @ attention, row @ gradient, seen.unsqueeze(-2)).squeeze(-2)
+
+    def _map(self, attention: Tensor, gradient: Tensor, counted: Tensor) -> Tensor:
+        """Heads weighted by their mean gradient over the entries that count; 0 elsewhere. [T, B, Nq, Nk]
+
+        Entries are chosen by arithmetic: taking them out would make sizes depend on values, which a recorded pass
+        cannot have.
+        """
+        inside = counted.unsqueeze(2)
+        weight = torch.where(inside, gradient, 0.0).sum((-2, -1), keepdim=True) / inside.sum((-2, -1), keepdim=True)
         cam = (attention * weight).mean(2).clamp(min=0)
         if self.normalise:
-            low = torch.where(explained, cam, torch.inf).amin(-1, keepdim=True)
-            high = torch.where(explained, cam, -torch.inf).amax(-1, keepdim=True)
+            low = torch.where(counted, cam, torch.inf).amin((-2, -1), keepdim=True)
+            high = torch.where(counted, cam, -torch.inf).amax((-2, -1), keepdim=True)
             cam = torch.where(high > low, (cam - low) / torch.where(high > low, high - low, 1.0), 0.0)
-        self.cam = torch.where(explained, cam, 0.0)
+        return torch.where(counted, cam, 0.0)
 
     def finish(self, reading: Reading) -> Tensor:
         assert self.cam is not None

@@ -24,6 +24,7 @@ class Requirements:
         profile: whether the read-out asks which tokens the output reads.
         positions: whether it asks for what positions keep.
         latents: values whose relevance is kept, by name.
+        padding: whether it asks which tokens no query sees.
     """
 
     maps: dict[Node, frozenset[str]] = field(default_factory=dict)
@@ -31,6 +32,7 @@ class Requirements:
     profile: bool = False
     positions: bool = False
     latents: Mapping[str, Value] = field(default_factory=dict)
+    padding: bool = False
 
 
 @dataclass
@@ -41,6 +43,7 @@ class Reading:
         batch, targets: sizes B and T.
         profile: how much the output reads of each token after the last attention layer. [T or 1, B, N]
         explained_tokens: for each token whether it comes from an explained input (not a class or register token). [N]
+        padded: for each token whether it is hidden from every query. [B, N]
         streams: (value, stream name) -> tensor [T, *shape].
         inputs: value -> the tensor it had in the forward pass.
         positions: relevance that positions keep, each [T, B, N], where the read-out asks.
@@ -51,6 +54,7 @@ class Reading:
     targets: int
     profile: Tensor | None = None
     explained_tokens: Tensor | None = None
+    padded: Tensor | None = None
     streams: dict[tuple[Value, str], Tensor] = field(default_factory=dict)
     inputs: dict[Value, Tensor] = field(default_factory=dict)
     positions: list[Tensor] | None = None
@@ -66,6 +70,10 @@ class Reader:
     def finish(self, reading: Reading) -> Tensor:
         """The relevance map. [T or 1, B, ...]"""
         raise NotImplementedError
+
+    def by_input(self, graph: Graph, reading: Reading) -> dict[str, Tensor]:
+        """Relevance maps by explained input, where the read-out answers for inputs. Each [T or 1, B, ...]"""
+        return {}
 
 
 class RowReader(Reader):
@@ -87,6 +95,11 @@ class Readout:
     @property
     def starts_from_profile(self) -> bool:
         """Whether the answer holds the row that the walk started from, which says nothing about the input."""
+        return False
+
+    @property
+    def all_rows(self) -> bool:
+        """Whether it reads rows that the output does not, so that the graph must compute them."""
         return False
 
     def row_edge(self, site: Node) -> str | None:

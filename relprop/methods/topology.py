@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from relprop.errors import UnsupportedTopologyError
-from relprop.graph import Graph, Node, Value
+from relprop.graph import Graph, Node, Value, depends_on_input
 from relprop.rules import Call, make_rule
 from relprop.rules.base import unbroadcast
 from relprop.weights import Derive
@@ -63,6 +63,25 @@ def query_rows(site: Node, length: int) -> slice:
     """Which of the sequence's tokens a site computes queries for."""
     start, stop = site.attributes.get("query_rows", (0, length))
     return slice(start, min(stop, length))
+
+
+def padded_tokens(graph: Graph, tensors: dict[int, Any], shapes: dict[int, torch.Size], batch: int) -> Tensor | None:
+    """Tokens that masks hide from every query of every attention layer; None where a layer hides none. [B, N], bool"""
+    found: Tensor | None = None
+    for site in graph.attention_sites():
+        mask, sample = site.operands[3], site.outputs[0].sample
+        stored = None if mask is None else tensors.get(mask.index)
+        if stored is None:
+            return None
+        # Additive masks hide by minus infinity, the lowest number, or -10,000.
+        hidden = ~stored if stored.dtype == torch.bool else stored <= -1e4
+        keys = shapes[site.operands[1].index][-2]  # type: ignore[union-attr]
+        lead = hidden.shape[0] if hidden.ndim > 2 else 1
+        if sample is not None and sample.factor > 1 and lead > 1:
+            lead //= sample.factor
+        hidden = hidden.reshape(lead, -1, hidden.shape[-1]).all(1).expand(batch, keys)
+        found = hidden if found is None else found & hidden
+    return found
 
 
 def residual_tokens(graph: Graph, site: Node) -> Value | None:
@@ -172,12 +191,16 @@ def _unmixed(graph: Graph, node: Node, call: Call, parts: list[Tensor | None], g
     if node.kind == "linear":
         shape = (len(given[0]), *call.shape(0))
         return (given[0].mean(-1, keepdim=True).expand(shape),)
+    if node.kind == "matmul" and sum(carrying) == 1:
+        at = carrying.index(True)
+        spread = given[0].mean(-2 if at else -1, keepdim=True).expand(len(given[0]), *call.shape(at))
+        return (None, spread) if at else (spread, None)
     if node.kind in ("norm", "activation"):
         return (given[0],)
     if node.kind == "fanout":
         return (sum(given[1:], given[0]),)
     constants = [v for v in node.operands if v is not None and not v.carrying]
-    if node.kind == "mul" and any(v.index not in graph.parameters for v in constants):
+    if node.kind == "mul" and any(depends_on_input(graph, v) for v in constants):
         return GRADIENT.propagate(call, given[0])  # a mask says which tokens are read
     if node.kind in ("add", "mul"):
         return tuple(unbroadcast(given[0], call.shape(i)) if c else None for i, c in enumerate(carrying))

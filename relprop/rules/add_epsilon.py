@@ -36,9 +36,12 @@ class AddEpsilon(Rule):
 
     def propagate(self, call: Call, relevance: Tensor) -> Relevances:
         """relevance: [T, ...] -> ([T, ...], [T, ...])."""
-        a, b = summands(call)
+        return hand_out(call, *self.parts(call, relevance, *summands(call)))
+
+    def parts(self, call: Call, relevance: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """What each summand gets. [T, ...], [T, ...]"""
         s = call.share(self.stabiliser, relevance, a + b)
-        return hand_out(call, a * s, b * s)
+        return a * s, b * s
 
 
 @register_rule

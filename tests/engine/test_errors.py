@@ -128,7 +128,8 @@ def test_unknown_rule() -> None:
     [
         (
             {"method_options": {"start": 1}},
-            "method_options of transformer_attribution: expected start_layer, got start",
+            "method_options of transformer_attribution: expected count_padding, normalise, read_tokens, start_layer,"
+            " got start",
         ),
         ({"method_options": {"start_layer": 3}}, "start_layer: expected one of 3 attention layers, got 3"),
         ({"method_options": {"start_layer": "one"}}, "start_layer: expected an int, got 'one'"),
