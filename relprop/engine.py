@@ -260,6 +260,7 @@ class Engine:
                 return explanation
             own = reading.profile if self.program.readout.starts_from_profile else None
             if own is not None:
+                own = own[..., : reading.tokens]
                 own = own.transpose(0, 1) if resolved.several else own[0]
             disagreement = torch.stack(
                 [
@@ -367,6 +368,7 @@ class Engine:
         )
         if program.requirements.profile:
             reading.profile = read_profile(graph, forward.tensors, forward.shapes, target.seed)
+            reading.tokens = reading.profile.shape[-1] - graph.tokens.extra
             flags = explained_tokens(graph, graph.attention_sites()[0], lambda i: forward.shapes[i])
             if flags:
                 reading.explained_tokens = torch.tensor(flags, device=output.device)
@@ -424,7 +426,7 @@ class Engine:
             return (), None, size  # type: ignore[return-value]
         explained = [True] * tokens if reading.explained_tokens is None else reading.explained_tokens.tolist()
         assert reading.profile is not None
-        read = (reading.profile.amax((0, 1)) > 0).tolist()
+        read = (reading.profile[..., :tokens].amax((0, 1)) > 0).tolist()
         plain = "patch" if image is not None else "word"
         kinds = tuple(
             plain if is_input else ("class" if is_read else "register")

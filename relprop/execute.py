@@ -13,6 +13,7 @@ from relprop.graph import Node, Value, substitute
 from relprop.latents import Latent, make_latent
 from relprop.ledger import Ledger, LedgerEntry, book
 from relprop.methods.base import Reader, Reading, RowReader
+from relprop.methods.topology import number_of_keys
 from relprop.program import JointStep, JointStream, Program, ReverseStep, StreamStep
 from relprop.rules import Absorbed, Call
 from relprop.weights import Derive
@@ -194,9 +195,9 @@ class Sweep:
                 if value is not None and value.carrying and part is not None:
                     self._arrive(name, value, part)
         if row is not None and isinstance(self.reader, RowReader):
-            keys = self.forward.shapes[node.operands[1].index][-2]  # type: ignore[union-attr]
+            keys = number_of_keys(node, self.forward.shapes)
             # Where a stream of the edge never arrived, its map is 0.
-            self.reader.advance(row.new_zeros(*row.shape[:2], keys) if product is None else product)
+            self.reader.advance(node, row.new_zeros(*row.shape[:2], keys) if product is None else product)
 
     def _streams(self, step: ReverseStep) -> None:
         """Stream after stream, then the maps that they left to the reader."""
@@ -213,6 +214,8 @@ class Sweep:
             if call is None:
                 call = self._call(node, wanted)
             call.wanted, call.absorbed = wanted, booked
+            if step.maps and node.kind == "softmax":
+                call.maps[stream.stream] = arrived
             kernel = None if booked is not None else stream.kernel
             passed = stream.rule.propagate(call, arrived) if kernel is None else kernel(stream.rule, call, arrived)
             for value, part in zip(node.operands, passed, strict=False):
@@ -248,7 +251,10 @@ class Sweep:
         if "attention" in step.maps and "attention" not in call.maps:
             from relprop.rules.attention_composed import heads
 
-            heads(call)
+            if call.node.kind == "softmax":
+                call.maps["attention"] = call.y[None]
+            else:
+                heads(call)
         shape = next((m.shape for m in call.maps.values()), None)
         for name in step.maps - set(call.maps):
             assert shape is not None

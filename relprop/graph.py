@@ -18,7 +18,7 @@ class SampleAxis:
     factor: int
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Value:
     """A tensor of the graph. Sizes that depend on the batch or the sequence length are SymInts."""
 
@@ -30,6 +30,9 @@ class Value:
     sample: SampleAxis | None
     producer: Node | None = None
     output: int = 0  # which of the producer's outputs
+
+    def __repr__(self) -> str:
+        return f"Value({self.name} {self.describe()})"
 
     @property
     def rank(self) -> int:
@@ -45,7 +48,7 @@ class Value:
         return lead.reshape(lead.shape[0], lead.shape[1] // self.sample.factor, -1)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Node:
     """One operation. `operands` are its tensor inputs in order, as rules see them (None where one is absent)."""
 
@@ -61,6 +64,9 @@ class Node:
     source: str = ""
     attributes: dict[str, Any] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        return f"Node({self.kind}: {self.describe()})"
+
     @property
     def carrying(self) -> bool:
         return any(v.carrying for v in self.outputs)
@@ -75,6 +81,21 @@ class Node:
         return f"{op} ({self.name})" + (f" at {place}" if place else "")
 
 
+@dataclass(frozen=True)
+class TokenSpace:
+    """The tokens that attention layers mix, as one row.
+
+    Attributes:
+        covering: the layer whose keys are all of them, None where layers do not share their tokens.
+        extra: learned queries that stand after them in the row; they are no tokens of the model's.
+        problems: layers that do not fit in, and why.
+    """
+
+    covering: Node | None
+    extra: int = 0
+    problems: tuple[tuple[Node, str], ...] = ()
+
+
 @dataclass
 class Graph:
     """Nodes in execution order, with the values that come from outside."""
@@ -86,6 +107,7 @@ class Graph:
     constants: dict[int, Tensor]
     explained: list[Value]  # inputs whose relevance is asked for
     output: Value
+    tokens: TokenSpace = TokenSpace(None)
 
     def consumers(self) -> dict[int, list[Node]]:
         uses: dict[int, list[Node]] = {}
@@ -95,7 +117,12 @@ class Graph:
         return uses
 
     def attention_sites(self) -> list[Node]:
-        return [node for node in self.nodes if node.kind == "attention" and node.carrying]
+        """Attention layers, and softmax layers that mix tokens with more between the two products; first to last."""
+        return [
+            node
+            for node in self.nodes
+            if node.carrying and (node.kind == "attention" or node.attributes.get("site", False))
+        ]
 
 
 def leaves(structure: Any) -> Iterator[Value]:

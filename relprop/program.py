@@ -373,7 +373,9 @@ def _needed(node: Node, steps: tuple[StreamStep, ...], maps: frozenset[str]) -> 
     for step in steps:
         needs = step.rule.needs(node)
         inputs, output = inputs or needs[0], output or needs[1]
-    if maps and not steps:
+    if maps and node.kind == "softmax":
+        output = True
+    elif maps and not steps:
         inputs = True
     found = [v.index for v in node.operands if v is not None and (inputs or not v.carrying)]
     if output:
