@@ -35,6 +35,7 @@ from relprop.graph import Graph
 from relprop.lowering import PassFunction, output_shape
 from relprop.methods import Reading, find_method
 from relprop.methods.sampled import SampledMap
+from relprop.methods.topology import patch_grid
 from relprop.program import Program, build_program
 from relprop.replay import CudaRecorder, Replays
 from relprop.targets import Target, TargetLike, find_index, resolve_target
@@ -347,6 +348,7 @@ class Engine:
             return explanation
         own = reading.profile if self.program.readout.starts_from_profile else None
         if own is not None:
+            own = own[..., : reading.tokens]
             own = own.transpose(0, 1) if resolved.several else own[0]
         disagreement = torch.stack(
             [
@@ -372,7 +374,7 @@ class Engine:
             index = index.to(self._device)
         outcome, layout = replays([inputs[i] for i in self._batched], index)
         targets, batch = outcome.relevance.shape[:2]
-        reading = Reading(batch, targets, outcome.profile, layout.explained_tokens)
+        reading = Reading(batch, targets, outcome.profile, explained_tokens=layout.explained_tokens)
         aim = Target(outcome.relevance, outcome.index, several)
         return self._explanation(PassResult(outcome.relevance, outcome.logits, aim, reading, layout.shapes))
 
@@ -564,18 +566,13 @@ class Engine:
             return (), None, size  # type: ignore[return-value]
         explained = [True] * tokens if reading.explained_tokens is None else reading.explained_tokens.tolist()
         assert reading.profile is not None
-        read = (reading.profile.amax((0, 1)) > 0).tolist()
+        read = (reading.profile[..., :tokens].amax((0, 1)) > 0).tolist()
         plain = "patch" if image is not None else "word"
         kinds = tuple(
             plain if is_input else ("class" if is_read else "register")
             for is_input, is_read in zip(explained, read, strict=True)
         )
-        grid = None
-        for node in graph.nodes:
-            if image is not None and node.kind == "conv" and node.role == "input":
-                shape = shapes[node.outputs[0].index]
-                if shape[-2] * shape[-1] == sum(explained):
-                    grid = (int(shape[-2]), int(shape[-1]))
+        grid = None if size is None else patch_grid(graph, sum(explained), size, shapes)  # type: ignore[arg-type]
         return kinds, grid, size  # type: ignore[return-value]
 
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[int, Any]:

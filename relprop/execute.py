@@ -15,7 +15,7 @@ from relprop.ledger import Ledger, LedgerEntry, book
 from relprop.methods.base import Reader, Reading, RowReader
 from relprop.methods.input_maps import over_channels
 from relprop.methods.sampled import SampledMap
-from relprop.methods.topology import explained_tokens, padded_tokens, read_profile
+from relprop.methods.topology import explained_tokens, number_of_keys, padded_tokens, read_profile
 from relprop.program import JointStep, JointStream, Program, ReverseStep, StreamStep
 from relprop.rules import Absorbed, Call
 from relprop.targets import Target
@@ -198,9 +198,9 @@ class Sweep:
                 if value is not None and value.carrying and part is not None:
                     self._arrive(name, value, part)
         if row is not None and isinstance(self.reader, RowReader):
-            keys = self.forward.shapes[node.operands[1].index][-2]  # type: ignore[union-attr]
+            keys = number_of_keys(node, self.forward.shapes)
             # Where a stream of the edge never arrived, its map is 0.
-            self.reader.advance(row.new_zeros(*row.shape[:2], keys) if product is None else product)
+            self.reader.advance(node, row.new_zeros(*row.shape[:2], keys) if product is None else product)
 
     def _streams(self, step: ReverseStep) -> None:
         """Stream after stream, then the maps that they left to the reader."""
@@ -217,6 +217,8 @@ class Sweep:
             if call is None:
                 call = self._call(node, wanted)
             call.wanted, call.absorbed = wanted, booked
+            if step.maps and node.kind == "softmax":
+                call.maps[stream.stream] = arrived
             kernel = None if booked is not None else stream.kernel
             passed = stream.rule.propagate(call, arrived) if kernel is None else kernel(stream.rule, call, arrived)
             for value, part in zip(node.operands, passed, strict=False):
@@ -252,7 +254,10 @@ class Sweep:
         if "attention" in step.maps and "attention" not in call.maps:
             from relprop.rules.attention_composed import heads
 
-            heads(call)
+            if call.node.kind == "softmax":
+                call.maps["attention"] = call.y[None]
+            else:
+                heads(call)
         shape = next((m.shape for m in call.maps.values()), None)
         for name in step.maps - set(call.maps):
             assert shape is not None
@@ -395,6 +400,7 @@ def _reading(program: Program, forward: Forward, output: Tensor, target: Target,
     reading.backend = "cpp" if compiled else "torch"
     if program.requirements.profile:
         reading.profile = read_profile(graph, forward.tensors, forward.shapes, target.seed)
+        reading.tokens = reading.profile.shape[-1] - graph.tokens.extra
         reading.explained_tokens = explained
         if explained is None:
             flags = explained_tokens(graph, graph.attention_sites()[0], lambda i: forward.shapes[i])

@@ -92,6 +92,21 @@ class Node:
         return f"{op} ({self.name})" + (f" at {place}" if place else "")
 
 
+@dataclass(frozen=True)
+class TokenSpace:
+    """The tokens that attention layers mix, as one row.
+
+    Attributes:
+        covering: the layer whose keys are all of them, None where layers do not share their tokens.
+        extra: learned queries that stand after them in the row; they are no tokens of the model's.
+        problems: layers that do not fit in, and why.
+    """
+
+    covering: Node | None
+    extra: int = 0
+    problems: tuple[tuple[Node, str], ...] = ()
+
+
 @dataclass
 class Graph:
     """Nodes in execution order, with the values that come from outside."""
@@ -103,6 +118,7 @@ class Graph:
     constants: dict[int, Tensor]
     explained: list[Value]  # inputs whose relevance is asked for
     output: Value
+    tokens: TokenSpace = TokenSpace(None)
 
     def consumers(self) -> dict[int, list[Node]]:
         uses: dict[int, list[Node]] = {}
@@ -112,7 +128,12 @@ class Graph:
         return uses
 
     def attention_sites(self) -> list[Node]:
-        return [node for node in self.nodes if node.kind == "attention" and node.carrying]
+        """Attention layers, and softmax layers that mix tokens with more between the two products; first to last."""
+        return [
+            node
+            for node in self.nodes
+            if node.carrying and (node.kind == "attention" or node.attributes.get("site", False))
+        ]
 
 
 def depends_on_input(graph: Graph, value: Value) -> bool:

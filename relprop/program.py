@@ -13,7 +13,7 @@ from relprop.composites import Composite
 from relprop.graph import Graph, Node, Value, leaves
 from relprop.latents import latent_values
 from relprop.methods.base import Method, Readout, Requirements
-from relprop.methods.topology import profile_nodes
+from relprop.methods.topology import mask_of, profile_nodes
 from relprop.rules import Call, Relevances, Rule, make_rule
 
 Kernel = Callable[[Rule, Call, Any], Relevances]
@@ -384,7 +384,9 @@ def _needed(node: Node, steps: tuple[StreamStep, ...], maps: frozenset[str]) -> 
     for step in steps:
         needs = step.rule.needs(node)
         inputs, output = inputs or needs[0], output or needs[1]
-    if maps and not steps:
+    if maps and node.kind == "softmax":
+        output = True
+    elif maps and not steps:
         inputs = True
     found = [v.index for v in node.operands if v is not None and (inputs or not v.carrying)]
     if output:
@@ -417,7 +419,7 @@ def _forward_steps(
     if requirements.profile:
         kept |= {v.index for node in profile_nodes(graph) for v in node.operands if v is not None and not v.carrying}
     if requirements.padding:
-        kept |= {mask.index for site in graph.attention_sites() if (mask := site.operands[3]) is not None}
+        kept |= {mask.index for site in graph.attention_sites() if (mask := mask_of(site)) is not None}
     outside = {v.index for v in graph.inputs.values()} | set(graph.parameters) | set(graph.constants)
     last: dict[int, int] = {}
     for i, node in enumerate(graph.nodes):

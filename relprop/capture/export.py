@@ -15,6 +15,7 @@ from torch.export import Dim
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
+from relprop.capture.reasons import export_failure, first_fixed
 from relprop.errors import CaptureError, OptionError, ShapeError
 
 _EXPORT_LOCK = threading.RLock()
@@ -166,11 +167,7 @@ def capture(
         try:
             exported = torch.export.export(_Wrapped(model), (example,), dynamic_shapes=(dynamic,), strict=False)
         except Exception as error:
-            reason = str(error).strip().split("\n")[0] or type(error).__name__
-            raise CaptureError(
-                f"torch.export could not capture {type(model).__name__}: {reason}. Expected a forward without"
-                " control flow that depends on tensor values; the cause is in this error's __cause__"
-            ) from error
+            raise CaptureError(export_failure(type(model).__name__, error)) from error
     signature = exported.graph_signature
     for item in signature.output_specs:
         if item.kind in (OutputKind.BUFFER_MUTATION, OutputKind.USER_INPUT_MUTATION):
@@ -201,9 +198,13 @@ def capture(
         for symbol in _symbols(nodes[spec.placeholder].meta["val"].shape[0])
     )
     if not symbols:
+        size = next(t.shape[0] for t in pytree.tree_leaves(example) if isinstance(t, Tensor) and t.ndim)
+        fixed = first_fixed(graph, size)
+        place = f", first in {fixed.target} at {module_path(fixed)} {source_line(fixed)}" if fixed is not None else ""
         raise CaptureError(
-            f"{type(model).__name__} fixes its batch size: expected a forward that accepts any batch, got one that"
-            f" is specialised to {batch}"
+            f"{type(model).__name__} fixes its batch size: expected a forward that accepts any batch, got one that is"
+            f" specialised to that of the example{place}; take it from x.shape[0], not from len(x), a loop over samples"
+            " or a number"
         )
     picked = _pick_output(graph, exported, output, type(model).__name__)
     plain = tuple(None if isinstance(leaf, Tensor) else leaf for leaf in leaves)

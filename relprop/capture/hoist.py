@@ -96,7 +96,7 @@ def _hoist(graph: fx.Graph, node: fx.Node) -> bool:
             return False
         args[0] = rows(args[0], moved)
     elif target in (aten.view.default, aten.reshape.default):
-        kept = _kept_axis(args[0].meta["val"].shape, source.meta["val"].shape, axis)
+        kept = kept_axis(args[0].meta["val"].shape, source.meta["val"].shape, axis)
         if kept is None:
             return False
         args[0] = rows(args[0], kept)
@@ -155,7 +155,7 @@ def _moved_axis(node: fx.Node, axis: int) -> int | None:
     return None if axis == inserted else axis - (axis > inserted)
 
 
-def _kept_axis(before: Any, after: Any, axis: int) -> int | None:
+def kept_axis(before: Any, after: Any, axis: int) -> int | None:
     """The input axis that a reshape leaves in place as the given output axis."""
     count = 1
     for size in after[:axis]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from dataclasses import dataclass
 from itertools import takewhile
@@ -9,11 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from relprop.capture import ops
 from relprop.capture.canonicalise import canonicalise, explained_inputs, token_source
 from relprop.capture.export import Captured, module_path, source_line
 from relprop.capture.hoist import hoist_rows
+from relprop.capture.tokens import find_tokens
 from relprop.graph import Graph, Node, SampleAxis, Value, depends_on_input, leaves
 
 aten = torch.ops.aten
@@ -42,6 +45,7 @@ def lower(captured: Captured, hoist: bool = True) -> Graph:
     graph = lowering.graph
     _assign_roles(graph)
     _make_fanout_explicit(graph)
+    graph.tokens = find_tokens(graph)
     return graph
 
 
@@ -134,7 +138,18 @@ class _Lowering:
         for i, out in enumerate(outputs):
             out.producer, out.output = made, i
         made.operands = _operands(made)
+        _check_samples(made)
         self.nodes.append(made)
+
+
+def _check_samples(node: Node) -> None:
+    """A view that merges samples with an axis in front of them scatters each: nothing can then be summed per sample."""
+    before, after = node.operands[0] if node.operands else None, node.outputs[0]
+    if node.target not in ops.RESHAPES or before is None or before.sample is None or after.sample is None:
+        return
+    lead = [math.prod(v.shape[: v.sample.axis]) for v in (before, after) if v.sample is not None]
+    if not statically_known_true(lead[0] == lead[1]):
+        after.sample = None
 
 
 def _plain(structure: Any) -> Any:

@@ -33,6 +33,29 @@ def attention(
     return F.scaled_dot_product_attention(q, k, v, mask, 0.0, causal, scale=scale, enable_gqa=grouped)
 
 
+def window_mask(
+    mask: Tensor,  # broadcasts to [B, W, ..., Nq, Nk]
+    rank: int,  # of that
+    q: Tensor,  # [B * W, ..., Nq, d]
+) -> Tensor:  # [B * W or 1, ..., Nq, Nk]
+    """A mask of scores whose batch axis was split, as one of scores whose batch axis holds samples and windows."""
+    mask = mask.reshape(*[1] * (rank - mask.ndim), *mask.shape)
+    merged = rank - q.ndim + 1
+    lead = mask.shape[:merged]
+    windows = math.prod(lead[1:])
+    if lead[0] == windows == 1:
+        return mask.flatten(0, merged - 1)
+    flat = mask.flatten(0, merged - 1)
+    if lead[0] == 1:
+        return flat.repeat(q.shape[0] // windows, *[1] * (q.ndim - 1))
+    return flat.repeat_interleave(q.shape[0] // flat.shape[0], 0)
+
+
+def additive_mask(seen: Tensor, q: Tensor) -> Tensor:
+    """-inf where a boolean mask does not see, in the dtype of the queries."""
+    return torch.zeros(seen.shape, dtype=q.dtype, device=q.device).masked_fill(~seen, -torch.inf)
+
+
 def row_select(x: Tensor, axis: int) -> Tensor:
     """Drop an axis of length one: what is left of `select` once its gather has been hoisted."""
     return x.squeeze(axis)
@@ -83,23 +106,6 @@ def _overload(name: str) -> Any:
     return getattr(getattr(aten, packet, None), overload or "default", None)
 
 
-def _functional(names: str) -> dict[Any, Any]:
-    """In-place overloads and those of the same operation that return a new value."""
-    found = {}
-    for name in names.split():
-        packet, _, overload = name.partition(".")
-        inplace, plain = _overload(f"{packet}_.{overload}"), _overload(name)
-        if inplace is not None and plain is not None:
-            found[inplace] = plain
-    return found
-
-
-FUNCTIONAL = _functional(
-    "add.Tensor sub.Tensor mul.Tensor div.Tensor add.Scalar sub.Scalar mul.Scalar div.Scalar masked_fill.Scalar"
-    " masked_fill.Tensor relu gelu silu tanh sigmoid mish elu leaky_relu hardtanh relu6 hardswish hardsigmoid exp log"
-    " sqrt rsqrt neg abs clamp clamp_min clamp_max softmax.int pow.Scalar"
-)
-
 POINTWISE = overloads(
     "relu relu_ gelu silu silu_ tanh sigmoid mish softplus elu leaky_relu hardtanh relu6 hardswish hardsigmoid exp log"
     " log1p erf rsqrt sqrt reciprocal abs square pow.Tensor_Scalar clamp clamp_min clamp_max sin cos log_sigmoid selu"
@@ -121,6 +127,10 @@ MOVEMENT = overloads(
     " to.dtype to.device to.dtype_layout _to_copy contiguous clone alias view_as broadcast_to tile type_as view.dtype"
 )
 
+RESHAPES = overloads(
+    "view reshape flatten.using_ints unflatten.int _unsafe_view view_as squeeze squeeze.dim squeeze.dims"
+)
+
 _KIND_NAMES = {
     "linear": "linear",
     "conv": "conv1d conv2d conv2d.padding conv3d convolution",
@@ -139,6 +149,12 @@ KINDS: dict[Any, str] = {
     **{op: kind for kind, names in _KIND_NAMES.items() for op in overloads(names)},
     attention: "attention",
     row_select: "select",
+}
+
+# Their value does not depend on the values of their inputs.
+CONSTANT = overloads("zeros_like ones_like full_like new_zeros new_ones new_full new_empty") | {
+    window_mask,
+    additive_mask,
 }
 
 # Gone in evaluation mode, or never more than a copy of their first argument.

@@ -11,7 +11,7 @@ from relprop import native
 from relprop.errors import OptionError, UnsupportedTopologyError
 from relprop.graph import Graph, Node
 from relprop.methods.base import Maps, Reader, Reading, Readout, Requirements, RowReader
-from relprop.methods.topology import by_head, query_rows, self_attention_sites
+from relprop.methods.topology import by_head, key_rows, queries_are_tokens, query_rows, self_attention_sites
 
 # What one entry of a layer's token-to-token matrix is made of, before the mean over heads.
 EDGES: dict[str, frozenset[str]] = {
@@ -77,6 +77,8 @@ class RowWalk(Readout):
 
     def row_edge(self, site: Node) -> str | None:
         """Any, but rows are normalised without E only where they add up to 1: attention that sees a key."""
+        if site.kind == "softmax":
+            return None
         known = not self.normalise or (self.edge == "attention" and site.operands[3] is None)
         return self.edge if known else None
 
@@ -93,39 +95,44 @@ class _Walk(RowReader):
     def visit(self, site: Node, maps: Maps, reading: Reading) -> None:
         matrix = edge_matrix(self.edge, site, maps, reading.backend)
         queried = self._descend(site, reading, matrix.sum(-1) if self.normalise else None)
-        self.advance((queried.unsqueeze(-2) @ matrix).squeeze(-2))
+        self.advance(site, (queried.unsqueeze(-2) @ matrix).squeeze(-2))
 
     def queried(self, site: Node, reading: Reading) -> Tensor:
         assert reading.profile is not None
         return self._descend(site, reading, reading.profile.new_ones(()) if self.normalise else None)
 
-    def advance(self, product: Tensor) -> None:
+    def advance(self, site: Node, product: Tensor) -> None:
         assert self.row is not None
-        self.row = self.row + product
+        if self.row.shape[-1] == product.shape[-1]:
+            self.row = self.row + product
+            return
+        self.row = self.row.expand(len(product), *self.row.shape[1:]).clone()
+        self.row[..., key_rows(site)] += product
 
     def _descend(self, site: Node, reading: Reading, sums: Tensor | None) -> Tensor:
         """The row at a layer's queries, divided by the sums of the rows of I + E where they are normalised."""
         assert reading.profile is not None
         row = reading.profile if self.row is None else self.row
-        rows = query_rows(site, row.shape[-1])
+        rows = query_rows(site)
         queried = row[..., rows]
         if sums is not None:
-            queried = queried / (1 + sums)
-            row = row.new_zeros(queried.shape[0], *row.shape[1:])
+            queried = queried / (sums + int(queries_are_tokens(site)))
+            row = row.expand(len(queried), *row.shape[1:]).clone()
             row[..., rows] = queried
         self.row = row
         return queried
 
     def finish(self, reading: Reading) -> Tensor:
-        assert self.row is not None and reading.profile is not None
+        assert self.row is not None and reading.profile is not None and reading.tokens is not None
+        row, read = self.row[..., : reading.tokens], reading.profile[..., : reading.tokens] > 0
         if self.read_tokens == "kept":
-            return self.row
+            return row
         if self.read_tokens == "zero":
-            shown = torch.zeros_like(self.row[..., :1])
+            shown = torch.zeros_like(row[..., :1])
         else:
-            counted = self.row if reading.padded is None else self.row.masked_fill(reading.padded, torch.inf)
+            counted = row if reading.padded is None else row.masked_fill(reading.padded, torch.inf)
             shown = counted.amin(-1, keepdim=True)
-        return torch.where(reading.profile > 0, shown, self.row)
+        return torch.where(read, shown, row)
 
 
 @dataclass(frozen=True)
@@ -153,7 +160,13 @@ class LayerRow(Readout):
             raise UnsupportedTopologyError(
                 f"method {self.method!r}: expected a model with attention layer {self.layer}, got {len(sites)} layer(s)"
             )
-        return Requirements({sites[self.layer]: EDGES[self._edge()]}, profile=True)
+        site = sites[self.layer]
+        if site is not sites[-1] and not _starts_within(sites[-1], site):
+            raise UnsupportedTopologyError(
+                f"method {self.method!r}: expected a layer whose queries hold the tokens that the output reads, got"
+                f" {site.describe()}; the last layer, {sites[-1].describe()}, is one"
+            )
+        return Requirements({site: EDGES[self._edge()]}, profile=True)
 
     def row_edge(self, site: Node) -> str | None:
         """Its own."""
@@ -167,22 +180,33 @@ class LayerRow(Readout):
 class _Row(RowReader):
     def __init__(self, edge: str) -> None:
         self.edge = edge
+        self.length = 0
         self.row: Tensor | None = None
 
     def visit(self, site: Node, maps: Maps, reading: Reading) -> None:
         matrix = edge_matrix(self.edge, site, maps, reading.backend)
-        self.advance((self.queried(site, reading).unsqueeze(-2) @ matrix).squeeze(-2))
+        self.advance(site, (self.queried(site, reading).unsqueeze(-2) @ matrix).squeeze(-2))
 
     def queried(self, site: Node, reading: Reading) -> Tensor:
         assert reading.profile is not None
-        return reading.profile[..., query_rows(site, reading.profile.shape[-1])]
+        self.length = reading.profile.shape[-1]
+        return reading.profile[..., query_rows(site)]
 
-    def advance(self, product: Tensor) -> None:
-        self.row = product
+    def advance(self, site: Node, product: Tensor) -> None:
+        self.row = product.new_zeros(*product.shape[:-1], self.length)
+        self.row[..., key_rows(site)] = product
 
     def finish(self, reading: Reading) -> Tensor:
-        assert self.row is not None
-        return self.row
+        assert self.row is not None and reading.tokens is not None
+        return self.row[..., : reading.tokens]
+
+
+def _starts_within(last: Node, site: Node) -> bool:
+    """Whether the queries of the last layer are among those of another."""
+    if "key_rows" not in last.attributes:
+        return True
+    read, asked = query_rows(last), query_rows(site)
+    return (read.start < 0) == (asked.start < 0) and asked.start <= read.start and asked.stop is None
 
 
 @dataclass(frozen=True)
@@ -211,9 +235,13 @@ class GradCam(Readout):
         """The last layer's attention and its gradient."""
         if self.over not in ("row", "matrix"):
             raise OptionError(f"over: expected 'row' or 'matrix', got {self.over!r}")
-        sites = self_attention_sites(graph, self.method)
-        maps = {sites[-1]: EDGES["gradient_x_attention"]}
-        return Requirements(maps, profile=True, padding=not self.count_padding)
+        site = self_attention_sites(graph, self.method)[-1]
+        assert graph.tokens.covering is not None
+        if key_rows(site) != key_rows(graph.tokens.covering):
+            raise UnsupportedTopologyError(
+                f"method {self.method!r}: expected a last attention layer that sees all tokens, got {site.describe()}"
+            )
+        return Requirements({site: EDGES["gradient_x_attention"]}, profile=True, padding=not self.count_padding)
 
     def reader(self) -> Reader:
         """A reader of the last layer."""
@@ -228,7 +256,7 @@ class _Cam(Reader):
     def visit(self, site: Node, maps: Maps, reading: Reading) -> None:
         attention, gradient = by_head(site, maps["attention"]), by_head(site, maps["gradient"])
         assert reading.profile is not None
-        profile = reading.profile[..., query_rows(site, gradient.shape[-1])]
+        profile = reading.profile[..., query_rows(site)]
         seen = torch.ones_like(gradient[:1, :, 0, 0], dtype=torch.bool)  # [1, B, Nk]
         if reading.padded is not None:
             seen = seen & ~reading.padded

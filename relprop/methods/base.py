@@ -41,7 +41,8 @@ class Reading:
 
     Attributes:
         batch, targets: sizes B and T.
-        profile: how much the output reads of each token after the last attention layer. [T or 1, B, N]
+        profile: how much the output reads of each token after the last attention layer. [T or 1, B, N + E]
+        tokens: how many tokens the row of all tokens has, N; learned queries stand after them.
         explained_tokens: for each token whether it comes from an explained input (not a class or register token). [N]
         padded: for each token whether it is hidden from every query. [B, N]
         streams: (value, stream name) -> tensor [T, *shape].
@@ -53,6 +54,7 @@ class Reading:
     batch: int
     targets: int
     profile: Tensor | None = None
+    tokens: int | None = None
     explained_tokens: Tensor | None = None
     padded: Tensor | None = None
     streams: dict[tuple[Value, str], Tensor] = field(default_factory=dict)
@@ -83,8 +85,8 @@ class RowReader(Reader):
         """The row that comes to a layer, at its queries. [T or 1, B, Nq]"""
         raise NotImplementedError
 
-    def advance(self, product: Tensor) -> None:
-        """Take that row times E. [T or 1, B, Nk]"""
+    def advance(self, site: Node, product: Tensor) -> None:
+        """Take that row times E, at the layer's keys. [T or 1, B, Nk]"""
         raise NotImplementedError
 
 
