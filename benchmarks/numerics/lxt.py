@@ -1,6 +1,6 @@
 """LXT (Achtibat et al., ICML 2024) where it is installed: torchvision's Vision Transformer with its patched classes.
 
-Tried with LXT 2.1, which needs zennit, and torchvision 0.26 and 0.30.
+Tried with LXT 2.1 (which needs zennit) beside torchvision 0.29 and transformers 5.23.
 """
 
 from __future__ import annotations
