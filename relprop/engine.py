@@ -366,9 +366,10 @@ class Engine:
             "cpp" if any(s.backend == "cpp" for step in program.reverse for s in step.streams) else "torch"
         )
         if program.requirements.profile:
-            reading.profile = read_profile(graph, forward.tensors, forward.shapes, target.seed)
+            site = program.requirements.profile_site
+            reading.profile = read_profile(graph, forward.tensors, forward.shapes, target.seed, site)
             flags = explained_tokens(graph, graph.attention_sites()[0], lambda i: forward.shapes[i])
-            if flags:
+            if flags and site is None:
                 reading.explained_tokens = torch.tensor(flags, device=output.device)
         if program.requirements.positions:
             reading.positions = []
@@ -378,7 +379,7 @@ class Engine:
 
     def _explanation(
         self,
-        relevance: Tensor,
+        relevance: Tensor | dict[str, Tensor],
         output: Tensor,
         target: Target,
         reading: Reading,
@@ -386,18 +387,27 @@ class Engine:
         books: Ledger | None,
     ) -> Explanation:
         method = self.program.method
-        if relevance.shape[0] != reading.targets:
-            relevance = relevance.expand(reading.targets, *relevance.shape[1:])
-        shaped = relevance.transpose(0, 1) if target.several else relevance[0]
-        kinds, grid, size = self._layout(reading, forward, shaped.shape[-1])
+
+        def shape(found: Tensor) -> Tensor:
+            found = found.expand(reading.targets, *found.shape[1:])
+            return (found.transpose(0, 1) if target.several else found[0]).contiguous()
+
+        several: dict[str, Tensor] = {}
+        if isinstance(relevance, dict):
+            paths = {spec.placeholder: spec.path for spec in self._captured.inputs}
+            several = {paths[name]: shape(found) for name, found in relevance.items()}
+            shaped = several[next(path for path in paths.values() if path in several)]
+            kinds, grid, size = (), None, None
+        else:
+            shaped = shape(relevance)
+            kinds, grid, size = self._layout(reading, forward, shaped.shape[-1])
         index = target.index
         if index is not None and not target.several:
             index = index[:, 0]
-        shaped = shaped.contiguous()
         names = [spec.path for spec in self._captured.inputs if spec.placeholder in self._explained_names()]
         return Explanation(
             relevance=shaped,
-            relevances={names[0]: shaped} if len(names) == 1 else {},
+            relevances=several or ({names[0]: shaped} if len(names) == 1 else {}),
             logits=output,
             target=index,
             method=method.name,

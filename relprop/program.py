@@ -270,7 +270,7 @@ def build_program(
         UnsupportedOpError: operations without a rule; all are named.
         UnsupportedTopologyError: the method does not apply to this structure.
     """
-    readout = method.make_readout(options)
+    readout = method.make_readout(options).resolve(graph)
     requirements = replace(readout.require(graph), latents=latent_values(graph, latents))
     streams: dict[str, dict[Node, Rule]] = {}
     gradient = make_rule("any", "gradient")
@@ -404,7 +404,12 @@ def _forward_steps(
     kept |= {value.index for value in requirements.latents.values()}
     kept |= {graph.output.index} | {v.index for v, _ in requirements.values}
     if requirements.profile:
-        kept |= {v.index for node in profile_nodes(graph) for v in node.operands if v is not None and not v.carrying}
+        kept |= {
+            v.index
+            for node in profile_nodes(graph, requirements.profile_site)
+            for v in node.operands
+            if v is not None and not v.carrying
+        }
     outside = {v.index for v in graph.inputs.values()} | set(graph.parameters) | set(graph.constants)
     last: dict[int, int] = {}
     for i, node in enumerate(graph.nodes):

@@ -22,6 +22,7 @@ class Requirements:
         maps: per attention layer, which of its maps: "attention", "gradient", "relevance".
         values: streams at values: (value, "gradient" or "relevance").
         profile: whether the read-out asks which tokens the output reads.
+        profile_site: the attention layer after which the output reads tokens, the last by default.
         positions: whether it asks for what positions keep.
         latents: values whose relevance is kept, by name.
     """
@@ -30,6 +31,7 @@ class Requirements:
     values: tuple[tuple[Value, str], ...] = ()
     profile: bool = False
     positions: bool = False
+    profile_site: Node | None = None
     latents: Mapping[str, Value] = field(default_factory=dict)
 
 
@@ -63,8 +65,8 @@ class Reader:
     def visit(self, site: Node, maps: Maps, reading: Reading) -> None:
         """Take what is needed of one attention layer's maps [T, B, H, Nq, Nk]; layers come last first."""
 
-    def finish(self, reading: Reading) -> Tensor:
-        """The relevance map. [T or 1, B, ...]"""
+    def finish(self, reading: Reading) -> Tensor | dict[str, Tensor]:
+        """The relevance map, or one for each explained input by the name of its placeholder. [T or 1, B, ...]"""
         raise NotImplementedError
 
 
@@ -92,6 +94,10 @@ class Readout:
     def row_edge(self, site: Node) -> str | None:
         """What E is made of, a name of `EDGES`, where its reader is a `RowReader` and needs no map of this layer."""
         return None
+
+    def resolve(self, graph: Graph) -> Readout:
+        """The read-out for a graph, where its kind depends on the graph's structure."""
+        return self
 
     def require(self, graph: Graph) -> Requirements:
         """Requirements for a graph.

@@ -120,14 +120,19 @@ def explained_part(part: Value, size: int, lengths: Any) -> list[bool]:
     return [True] * size
 
 
-def profile_nodes(graph: Graph) -> list[Node]:
-    """The operations between the last attention layer and the output, output last."""
-    sites = graph.attention_sites()
-    at = graph.nodes.index(sites[-1])
+def profile_nodes(graph: Graph, site: Node | None = None) -> list[Node]:
+    """The operations between an attention layer, the last by default, and the output, output last."""
+    at = graph.nodes.index(site or graph.attention_sites()[-1])
     return [node for node in graph.nodes[at + 1 :] if node.carrying]
 
 
-def read_profile(graph: Graph, tensors: dict[int, Any], shapes: dict[int, torch.Size], seed: Tensor) -> Tensor:
+def read_profile(
+    graph: Graph,
+    tensors: dict[int, Any],
+    shapes: dict[int, torch.Size],
+    seed: Tensor,
+    site: Node | None = None,
+) -> Tensor:
     """How much the seeded outputs read of each token after the last attention layer, adding up to 1. [T or 1, B, N]
 
     One where a single class token is read, 1 / N each for a mean over tokens. Found by sending a constant back from
@@ -136,20 +141,22 @@ def read_profile(graph: Graph, tensors: dict[int, Any], shapes: dict[int, torch.
 
     Args:
         seed: of the reverse sweep; where it is 0 nothing is asked of the output. [T, *output shape]
+        site: the attention layer, the last by default.
     Raises:
         UnsupportedTopologyError: tokens are mixed after the last attention layer in a way that is no pool.
     """
-    site = graph.attention_sites()[-1]
+    site = site or graph.attention_sites()[-1]
     output = site.outputs[0]
     batch = seed.shape[1]
-    length = shapes[site.operands[1].index][-2]  # type: ignore[union-attr]
+    tokens = site.operands[1 if "query_rows" in site.attributes else 0]
+    length = shapes[tokens.index][-2]  # type: ignore[union-attr]
     rows = query_rows(site, length)
     if len(range(*rows.indices(length))) == 1:
         profile = seed.new_zeros(1, batch, length)
         profile[..., rows] = 1.0
         return profile
     streams = {graph.output.index: (seed != 0).to(seed.dtype)}
-    for node in reversed(profile_nodes(graph)):
+    for node in reversed(profile_nodes(graph, site)):
         parts = [streams.pop(v.index, None) for v in node.outputs]
         given = [part for part in parts if part is not None]
         if not given:
