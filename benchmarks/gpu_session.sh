@@ -4,8 +4,9 @@
 #   benchmarks/gpu_session.sh [--dry-run]
 #
 # CSV rows go to $OUT (benchmarks/results/gpu by default). --dry-run takes tiny sizes on the CPU, under Triton's
-# interpreter, and builds nothing. Python is $PYTHON (python3 by default); no network is used. A part that fails does not
-# stop the next one; the exit status then is 1.
+# interpreter, and builds nothing. Python is $PYTHON (python3 by default); no network is used. The authors' code is timed
+# where $REFERENCE is a checkout of it, LXT where it is installed. A part that fails does not stop the next one, and each
+# has a limit (ten minutes together); the exit status then is 1.
 set -u
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
@@ -14,7 +15,7 @@ mkdir -p "$OUT"
 status=0
 
 run() { # name, seconds, command...
-  local name=$1 seconds=$2 start=$SECONDS
+  local name=$1 seconds=$((10#$2 * ${SLOWER:-1})) start=$SECONDS
   shift 2
   echo "== $name"
   if ! timeout "$seconds" "$@" 2>&1 | tee "$OUT/$name.log"; then
@@ -29,10 +30,15 @@ if [ "${1:-}" = "--dry-run" ]; then
   export TRITON_INTERPRET=1 CUDA_VISIBLE_DEVICES=
 else
   unset TRITON_INTERPRET
-  run build 120 "$PYTHON" setup.py --quiet build_ext --inplace
+  run build 90 "$PYTHON" setup.py --quiet build_ext --inplace
 fi
-run info 60 "$PYTHON" -m relprop info
-run ceilings 60 "$PYTHON" -m benchmarks.gpu.ceilings "$@"
-run kernels 240 "$PYTHON" -m benchmarks.gpu.kernels "$@"
-run end_to_end 180 "$PYTHON" -m benchmarks.gpu.end_to_end "$@"
+run info 10 "$PYTHON" -m relprop info
+run ceilings 20 "$PYTHON" -m benchmarks.gpu.ceilings "$@"
+run parity 30 "$PYTHON" -m benchmarks.gpu.end_to_end parity "$@"
+run vit 120 "$PYTHON" -m benchmarks.gpu.end_to_end vit "$@"
+run latency 30 "$PYTHON" -m benchmarks.gpu.end_to_end latency "$@"
+run tokens 40 "$PYTHON" -m benchmarks.gpu.end_to_end tokens "$@"
+run llama 100 "$PYTHON" -m benchmarks.gpu.end_to_end llama "$@"
+run several 40 "$PYTHON" -m benchmarks.gpu.end_to_end several "$@"
+run kernels 120 "$PYTHON" -m benchmarks.gpu.kernels "$@"
 exit $status

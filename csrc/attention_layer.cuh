@@ -61,7 +61,8 @@ struct StreamView {
 
 template <typename V>
 struct Layer {
-  int64_t targets, batch, heads, key_heads, queries, keys;
+  int64_t targets, batch, heads, key_heads;
+  int queries, keys;
   int d, dv, width;  // width: of rows in shared memory
   View<const V> q, k, v, output;
   View<const float> bias;
@@ -84,7 +85,7 @@ struct Head {
 __device__ __forceinline__ float hidden() { return __int_as_float(static_cast<int>(0xff800000u)); }
 
 template <typename V>
-__device__ __forceinline__ float logit(const Layer<V>& in, const Head& at, int64_t query, int64_t key, float dots) {
+__device__ __forceinline__ float logit(const Layer<V>& in, const Head& at, int query, int key, float dots) {
   if (query >= in.queries || key >= in.keys || (in.causal && key > query)) return hidden();
   if (in.seen.data != nullptr && in.seen.at(0, at.b, at.h, query)[key] == 0) return hidden();
   const float bias = in.bias.data != nullptr ? in.bias.at(0, at.b, at.h, query)[key] : 0.0f;

@@ -12,16 +12,22 @@ enum class Sweep : int { kStatistics, kGradientSums, kQueries, kKeys };
 template <Sweep sweep, Product product, bool positive>
 constexpr int kSlice = positive ? 32 : (sweep == Sweep::kKeys && product == Product::kBFloat16 ? 48 : 64);
 
+// Blocks that a multiprocessor holds side by side: the compiler gives threads the registers that this leaves them.
+template <Sweep sweep>
+constexpr int kBlocks = sweep == Sweep::kStatistics     ? 8
+                        : sweep == Sweep::kGradientSums ? 5
+                                                        : 2;
+
 // Softmax statistics of the block's queries: the highest logit (0 where nothing is seen), 1 / sum (0 there).
 template <Product product, typename V>
 struct Statistics {
   using E = typename Tiled<product>::Element;
 
-  __device__ static void run(const Layer<V>& in, const Head& at, int64_t first, E* own, E* other) {
+  __device__ static void run(const Layer<V>& in, const Head& at, int first, E* own, E* other) {
     float highest[2] = {hidden(), hidden()}, sum[2] = {0.0f, 0.0f};
     load_rows(own, in.width, in.q.at(0, at.b, at.h, first), in.q.row, own_rows(), in.queries - first, in.d);
     const int64_t key_head = at.h / (in.heads / in.key_heads);
-    for (int64_t j = 0; j < in.keys && !(in.causal && j >= first + own_rows()); j += kOther) {
+    for (int j = 0; j < in.keys && !(in.causal && j >= first + own_rows()); j += kOther) {
       __syncthreads();
       load_rows(other, in.width, in.k.at(0, at.b, key_head, j), in.k.row, kOther, in.keys - j, in.d);
       __syncthreads();
@@ -50,7 +56,7 @@ struct Statistics {
       }
       const bool sees = top != hidden();
       const float total = row_sum(sum[half] == 0.0f ? 0.0f : sum[half] * expf(highest[half] - top));
-      const int64_t query = first + warp_row() + lane_row() + half * 8;
+      const int query = first + warp_row() + lane_row() + half * 8;
       if (lane_column() == 0 && query < in.queries) {
         const int64_t to = (at.b * in.heads + at.h) * in.queries + query;
         in.highest[to] = sees ? top : 0.0f;
@@ -66,7 +72,7 @@ struct Softmax {
 };
 
 template <typename V>
-__device__ __forceinline__ Softmax softmax_of(const Layer<V>& in, const Head& at, int64_t query, bool sums) {
+__device__ __forceinline__ Softmax softmax_of(const Layer<V>& in, const Head& at, int query, bool sums) {
   if (query >= in.queries) return {0.0f, 0.0f, 0.0f, 0.0f};
   const int64_t from = (at.b * in.heads + at.h) * in.queries + query;
   const float sum = sums ? in.gradient_sums[at.t * in.batch * in.heads * in.queries + from] : 0.0f;
@@ -83,8 +89,8 @@ __device__ __forceinline__ float positive_part(float x) { return x < 0.0f ? 0.0f
 
 // Both sides of the walk see a score with its query's softmax.
 template <bool positive, typename V>
-__device__ __forceinline__ float finish_score(const Layer<V>& in, const Head& at, Maps& maps, int n, int i,
-                                              int64_t query, int64_t key, float z, const Softmax& softmax) {
+__device__ __forceinline__ float finish_score(const Layer<V>& in, const Head& at, Maps& maps, int n, int i, int query,
+                                              int key, float z, const Softmax& softmax) {
   const float x = logit(in, at, query, key, maps.attention[n][i]);
   const float dots = maps.attention[n][i];
   const float a = x == hidden() ? 0.0f : expf(x - softmax.highest) * softmax.inverse_sum;
@@ -153,7 +159,7 @@ struct Queries {
   using E = typename Tiled<product>::Element;
   static constexpr int kColumns = kSlice<Sweep::kQueries, product, positive>, kTiles = kColumns / 8;
 
-  __device__ static void run(const Layer<V>& in, const Head& at, int64_t first, int slice, bool sums_only, E* shared) {
+  __device__ static void run(const Layer<V>& in, const Head& at, int first, int slice, bool sums_only, E* shared) {
     if (sums_only && in.exact_output) return write_totals(in, at, first, {});
     const int w = in.width;
     E *q = shared, *gradient = q + own_rows() * w, *shares = gradient + own_rows() * w, *k = shares + own_rows() * w,
@@ -170,7 +176,7 @@ struct Queries {
     for (int half = 0; half < 2; ++half)
       softmax[half] = softmax_of(in, at, first + warp_row() + lane_row() + half * 8, in.gradient_logits && !sums_only);
     float to_q[kTiles][4] = {}, plus[kTiles][4] = {}, minus[kTiles][4] = {}, total[2] = {};
-    for (int64_t j = 0; j < in.keys && !(in.causal && j >= first + own_rows()); j += kOther) {
+    for (int j = 0; j < in.keys && !(in.causal && j >= first + own_rows()); j += kOther) {
       __syncthreads();
       load_rows(k, w, in.k.at(0, at.b, key_head, j), in.k.row, kOther, in.keys - j, in.d);
       load_rows(v, w, in.v.at(0, at.b, key_head, j), in.v.row, kOther, in.keys - j, in.dv);
@@ -213,10 +219,10 @@ struct Queries {
     }
   }
 
-  __device__ static void write_totals(const Layer<V>& in, const Head& at, int64_t first, const float (&total)[2]) {
+  __device__ static void write_totals(const Layer<V>& in, const Head& at, int first, const float (&total)[2]) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int64_t query = first + warp_row() + lane_row() + half * 8;
+      const int query = first + warp_row() + lane_row() + half * 8;
       float sum = 0.0f;
       if (in.exact_output && query < in.queries) {
         for (int c = lane_column(); c < in.dv; c += 4) {
@@ -241,7 +247,7 @@ struct Keys {
   float to_k[kTiles][4] = {}, to_v[kTiles][4] = {}, share_v[kTiles][4] = {};
   float plus[kTiles][4] = {}, minus[kTiles][4] = {}, walked[2] = {};
 
-  __device__ void run(const Layer<V>& in, Head at, int64_t key_head, int64_t first, int slice, E* shared) {
+  __device__ void run(const Layer<V>& in, Head at, int64_t key_head, int first, int slice, E* shared) {
     const int w = in.width;
     E *k = shared, *v = k + own_rows() * w;
     const int64_t there = in.keys - first, groups = in.heads / in.key_heads;
@@ -250,14 +256,14 @@ struct Keys {
       load_rows(v, w, in.v.at(0, at.b, key_head, first), in.v.row, own_rows(), there, in.dv);
     }
     for (at.h = key_head * groups; at.h < (key_head + 1) * groups; ++at.h) {
-      const int64_t start = in.causal ? first / kOther * kOther : 0;  // earlier queries do not see these keys
-      for (int64_t i = start; i < in.queries; i += kOther) step(in, at, first, i, slice, v + own_rows() * w, k, v);
+      const int start = in.causal ? first / kOther * kOther : 0;  // earlier queries do not see these keys
+      for (int i = start; i < in.queries; i += kOther) step(in, at, first, i, slice, v + own_rows() * w, k, v);
     }
     write(in, at, key_head, first, slice);
   }
 
-  __device__ void step(const Layer<V>& in, const Head& at, int64_t first, int64_t query, int slice, E* shared,
-                       const E* k, const E* v) {
+  __device__ void step(const Layer<V>& in, const Head& at, int first, int query, int slice, E* shared, const E* k,
+                       const E* v) {
     using Row = Softmax[kOther];
     RELPROP_SHARED(Row, softmax);
     const int w = in.width;
@@ -306,7 +312,7 @@ struct Keys {
     }
   }
 
-  __device__ void write(const Layer<V>& in, const Head& at, int64_t h, int64_t first, int slice) {
+  __device__ void write(const Layer<V>& in, const Head& at, int64_t h, int first, int slice) {
     const int64_t there = in.keys - first;
     if (in.gradient_k.data != nullptr) {
       write_sums(in.gradient_k, in.gradient_k.offset(at.t, at.b, h, first) + slice, to_k, there, in.d - slice);
@@ -337,14 +343,14 @@ struct Keys {
 
 // Blocks run over targets, samples, heads, row blocks and slices, the last fastest.
 template <Sweep sweep, Product product, typename V, bool positive>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks<sweep>)
     attention_relevance_kernel(Layer<V> in, int64_t heads, int64_t blocks, int slices) {
   RELPROP_DYNAMIC_SHARED(shared);
   auto* tiles = reinterpret_cast<typename Tiled<product>::Element*>(shared);
   int64_t at = blockIdx.x;
   const int slice = static_cast<int>(at % slices) * kSlice<sweep, product, positive>;
   at /= slices;
-  const int64_t first = at % blocks * own_rows();
+  const int first = static_cast<int>(at % blocks) * own_rows();
   at /= blocks;
   const int64_t h = at % heads;
   at /= heads;
@@ -422,8 +428,8 @@ Layer<V> layer_of(const AttentionRelevanceCuda& from) {
           from.batch,
           from.heads,
           from.key_heads,
-          from.queries,
-          from.keys,
+          static_cast<int>(from.queries),
+          static_cast<int>(from.keys),
           static_cast<int>(from.d),
           static_cast<int>(from.dv),
           widest + Tiled<product>::kPadding,

@@ -12,6 +12,8 @@ struct AttentionTensor {  // [targets, batch, heads, rows, width], without targe
   int64_t target = 0, batch = 0, head = 0, row = 0;
 };
 
+constexpr int64_t kMostAttentionRows = int64_t{1} << 30;  // queries or keys of a head: kernels count them in 32 bits
+
 struct AttentionRelevanceCuda {
   int64_t targets, batch, heads, key_heads, queries, keys, d, dv;
   int64_t row_targets;

@@ -15,14 +15,23 @@ AttentionTensor tensor(const AttentionTensors& tensors, const char* name, bool t
   return {as<void>(found->first), targets ? strides[0] : 0, strides[first], strides[first + 1], strides[first + 2]};
 }
 
+void take_sizes(AttentionRelevanceCuda& in, const AttentionSizes& sizes) {
+  std::tie(in.targets, in.batch, in.heads, in.key_heads, in.queries, in.keys, in.d, in.dv, in.row_targets) =
+      std::tuple_cat(sizes);
+  for (const auto& [name, rows] : {std::pair{"queries", in.queries}, std::pair{"keys", in.keys}}) {
+    if (rows <= kMostAttentionRows) continue;
+    throw std::invalid_argument(std::string(name) + ": expected at most " + std::to_string(kMostAttentionRows) +
+                                ", got " + std::to_string(rows));
+  }
+}
+
 // workspace: attention_relevance_workspace(sizes, edge) float32 numbers
 void run(const Context& context, int product, const AttentionSizes& sizes, const AttentionTensors::Map& map,
          double scale, bool causal, bool exact_output, int qk, int edge, const StabiliserArgument& qk_stabiliser,
          const StabiliserArgument& av_stabiliser, Pointer workspace) {
   const AttentionTensors tensors(map);
   AttentionRelevanceCuda in{};
-  std::tie(in.targets, in.batch, in.heads, in.key_heads, in.queries, in.keys, in.d, in.dv, in.row_targets) =
-      std::tuple_cat(sizes);
+  take_sizes(in, sizes);
   in.values = values_of(context), in.streams = streams_of(context);
   in.product = choice<Product>("product", product, 2);
   in.q = tensor(tensors, "q", false), in.k = tensor(tensors, "k", false), in.v = tensor(tensors, "v", false);
@@ -49,8 +58,7 @@ void run(const Context& context, int product, const AttentionSizes& sizes, const
 
 int64_t workspace(const AttentionSizes& sizes, int edge) {
   AttentionRelevanceCuda in{};
-  std::tie(in.targets, in.batch, in.heads, in.key_heads, in.queries, in.keys, in.d, in.dv, in.row_targets) =
-      std::tuple_cat(sizes);
+  take_sizes(in, sizes);
   in.edge = checked_kind("edge", edge, Edge::kAttention);
   return attention_relevance_workspace(in);
 }

@@ -20,7 +20,13 @@ from torch import Tensor
 from relprop.errors import BackendError
 from relprop.kernels.launch import MISSING, Launch, interpreted, triton
 
-_POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.bool: "*i1"}
+_POINTERS = {
+    torch.float64: "*fp64",
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.bool: "*i1",
+}
 _ALIGNED = [["tt.divisibility", 16]]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from relprop.errors import OptionError, UnsupportedOpError, unknown_name
 from relprop.graph import Graph, Node
-from relprop.rules import EXACT, REFERENCE, Rule, Stabiliser, make_rule
+from relprop.rules import EXACT, REFERENCE, AddIdentity, Rule, Stabiliser, make_rule
 from relprop.rules.attention_composed import AttentionComposed
 
 
@@ -22,7 +22,7 @@ class Entry:
             select, movement.
         rule: the rule itself.
         role: "residual", "positional", "bias", "mask", "offset" or "rope" for add; "gate" or "scale" for mul;
-            "input" for a first layer; "qk" or "av" for a product inside attention.
+            "input" for a first layer; "qk" or "av" for a product inside attention, "weights" for one with a constant.
         module: a pattern over module paths, as in `fnmatch`.
     """
 
@@ -102,7 +102,8 @@ class Composite:
             return None
         qk, softmax, av = parts
         assert qk is not None and softmax is not None and av is not None
-        return AttentionComposed(qk=qk, softmax=softmax, av=av)
+        masks = (e.rule for e in self.entries if e.role == "mask" and e.matches("add", "mask", node.module))
+        return AttentionComposed(qk=qk, softmax=softmax, av=av, mask=next(masks, AddIdentity()))
 
 
 def entry(kind: str, rule: str, role: str | None = None, module: str | None = None, **parameters: Any) -> Entry:
@@ -163,6 +164,7 @@ register_composite(
     Composite(
         "chefer",
         (
+            entry("matmul", "alpha_beta", role="weights", stabiliser=REFERENCE),
             entry("matmul", "half", stabiliser=REFERENCE),
             entry("add", "normalised", role="residual", stabiliser=REFERENCE),
             entry("add", "normalised", role="positional", stabiliser=REFERENCE),
@@ -177,6 +179,7 @@ register_composite(
         "chefer_stable",
         (
             entry("softmax", "detached"),
+            entry("matmul", "alpha_beta", role="weights"),
             entry("matmul", "alpha_beta", role="qk"),  # of a copy with the softmax rule "identity"
             entry("matmul", "half"),
             entry("add", "gamma", role="residual", gamma=1.0),
@@ -188,6 +191,14 @@ register_composite(
     )
 )
 _chefer = COMPOSITES["chefer"].entries
+register_composite(
+    Composite(
+        "chefer_bert",
+        _replace(_chefer, entry("add", "normalised", role="mask", stabiliser=REFERENCE)),
+        "chefer as its authors wrote it for BERT: the addition of the attention mask is an add like any other",
+        "Chefer et al., CVPR 2021, code (BERT)",
+    )
+)
 register_composite(
     Composite(
         "chefer_original",

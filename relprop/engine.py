@@ -5,30 +5,40 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from relprop import trust
-from relprop.backends import choose_backend, choose_forward, choose_joint
+from relprop import cost, memory, trust
+from relprop.backends import choose_kernels
+from relprop.batches import check_batch_size, join, pieces
 from relprop.capture import Captured, capture, lower
-from relprop.capture.export import bind_arguments
+from relprop.capture.export import InputSpec, bind_arguments
 from relprop.composites import Composite, find_composite
-from relprop.errors import DeviceError, DTypeError, ModelStateError, NonFiniteError, OptionError, ShapeError
-from relprop.execute import Forward, Sweep, Trace, run_forward
+from relprop.errors import (
+    BackendError,
+    DeviceError,
+    DTypeError,
+    ModelStateError,
+    NonFiniteError,
+    OptionError,
+    ShapeError,
+)
+from relprop.execute import Forward, PassResult, Trace, run_pass, run_sampled
 from relprop.explanation import Explanation
-from relprop.graph import Graph, Value
-from relprop.ledger import Ledger
+from relprop.export import example_batch, export_program, save
+from relprop.graph import Graph
+from relprop.lowering import PassFunction, output_shape
 from relprop.methods import Reading, find_method
-from relprop.methods.base import Reader
-from relprop.methods.input_maps import over_channels
 from relprop.methods.sampled import SampledMap
-from relprop.methods.topology import explained_tokens, read_profile
+from relprop.methods.topology import patch_grid
 from relprop.program import Program, build_program
-from relprop.targets import Target, TargetLike, resolve_target
+from relprop.replay import CudaRecorder, Replays
+from relprop.targets import Target, TargetLike, find_index, resolve_target
 from relprop.weights import DeriveOnce, Weights
 
 PRECISIONS = ("highest", "high", "medium")
@@ -39,8 +49,14 @@ class _Plan:
     """What compilation makes of a model; holds no tensor of it."""
 
     captured: Captured
-    graph: Graph
-    programs: dict[Any, Program]
+    graphs: dict[bool, Graph] = field(default_factory=dict)  # by whether all rows are computed
+    programs: dict[Any, Program] = field(default_factory=dict)
+
+    def graph(self, all_rows: bool) -> Graph:
+        """The canonical graph; without `all_rows` rows that the output does not read are left out."""
+        if all_rows not in self.graphs:
+            self.graphs[all_rows] = lower(self.captured, hoist=not all_rows)
+        return self.graphs[all_rows]
 
 
 class _Cache:
@@ -66,6 +82,8 @@ def compile(
     precision: str = "highest",
     output: str | int | Callable[..., Any] | None = None,
     latents: Sequence[str] = (),
+    compile: bool = False,
+    cuda_graph: bool = False,
 ) -> Engine:
     """Capture a model and plan a method on it.
 
@@ -77,11 +95,14 @@ def compile(
         composite: rules for the relevance stream, a name of `relprop.composites()` or a Composite; the method's own
             by default.
         method_options: options of the method, such as {"start_layer": 1}.
-        backend: "auto", "torch", "cpp" or "triton".
+        backend: "auto", "torch", "cpp", "triton" or "cuda".
         precision: of matrix products in float32 streams: "highest", "high", or "medium" for bfloat16 products with
             float32 accumulation where the hardware has them.
         output: which of several outputs to explain: a key, an index, or a function of the output.
         latents: module paths ("blocks.*.mlp", "blocks.5.attn:heads") at which relevance is kept for `Explanation.at`.
+        compile: run the pass as one graph through torch.compile, kernels as custom ops in it. Made once per padded
+            batch size, which takes long.
+        cuda_graph: record the pass as a CUDA graph once per padded batch size, and replay it.
     Returns:
         An engine. A second call for the same model, method and kind of input is served from a cache.
     Raises:
@@ -96,19 +117,17 @@ def compile(
     rules = find_composite(composite if composite is not None else chosen.composite)
     _check_mode(model)
     device, dtype = _placement(model, args, dict(kwargs or {}))
-    choose = choose_backend(backend, dtype, device)
+    kernels = choose_kernels(backend, dtype, device, precision)
     key = (method, rules, _hashable(method_options), backend, dtype, str(device), precision, tuple(latents))
 
     def build(books: bool) -> Program:
         return build_program(
-            plan.graph,
+            plan.graph(chosen.make_readout(method_options).all_rows),
             chosen,
             method_options,
             rules,
-            choose,
+            kernels,
             plan.captured.batch_symbols,
-            choose_joint=choose_joint(backend, dtype, device),
-            choose_forward=choose_forward(backend, dtype, device, precision),
             books=books,
             latents=latents,
         )
@@ -126,7 +145,12 @@ def compile(
                 plan.programs[key, "books"] = build(True)
             return plan.programs[key, "books"]
 
-    return Engine(model, plan.captured, program, backend, precision, dtype, device, booked)
+    if cuda_graph and device.type != "cuda":
+        raise BackendError(f"cuda_graph: expected a model on a CUDA device, got one on {device}")
+    engine = Engine(model, plan.captured, program, backend, precision, dtype, device, booked)
+    if compile or cuda_graph:
+        engine._replay(compile, cuda_graph)
+    return engine
 
 
 def _plan(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> _Plan:
@@ -136,8 +160,7 @@ def _plan(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outpu
     key = (str(spec), inputs, output if not callable(output) else id(output), _structure(model))
     plans = _CACHE.plans.setdefault(model, {})
     if key not in plans:
-        captured = capture(model, args, kwargs, output)
-        plans[key] = _Plan(captured, lower(captured), {})
+        plans[key] = _Plan(capture(model, args, kwargs, output))
     return plans[key]
 
 
@@ -226,6 +249,49 @@ class Engine:
         self._precision = precision
         self._dtype = dtype
         self._device = device
+        self._fixed = program.graph.constants
+        found = {spec.placeholder: bool(spec.shape) and spec.shape[0] is None for spec in captured.inputs}
+        self._batched = {value.index: found[name] for name, value in program.graph.inputs.items()}
+        self._forecast = memory.Forecast(self._probe)
+        self._replays: Replays | None = None
+
+    def _replay(self, compiled: bool, recorded: bool) -> None:
+        """Explain by runs of fixed shapes from now on."""
+        self._one_pass("compile, cuda_graph")
+        self._replays = self._make_replays(compiled, recorded)
+
+    def _one_pass(self, what: str) -> None:
+        if len(self._explained_names()) > 1 or self._pairs():
+            raise OptionError(
+                f"{what}: expected a model with one explained input and scores of its own for each sample, got"
+                f" {', '.join(sorted(self._explained_names()))} and an output of shape"
+                f" {self.program.graph.output.describe()}"
+            )
+        if isinstance(self.program.readout, SampledMap) or self.program.requirements.latents:
+            raise OptionError(
+                f"{what}: expected a method of one pass, without latents, got {self.program.method.name} with"
+                f" {len(self.program.requirements.latents)} latent(s)"
+            )
+
+    def _make_replays(self, compiled: bool, recorded: bool) -> Replays:
+        return Replays(
+            PassFunction(self.program, self._indices, self._dtype, self._precision),
+            list(self._batched.values()),
+            self._lasting,
+            self._weights.derived,
+            compiled=compiled,
+            recorder=CudaRecorder(self._device) if recorded else None,
+        )
+
+    @property
+    def _indices(self) -> list[int]:
+        """Of the values that a pass starts from: inputs, then what lasts."""
+        return [*self._batched, *self.program.graph.parameters, *self._fixed]
+
+    def _lasting(self) -> list[Tensor]:
+        """Parameters, buffers and constants, as they are now."""
+        read = self._weights.read()
+        return [*(read[index] for index in self.program.graph.parameters), *self._fixed.values()]
 
     def __repr__(self) -> str:
         return (
@@ -236,9 +302,17 @@ class Engine:
     def refresh(self) -> None:
         """Forget what was derived from the weights, after a write that version counters cannot show (`.data`)."""
         self._weights.derived.clear()
+        if self._replays is not None:
+            self._replays.clear()
 
     def __call__(
-        self, *args: Any, target: TargetLike = None, ledger: bool = False, check: bool = False, **kwargs: Any
+        self,
+        *args: Any,
+        target: TargetLike = None,
+        ledger: bool = False,
+        check: bool = False,
+        batch_size: int | str | None = None,
+        **kwargs: Any,
     ) -> Explanation:
         """Explain a batch.
 
@@ -247,34 +321,139 @@ class Engine:
             target: what to explain; see `relprop.targets.resolve_target`.
             ledger: keep the books of the relevance pass (slower).
             check: run twice more with a slightly moved input and fill `disagreement` and `trustworthy`.
+            batch_size: samples that are explained at a time; "auto" takes as many as the free memory holds, None all.
         Returns:
             Each sample's explanation is what it would be alone.
         Raises:
             ShapeError, DTypeError, DeviceError, NonFiniteError: the inputs. TargetError: the target.
-            ModelStateError: the model is in training mode.
+            ModelStateError: the model is in training mode. OptionError: the batch size.
         """
+        check_batch_size(batch_size)
         with torch.no_grad():
             inputs = self._bind(args, kwargs)
-            explanation, resolved, reading = self._explain(inputs, target, ledger)
-            if not check:
-                return explanation
-            own = reading.profile if self.program.readout.starts_from_profile else None
-            if own is not None:
-                own = own.transpose(0, 1) if resolved.several else own[0]
-            disagreement = torch.stack(
-                [
-                    trust.disagreement(
-                        explanation.relevance,
-                        self._explain(inputs, target, False, resolved, moved=seed)[0].relevance,
-                        resolved.several,
-                        own,
-                        reading.explained_tokens,
-                    )
-                    for seed in trust.SEEDS
-                ]
-            ).amax(0)
-            limit = trust.threshold(self.program.method.name, self._dtype)
-            return replace(explanation, disagreement=disagreement, trustworthy=disagreement <= limit)
+            batched = frozenset(i for i, is_batch in self._batched.items() if is_batch)
+            batch = next((len(inputs[i]) for i in inputs if i in batched), 1)
+            size = self._fitting(inputs, target, batch) if batch_size == "auto" else batch_size
+            if size is None or int(size) >= batch:
+                return self._explained(inputs, target, ledger, check)
+            if ledger:
+                raise OptionError(f"ledger: expected a batch in one piece, got batch_size {size} for {batch} samples")
+            return join([self._explained(*part, ledger, check) for part in pieces(inputs, batched, target, int(size))])
+
+    def _explained(self, inputs: dict[int, Any], target: TargetLike, ledger: bool, check: bool) -> Explanation:
+        if self._replays is not None and not (ledger or check or callable(target)):
+            return self._replayed(self._replays, inputs, target)
+        explanation, resolved, reading = self._explain(inputs, target, ledger)
+        if not check:
+            return explanation
+        own = reading.profile if self.program.readout.starts_from_profile else None
+        if own is not None:
+            own = own[..., : reading.tokens]
+            own = own.transpose(0, 1) if resolved.several else own[0]
+        disagreement = torch.stack(
+            [
+                trust.disagreement(
+                    trust.answer(explanation, resolved.several),
+                    trust.answer(self._explain(inputs, target, False, resolved, moved=seed)[0], resolved.several),
+                    resolved.several,
+                    own,
+                    reading.explained_tokens,
+                )
+                for seed in trust.SEEDS
+            ]
+        ).amax(0)
+        limit = trust.threshold(self.program.method.name, self._dtype)
+        return replace(explanation, disagreement=disagreement, trustworthy=disagreement <= limit)
+
+    def _replayed(self, replays: Replays, inputs: dict[int, Any], target: TargetLike) -> Explanation:
+        """A run of fixed shapes; the target is checked before it, as nothing within depends on values."""
+        shape = output_shape(self.program.graph, inputs)
+        index, several = None, False
+        if target is not None or len(shape) != 2:
+            index, several = find_index(target, torch.empty(shape, device="meta"))
+            index = index.to(self._device)
+        outcome, layout = replays([inputs[i] for i in self._batched], index)
+        targets, batch = outcome.relevance.shape[:2]
+        reading = Reading(batch, targets, outcome.profile, explained_tokens=layout.explained_tokens)
+        aim = Target(outcome.relevance, outcome.index, several)
+        return self._explanation(PassResult(outcome.relevance, outcome.logits, aim, reading, layout.shapes))
+
+    def memory(self, batch: int, *, targets: int = 1) -> int:
+        """Peak bytes of explaining a batch, beside the model's own weights: the inputs, what is derived from weights,
+        and what lives during the pass.
+
+        Measured once per engine and number of targets, on two small batches of inputs shaped like the example, and
+        continued from there allocation by allocation.
+
+        Args:
+            batch: samples.
+            targets: per sample.
+        """
+        return self._forecast(self._sizes(), targets, batch) + self._weights.derived.nbytes
+
+    def _sizes(self) -> dict[int, tuple[int, ...]]:
+        """Of every input at a batch of one, as in the example."""
+        values, symbols = self.program.graph.values, self.program.batch_symbols
+        return {i: tuple(cost.sizes(values[i], symbols)) for i in self._batched}
+
+    def _example(self, sizes: Mapping[int, tuple[int, ...]], batch: int) -> dict[int, Tensor]:
+        """Ones of these sizes, at another batch."""
+        values = self.program.graph.values
+        return {
+            i: torch.ones((batch if is_batch else sizes[i][0], *sizes[i][1:]), dtype=values[i].dtype).to(self._device)
+            for i, is_batch in self._batched.items()
+        }
+
+    def _probe(self, sizes: Mapping[int, tuple[int, ...]], targets: int, batch: int) -> None:
+        axes = self.program.graph.output.rank - 1
+        index = torch.zeros(batch, targets, *([axes] if axes > 1 else []), dtype=torch.int64)
+        with torch.no_grad():
+            self._explain(self._example(sizes, batch), index, False)
+
+    def _fitting(self, inputs: dict[int, Any], target: TargetLike, batch: int) -> int:
+        """As many samples as the free memory holds."""
+        sizes = {i: (1 if is_batch else len(inputs[i]), *inputs[i].shape[1:]) for i, is_batch in self._batched.items()}
+        several = torch.as_tensor(target) if isinstance(target, (list, Tensor)) else torch.zeros(1)
+        targets = several.shape[1] if several.ndim > 1 else 1
+        budget = int(memory.SHARE * memory.available(self._device))
+        return memory.largest_batch(lambda count: self._forecast(sizes, targets, count), budget, batch)
+
+    def export(self, path: str | Path, *, targets: int | None = None, compiled: bool = False) -> Path:
+        """Write the forward and relevance pass as one `.pt2` file that runs without relprop.
+
+        It takes the model's tensors in order, with any batch size and other sizes as in the example, and answers
+        (relevance, logits, target) as an explanation has them. Its rules are in plain PyTorch, in float32 or float64;
+        weights are part of it. Without compilation `torch.export.load(path).module()` runs it, compiled
+        `torch._inductor.aoti_load_package(path)`.
+
+        Args:
+            targets: None explains the largest output; a number T adds indices [B, T] (or [B, T, k] for an output with
+                k axes per sample) to the inputs.
+            compiled: make a library for this machine's device with AOTInductor.
+        Raises:
+            OptionError: targets.
+        """
+        self._one_pass("export")
+        if targets is not None and (isinstance(targets, bool) or not isinstance(targets, int) or targets < 1):
+            raise OptionError(f"targets: expected None or a positive int, got {targets!r}")
+        if targets is None and self.program.graph.output.rank != 2:
+            raise OptionError(
+                f"targets: expected a number for an output of shape {self.program.graph.output.describe()}, got None"
+            )
+        lasting, sizes = self._lasting(), self._sizes()
+        batch = example_batch(*lasting, *self._example(sizes, 1).values(), targets=targets)
+        with torch.no_grad():
+            made = export_program(
+                self.program,
+                self._indices,
+                list(self._example(sizes, batch).values()),
+                list(self._batched.values()),
+                lasting,
+                self._dtype,
+                self._precision,
+                targets,
+            )
+        return save(made, path, compiled=compiled)
 
     def trace(self, *args: Any, target: TargetLike = None, **kwargs: Any) -> Trace:
         """Every stream at every value the sweep passes, and every attention map, for looking inside.
@@ -301,121 +480,74 @@ class Engine:
             program = self._booked()
         bound = {**inputs, **self._weights.read(), **graph.constants}
         derive = DeriveOnce(graph, self._weights.derived)
-        forward = run_forward(program, bound, derive, None if moved is None else trust.mover(graph, moved))
-        output = forward.tensors[graph.output.index]
-        if ledger and isinstance(program.readout, SampledMap):
+        readout = program.readout
+        if ledger and isinstance(readout, SampledMap):
             raise OptionError(f"ledger: expected a method of one pass, got {program.method.name}, a mean over several")
-        if resolved is None:
-            resolved = resolve_target(target, output, self._dtype)
-        reading = self._reading(program, forward, output, resolved)
-        reader = program.readout.reader()
-        sweep = Sweep(program, forward, derive, reading, reader, self._dtype, self._precision, ledger, trace)
-        if isinstance(program.readout, SampledMap):
-            books, relevance = None, self._sampled(program, program.readout, bound, derive, forward, target, resolved)
-        else:
-            books = sweep.run(resolved.seed)
-            relevance = reader.finish(reading)
-        explanation = self._explanation(relevance, output, resolved, reading, forward, books)
-        if program.requirements.latents:
-            explanation = replace(explanation, latents=sweep.latents(resolved.several))
-        return explanation, resolved, reading
 
-    def _sampled(
-        self,
-        program: Program,
-        readout: SampledMap,
-        bound: dict[int, Any],
-        derive: DeriveOnce,
-        forward: Forward,
-        target: TargetLike,
-        resolved: Target,
-    ) -> Tensor:
-        """Gradients at a read-out's points, several points to a batch. [T, B, ...]"""
-        ((value, stream),) = program.requirements.values
-        x = forward.tensors[value.index]
-        points, total = readout.points(x), None
-        for start in range(0, len(points), readout.batch):
-            weights, moved = zip(*points[start : start + readout.batch], strict=True)
-            run = run_forward(program, self._repeated(bound, len(weights)), derive, _replacing(value, torch.cat(moved)))
-            output = run.tensors[program.graph.output.index]
-            if callable(target):
-                resolved = resolve_target(target, output, self._dtype)
-                seed = resolved.seed
-            else:
-                seed = resolved.seed.repeat(1, len(weights), *[1] * (resolved.seed.ndim - 2))
-            reading = self._reading(program, run, output, replace(resolved, seed=seed))
-            sweep = Sweep(program, run, derive, reading, Reader(), self._dtype, self._precision, False)
-            sweep.run(seed)
-            per_point = reading.streams[value, stream].unflatten(1, (len(weights), -1))
-            scale = torch.tensor(weights, dtype=per_point.dtype, device=per_point.device)
-            part = torch.einsum("tk...,k->t...", per_point, scale)
-            total = part if total is None else total + part
-        assert total is not None
-        return over_channels(readout.combine(x.to(total.dtype), total))
+        def aim(output: Tensor) -> Target:
+            return resolve_target(target, output, self._dtype, self._pairs()) if resolved is None else resolved
 
-    def _repeated(self, bound: dict[int, Any], times: int) -> dict[int, Any]:
-        """Inputs with a batch axis, repeated; everything else as it is."""
-        batched = {spec.placeholder for spec in self._captured.inputs if spec.shape and spec.shape[0] is None}
-        indices = {value.index for name, value in self.program.graph.inputs.items() if name in batched}
-        return {i: t.repeat(times, *[1] * (t.ndim - 1)) if i in indices else t for i, t in bound.items()}
+        def sampled(forward: Forward, aimed: Target) -> Tensor:
+            assert isinstance(readout, SampledMap)
+            again = (lambda output: resolve_target(target, output, self._dtype)) if callable(target) else None
+            repeated = self._repeated(bound)
+            return run_sampled(program, readout, repeated, derive, forward, aimed, again, self._dtype, self._precision)
 
-    def _reading(self, program: Program, forward: Forward, output: Tensor, target: Target) -> Reading:
-        graph = program.graph
-        reading = Reading(output.shape[0], target.seed.shape[0])
-        reading.backend = (
-            "cpp" if any(s.backend == "cpp" for step in program.reverse for s in step.streams) else "torch"
+        result = run_pass(
+            program,
+            bound,
+            aim,
+            derive,
+            self._dtype,
+            self._precision,
+            move=None if moved is None else trust.mover(graph, moved),
+            ledger=ledger,
+            trace=trace,
+            instead=sampled if isinstance(readout, SampledMap) else None,
         )
-        if program.requirements.profile:
-            site = program.requirements.profile_site
-            reading.profile = read_profile(graph, forward.tensors, forward.shapes, target.seed, site)
-            flags = explained_tokens(graph, graph.attention_sites()[0], lambda i: forward.shapes[i])
-            if flags and site is None:
-                reading.explained_tokens = torch.tensor(flags, device=output.device)
-        if program.requirements.positions:
-            reading.positions = []
-        for value, _ in program.requirements.values:
-            reading.inputs[value] = forward.tensors[value.index]
-        return reading
+        return self._explanation(result), result.target, result.reading
 
-    def _explanation(
-        self,
-        relevance: Tensor | dict[str, Tensor],
-        output: Tensor,
-        target: Target,
-        reading: Reading,
-        forward: Forward,
-        books: Ledger | None,
-    ) -> Explanation:
-        method = self.program.method
+    def _pairs(self) -> bool:
+        """Whether the output scores every sample with every sample."""
+        symbols = self.program.batch_symbols
+        sizes = [size.node.expr for size in self.program.graph.output.shape if isinstance(size, torch.SymInt)]
+        return len(sizes) == 2 and all(expr.free_symbols & symbols for expr in sizes)
 
-        def shape(found: Tensor) -> Tensor:
+    def _repeated(self, bound: dict[int, Any]) -> Callable[[int], dict[int, Any]]:
+        """Inputs with a batch axis, repeated; everything else as it is."""
+        indices = {index for index, is_batch in self._batched.items() if is_batch}
+
+        def repeated(times: int) -> dict[int, Any]:
+            return {i: t.repeat(times, *[1] * (t.ndim - 1)) if i in indices else t for i, t in bound.items()}
+
+        return repeated
+
+    def _explanation(self, result: PassResult) -> Explanation:
+        method, target, reading = self.program.method, result.target, result.reading
+        maps = {"": result.relevance, **result.by_input}
+        for name, found in maps.items():
             found = found.expand(reading.targets, *found.shape[1:])
-            return (found.transpose(0, 1) if target.several else found[0]).contiguous()
-
-        several: dict[str, Tensor] = {}
-        if isinstance(relevance, dict):
-            paths = {spec.placeholder: spec.path for spec in self._captured.inputs}
-            several = {paths[name]: shape(found) for name, found in relevance.items()}
-            shaped = several[next(path for path in paths.values() if path in several)]
-            kinds, grid, size = (), None, None
-        else:
-            shaped = shape(relevance)
-            kinds, grid, size = self._layout(reading, forward, shaped.shape[-1])
+            maps[name] = (found.transpose(0, 1) if target.several else found[0]).contiguous()
+        shaped = maps.pop("")
+        kinds, grid, size = self._layout(reading, result.shapes, shaped.shape[-1])
         index = target.index
         if index is not None and not target.several:
             index = index[:, 0]
-        names = [spec.path for spec in self._captured.inputs if spec.placeholder in self._explained_names()]
+        explained = [spec for spec in self._captured.inputs if spec.placeholder in self._explained_names()]
+        if len(explained) == 1:
+            maps = {explained[0].placeholder: shaped}
         return Explanation(
             relevance=shaped,
-            relevances=several or ({names[0]: shaped} if len(names) == 1 else {}),
-            logits=output,
+            relevances={spec.path: maps[spec.placeholder] for spec in explained if spec.placeholder in maps},
+            logits=result.output,
             target=index,
             method=method.name,
             composite=self.program.composite.name,
             token_kinds=kinds if method.output == "tokens" else (),
             grid=grid if method.output == "tokens" else None,
             image_size=size,
-            ledger=books,
+            ledger=result.books,
+            latents=result.latents,
         )
 
     def _explained_names(self) -> set[str]:
@@ -424,28 +556,23 @@ class Engine:
         return {name for name, value in graph.inputs.items() if value.index in explained}
 
     def _layout(
-        self, reading: Reading, forward: Forward, tokens: int
+        self, reading: Reading, shapes: Mapping[int, torch.Size], tokens: int
     ) -> tuple[tuple[str, ...], tuple[int, int] | None, tuple[int, int] | None]:
         """Kinds of the tokens, the grid of patches, and the size of the input image."""
         graph = self.program.graph
         image = next((v for v in graph.explained if v.rank == 4), None)
-        size = None if image is None else tuple(int(s) for s in forward.shapes[image.index][-2:])
+        size = None if image is None else tuple(int(s) for s in shapes[image.index][-2:])
         if not self.program.requirements.profile:
             return (), None, size  # type: ignore[return-value]
         explained = [True] * tokens if reading.explained_tokens is None else reading.explained_tokens.tolist()
         assert reading.profile is not None
-        read = (reading.profile.amax((0, 1)) > 0).tolist()
+        read = (reading.profile[..., :tokens].amax((0, 1)) > 0).tolist()
         plain = "patch" if image is not None else "word"
         kinds = tuple(
             plain if is_input else ("class" if is_read else "register")
             for is_input, is_read in zip(explained, read, strict=True)
         )
-        grid = None
-        for node in graph.nodes:
-            if image is not None and node.kind == "conv" and node.role == "input":
-                shape = forward.shapes[node.outputs[0].index]
-                if shape[-2] * shape[-1] == sum(explained):
-                    grid = (int(shape[-2]), int(shape[-1]))
+        grid = None if size is None else patch_grid(graph, sum(explained), size, shapes)  # type: ignore[arg-type]
         return kinds, grid, size  # type: ignore[return-value]
 
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[int, Any]:
@@ -471,21 +598,17 @@ class Engine:
             elif plain != leaf:
                 raise OptionError(f"inputs: expected {plain!r} as when compiled, got {leaf!r}; compile again for it")
         bound: dict[int, Any] = {}
-        batch, length = None, None
+        sizes: dict[str, tuple[int, str]] = {}
         for spec_, tensor in zip(self._captured.inputs, tensors, strict=True):
-            batch, length = _check_input(spec_, tensor, batch, length)
+            _check_input(spec_, tensor, sizes)
             value = self.program.graph.inputs.get(spec_.placeholder)
             if value is not None:
                 bound[value.index] = tensor
         return bound
 
 
-def _replacing(value: Value, tensor: Tensor) -> Callable[[Value, Tensor], Tensor]:
-    """A forward pass's hook that puts a tensor in one value's place."""
-    return lambda at, found: tensor.to(found.dtype) if at is value else found
-
-
-def _check_input(spec: Any, tensor: Tensor, batch: int | None, length: int | None) -> tuple[int | None, int | None]:
+def _check_input(spec: InputSpec, tensor: Tensor, sizes: dict[str, tuple[int, str]]) -> None:
+    """Hold a tensor to its capture. sizes: of the inputs before it, by the capture's names, with the input's path."""
     if tensor.device != spec.device:
         raise DeviceError(f"input {spec.path}: expected a tensor on {spec.device}, got one on {tensor.device}")
     if tensor.dtype != spec.dtype:
@@ -497,23 +620,16 @@ def _check_input(spec: Any, tensor: Tensor, batch: int | None, length: int | Non
     )
     if not fits or 0 in tensor.shape:
         raise ShapeError(f"input {spec.path}: expected shape {expected}, got {list(tensor.shape)}")
-    if spec.shape and spec.shape[0] is None:
-        if batch is not None and tensor.shape[0] != batch:
-            raise ShapeError(
-                f"input {spec.path}: expected {batch} samples as in the first input, got {tensor.shape[0]}"
-            )
-        batch = tensor.shape[0]
-    if len(spec.shape) == 2 and spec.shape[1] is None:
-        if length is not None and tensor.shape[1] != length:
-            raise ShapeError(
-                f"input {spec.path}: expected {length} tokens as in the first input, got {tensor.shape[1]}"
-            )
-        length = tensor.shape[1]
+    for axis, (want, name) in enumerate(zip(spec.shape, spec.sizes, strict=True)):
+        if want is None:
+            size, first = sizes.setdefault(name, (tensor.shape[axis], spec.path))
+            if tensor.shape[axis] != size:
+                what = "tokens" if axis else "samples"
+                raise ShapeError(f"input {spec.path}: expected {size} {what} as in {first}, got {tensor.shape[axis]}")
     if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
         finite = torch.isfinite(tensor).reshape(tensor.shape[0], -1).all(-1)
         bad = torch.nonzero(~finite).flatten().tolist()
         raise NonFiniteError(f"input {spec.path}: expected finite numbers, got NaN or infinity in sample(s) {bad}")
-    return batch, length
 
 
 def explain(

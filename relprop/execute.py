@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,9 +13,13 @@ from relprop.graph import Node, Value, substitute
 from relprop.latents import Latent, make_latent
 from relprop.ledger import Ledger, LedgerEntry, book, cancellation
 from relprop.methods.base import Reader, Reading, RowReader
+from relprop.methods.input_maps import over_channels
+from relprop.methods.sampled import SampledMap
+from relprop.methods.topology import explained_tokens, number_of_keys, padded_tokens, read_profile, tokens_read
 from relprop.program import JointStep, JointStream, Program, ReverseStep, StreamStep
 from relprop.rules import Absorbed, Call
 from relprop.rules.add_epsilon import summands
+from relprop.targets import Target
 from relprop.weights import Derive
 
 Streams = dict[int, Tensor]
@@ -112,7 +116,7 @@ class Sweep:
         self.streams: dict[str, Streams] = {name: {} for name in program.seeds}
         self.activations = {name: forward.tensors[value.index] for name, value in program.requirements.latents.items()}
         self.entries: list[LedgerEntry] | None = [] if ledger else None
-        self.wanted_values = set(program.requirements.values)
+        self.wanted_values = program.requirements.values
         self.kept = {name: {v.index for v, of in self.wanted_values if of == name} for name in program.seeds}
         if "relevance" in self.kept:
             self.kept["relevance"] |= {value.index for value in program.requirements.latents.values()}
@@ -195,9 +199,9 @@ class Sweep:
                 if value is not None and value.carrying and part is not None:
                     self._arrive(name, value, part)
         if row is not None and isinstance(self.reader, RowReader):
-            keys = self.forward.shapes[node.operands[1].index][-2]  # type: ignore[union-attr]
+            keys = number_of_keys(node, self.forward.shapes)
             # Where a stream of the edge never arrived, its map is 0.
-            self.reader.advance(row.new_zeros(*row.shape[:2], keys) if product is None else product)
+            self.reader.advance(node, row.new_zeros(*row.shape[:2], keys) if product is None else product)
 
     def _streams(self, step: ReverseStep) -> None:
         """Stream after stream, then the maps that they left to the reader."""
@@ -214,6 +218,8 @@ class Sweep:
             if call is None:
                 call = self._call(node, wanted)
             call.wanted, call.absorbed = wanted, booked
+            if step.maps and node.kind == "softmax":
+                call.maps[stream.stream] = arrived
             kernel = None if booked is not None else stream.kernel
             passed = stream.rule.propagate(call, arrived) if kernel is None else kernel(stream.rule, call, arrived)
             for value, part in zip(node.operands, passed, strict=False):
@@ -249,7 +255,10 @@ class Sweep:
         if "attention" in step.maps and "attention" not in call.maps:
             from relprop.rules.attention_composed import heads
 
-            heads(call)
+            if call.node.kind == "softmax":
+                call.maps["attention"] = call.y[None]
+            else:
+                heads(call)
         shape = next((m.shape for m in call.maps.values()), None)
         for name in step.maps - set(call.maps):
             assert shape is not None
@@ -294,3 +303,125 @@ class Sweep:
         if not (node.is_residual and kept):
             return None
         return cancellation(node.outputs[0], *summands(call))
+
+
+@dataclass
+class PassResult:
+    """What one pass leaves: the read-out's map [T or 1, B, ...], the model's output, and how they came about.
+
+    Attributes:
+        by_input: the read-out's maps by explained input, where it answers for inputs.
+    """
+
+    relevance: Tensor
+    output: Tensor
+    target: Target
+    reading: Reading
+    shapes: dict[int, torch.Size]
+    books: Ledger | None = None
+    latents: dict[str, Latent] = field(default_factory=dict)
+    by_input: dict[str, Tensor] = field(default_factory=dict)
+
+
+def run_pass(
+    program: Program,
+    bound: dict[int, Any],
+    aim: Callable[[Tensor], Target],
+    derive: Derive,
+    dtype: torch.dtype,
+    precision: str,
+    *,
+    move: Callable[[Value, Tensor], Tensor] | None = None,
+    ledger: bool = False,
+    trace: Trace | None = None,
+    explained: Tensor | None = None,
+    instead: Callable[[Forward, Target], Tensor] | None = None,
+) -> PassResult:
+    """Forward pass, reverse sweep and read-out.
+
+    Args:
+        bound: inputs, parameters and constants by value index.
+        aim: from the model's output to what is explained of it.
+        move: see `run_forward`.
+        explained: `Reading.explained_tokens` of an earlier run with the same lengths, to make no tensor anew.
+        instead: makes the read-out's map from the forward pass, where one sweep does not; see `run_sampled`.
+    """
+    forward = run_forward(program, bound, derive, move)
+    output = forward.tensors[program.graph.output.index]
+    target = aim(output)
+    reading = _reading(program, forward, output, target, explained)
+    reader = program.readout.reader()
+    sweep = Sweep(program, forward, derive, reading, reader, dtype, precision, ledger, trace)
+    books = None if instead is not None else sweep.run(target.seed)
+    relevance = reader.finish(reading) if instead is None else instead(forward, target)
+    by_input = reader.by_input(program.graph, reading) if instead is None else {}
+    latents = sweep.latents(target.several)
+    return PassResult(relevance, output, target, reading, forward.shapes, books, latents, by_input)
+
+
+def run_sampled(
+    program: Program,
+    readout: SampledMap,
+    repeated: Callable[[int], dict[int, Any]],
+    derive: Derive,
+    forward: Forward,
+    target: Target,
+    again: Callable[[Tensor], Target] | None,
+    dtype: torch.dtype,
+    precision: str,
+) -> Tensor:
+    """Gradients at a read-out's points, several points to a batch. [T, B, ...]
+
+    Args:
+        repeated: inputs, parameters and constants for that many times the batch.
+        forward, target: of the pass at the input itself.
+        again: aims anew at the outputs of a point, where the seed depends on them.
+    """
+    ((value, stream),) = program.requirements.values
+    x = forward.tensors[value.index]
+    points, total = readout.points(x), None
+    for start in range(0, len(points), readout.batch):
+        weights, moved = zip(*points[start : start + readout.batch], strict=True)
+        run = run_forward(program, repeated(len(weights)), derive, _replacing(value, torch.cat(moved)))
+        output = run.tensors[program.graph.output.index]
+        if again is not None:
+            target = again(output)
+            seed = target.seed
+        else:
+            seed = target.seed.repeat(1, len(weights), *[1] * (target.seed.ndim - 2))
+        reading = _reading(program, run, output, replace(target, seed=seed), None)
+        Sweep(program, run, derive, reading, Reader(), dtype, precision, False).run(seed)
+        per_point = reading.streams[value, stream].unflatten(1, (len(weights), -1))
+        scale = torch.tensor(weights, dtype=per_point.dtype, device=per_point.device)
+        part = torch.einsum("tk...,k->t...", per_point, scale)
+        total = part if total is None else total + part
+    assert total is not None
+    return over_channels(readout.combine(x.to(total.dtype), total))
+
+
+def _replacing(value: Value, tensor: Tensor) -> Callable[[Value, Tensor], Tensor]:
+    """A forward pass's hook that puts a tensor in one value's place."""
+    return lambda at, found: tensor.to(found.dtype) if at is value else found
+
+
+def _reading(program: Program, forward: Forward, output: Tensor, target: Target, explained: Tensor | None) -> Reading:
+    graph = program.graph
+    reading = Reading(output.shape[0], target.seed.shape[0])
+    compiled = any(s.backend == "cpp" for step in program.reverse for s in step.streams)
+    reading.backend = "cpp" if compiled else "torch"
+    if program.requirements.profile:
+        reading.profile = read_profile(graph, forward.tensors, forward.shapes, target.seed)
+        reading.tokens = reading.profile.shape[-1] - graph.tokens.extra
+        reading.explained_tokens = explained
+        if explained is None:
+            flags = explained_tokens(graph, graph.attention_sites()[0], lambda i: forward.shapes[i])
+            reading.explained_tokens = torch.tensor(flags, device=output.device) if flags else None
+    if program.requirements.read_after:
+        reading.read = tokens_read(graph, forward.tensors, forward.shapes, target.seed, program.requirements.read_after)
+    if program.requirements.positions:
+        reading.positions = []
+    if program.requirements.padding:
+        reading.padded = padded_tokens(graph, forward.tensors, forward.shapes, reading.batch)
+    for value, _ in program.requirements.values:
+        reading.inputs[value] = forward.tensors[value.index]
+    return reading

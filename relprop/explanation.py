@@ -20,8 +20,8 @@ class Explanation:
 
     Attributes:
         relevance: over tokens, class token and registers included: [B, N], or [B, T, N] for T targets; for methods
-            that reach the input one value per pixel [B, H, W] or per input token [B, N].
-        relevances: the same by input name, where a method answers for several inputs.
+            that reach the input one value per pixel [B, H, W] or per input token [B, N], of the first explained input.
+        relevances: the same by input name; methods that reach the input answer for every explained one.
         logits: the model's output. [B, ...]
         target: indices explained, None for a callable. [B], [B, T], ...
         method, composite: names.
@@ -84,7 +84,8 @@ class Explanation:
         if self.image_size is None:
             raise ShapeError(f"image_map: expected an image as input, got relevance {list(self.relevance.shape)}")
         if not self.token_kinds:
-            return self.relevance
+            maps = [self.relevance, *self.relevances.values()]
+            return next(found for found in maps if found.ndim > 2 and tuple(found.shape[-2:]) == self.image_size)
         patches = self.patches
         flat = patches.reshape(-1, 1, *patches.shape[-2:])
         large = F.interpolate(flat.float(), size=self.image_size, mode="bilinear", align_corners=False)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from relprop.errors import UnsupportedTopologyError
+
 
 @dataclass(frozen=True)
 class SampleAxis:
@@ -18,7 +20,7 @@ class SampleAxis:
     factor: int
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Value:
     """A tensor of the graph. Sizes that depend on the batch or the sequence length are SymInts."""
 
@@ -35,17 +37,29 @@ class Value:
     def rank(self) -> int:
         return len(self.shape)
 
+    def __repr__(self) -> str:  # in one line: the fields would print everything before this value
+        return f"<Value {self.index} {self.name} {self.describe()} {self.dtype}>"
+
     def describe(self) -> str:
         return f"[{', '.join(str(s) for s in self.shape)}]"
 
     def per_sample(self, tensor: Tensor) -> Tensor:
-        """Bring a stream's tensor [T, *shape] to [T, B, rest]."""
-        assert self.sample is not None
+        """Bring a stream's tensor [T, *shape] to [T, B, rest].
+
+        Raises:
+            UnsupportedTopologyError: samples are mixed along one axis, as in a list of all tokens of a batch.
+        """
+        if self.sample is None:
+            place = self.producer.describe() if self.producer is not None else "an input"
+            raise UnsupportedTopologyError(
+                f"sums per sample: expected samples on an axis of their own, got {self.name} {self.describe()} of"
+                f" {place}"
+            )
         lead = tensor.movedim(self.sample.axis + 1, 1)
         return lead.reshape(lead.shape[0], lead.shape[1] // self.sample.factor, -1)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Node:
     """One operation. `operands` are its tensor inputs in order, as rules see them (None where one is absent)."""
 
@@ -61,6 +75,9 @@ class Node:
     source: str = ""
     attributes: dict[str, Any] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        return f"<Node {self.kind}: {self.describe()}>"
+
     @property
     def carrying(self) -> bool:
         return any(v.carrying for v in self.outputs)
@@ -75,6 +92,21 @@ class Node:
         return f"{op} ({self.name})" + (f" at {place}" if place else "")
 
 
+@dataclass(frozen=True)
+class TokenSpace:
+    """The tokens that attention layers mix, as one row.
+
+    Attributes:
+        covering: the layer whose keys are all of them, None where layers do not share their tokens.
+        extra: learned queries that stand after them in the row; they are no tokens of the model's.
+        problems: layers that do not fit in, and why.
+    """
+
+    covering: Node | None
+    extra: int = 0
+    problems: tuple[tuple[Node, str], ...] = ()
+
+
 @dataclass
 class Graph:
     """Nodes in execution order, with the values that come from outside."""
@@ -86,6 +118,7 @@ class Graph:
     constants: dict[int, Tensor]
     explained: list[Value]  # inputs whose relevance is asked for
     output: Value
+    tokens: TokenSpace = TokenSpace(None)
 
     def consumers(self) -> dict[int, list[Node]]:
         uses: dict[int, list[Node]] = {}
@@ -95,7 +128,29 @@ class Graph:
         return uses
 
     def attention_sites(self) -> list[Node]:
-        return [node for node in self.nodes if node.kind == "attention" and node.carrying]
+        """Attention layers, and softmax layers that mix tokens with more between the two products; first to last."""
+        return [
+            node
+            for node in self.nodes
+            if node.carrying and (node.kind == "attention" or node.attributes.get("site", False))
+        ]
+
+
+def depends_on_input(graph: Graph, value: Value) -> bool:
+    """Whether a value is made from what is in an input, not from weights and sizes alone."""
+    inputs = {v.index for v in graph.inputs.values()}
+    stack, seen = [value], set()
+    while stack:
+        at = stack.pop()
+        if at.index in inputs:
+            return True
+        if at.index in seen or at.producer is None:
+            continue
+        seen.add(at.index)
+        # Sizes are read off the inputs everywhere; only values count.
+        if at.producer.target is not torch.ops.aten.sym_size.int:
+            stack.extend(leaves((at.producer.args, at.producer.kwargs)))
+    return False
 
 
 def leaves(structure: Any) -> Iterator[Value]:

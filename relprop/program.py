@@ -13,12 +13,11 @@ from relprop.composites import Composite
 from relprop.graph import Graph, Node, Value, leaves
 from relprop.latents import latent_values
 from relprop.methods.base import Method, Readout, Requirements
-from relprop.methods.topology import profile_nodes
+from relprop.methods.topology import mask_of, profile_nodes
 from relprop.rules import Call, Relevances, Rule, make_rule
 
 Kernel = Callable[[Rule, Call, Any], Relevances]
 ForwardKernel = Callable[..., Any]  # (node, derive, *the operation's arguments) -> its output
-ChooseBackend = Callable[[Node, Rule], tuple[str, Kernel | None]]
 
 
 class JointKernel(Protocol):
@@ -35,7 +34,23 @@ class JointKernel(Protocol):
         """
 
 
-ChooseJoint = Callable[[Node, Mapping[str, Rule], str | None], tuple[str, JointKernel] | None]
+def _no_kernel(node: Node, rule: Rule) -> tuple[str, Kernel | None]:
+    return "torch", None
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """What a plan's steps run on; by default the rules themselves and the model's own operations.
+
+    Attributes:
+        rule: the backend of a rule at a node and its kernel, None for the rule itself.
+        joint: the kernel for all streams of an operation and the edge that a row walks, with its backend's name.
+        forward: the kernel of an operation's forward.
+    """
+
+    rule: Callable[[Node, Rule], tuple[str, Kernel | None]] = _no_kernel
+    joint: Callable[[Node, Mapping[str, Rule], str | None], tuple[str, JointKernel] | None] = lambda *step: None
+    forward: Callable[[Node], ForwardKernel | None] = lambda node: None
 
 
 @dataclass(frozen=True)
@@ -249,21 +264,17 @@ def build_program(
     method: Method,
     options: Mapping[str, Any] | None,
     composite: Composite,
-    choose: ChooseBackend,
+    kernels: Kernels,
     batch_symbols: frozenset[Any],
     everything: bool = False,
-    choose_forward: Callable[[Node], ForwardKernel | None] = lambda node: None,
-    choose_joint: ChooseJoint = lambda node, rules, edge: None,
     books: bool = False,
     latents: Sequence[str] = (),
 ) -> Program:
     """Plan a method on a graph.
 
     Args:
-        choose: the backend of a rule at a node.
+        kernels: what its steps run on.
         everything: run every step of every stream down to the inputs (for tracing).
-        choose_forward: the kernel of an operation's forward, None for its own.
-        choose_joint: the kernel for all streams of an operation at once, None where there is none.
         books: walk relevance itself also where a modified gradient would do, for a ledger or a trace.
         latents: module paths at whose outputs relevance is kept.
     Raises:
@@ -299,7 +310,7 @@ def build_program(
                 continue
             wanted = tuple(v is not None and v.carrying and v.index in reached[name] for v in node.operands)
             live[name].update(v.index for v in node.operands if v is not None and v.carrying)
-            backend, kernel = choose(node, rules[node])
+            backend, kernel = kernels.rule(node, rules[node])
             steps.append(StreamStep(name, rules[node], backend, kernel, wanted))
         if steps or maps:
             reverse.append((node, tuple(steps), maps))
@@ -311,8 +322,8 @@ def build_program(
         composite=composite,
         readout=readout,
         requirements=requirements,
-        forward=_forward_steps(graph, reverse, requirements, choose_forward),
-        reverse=_reverse_steps(reverse, [_joint(*item, readout, choose_joint) for item in reverse]),
+        forward=_forward_steps(graph, reverse, requirements, kernels),
+        reverse=_reverse_steps(reverse, [_joint(*item, readout, kernels) for item in reverse]),
         seeds=tuple(streams),
         batch_symbols=batch_symbols,
         frontier={name: tuple(values) for name, values in frontier.items()},
@@ -331,13 +342,13 @@ def _gradient_forms(
 
 
 def _joint(
-    node: Node, steps: tuple[StreamStep, ...], maps: frozenset[str], readout: Readout, choose: ChooseJoint
+    node: Node, steps: tuple[StreamStep, ...], maps: frozenset[str], readout: Readout, kernels: Kernels
 ) -> JointStep | None:
     """The kernel for a whole step; none where the read-out wants the maps themselves."""
     edge = readout.row_edge(node) if maps else None
     if maps and edge is None:
         return None
-    found = choose(node, {step.stream: step.rule for step in steps}, edge)
+    found = kernels.joint(node, {step.stream: step.rule for step in steps}, edge)
     return None if found is None else JointStep(*found, edge)
 
 
@@ -373,7 +384,9 @@ def _needed(node: Node, steps: tuple[StreamStep, ...], maps: frozenset[str]) -> 
     for step in steps:
         needs = step.rule.needs(node)
         inputs, output = inputs or needs[0], output or needs[1]
-    if maps and not steps:
+    if maps and node.kind == "softmax":
+        output = True
+    elif maps and not steps:
         inputs = True
     found = [v.index for v in node.operands if v is not None and (inputs or not v.carrying)]
     if output:
@@ -398,18 +411,17 @@ def _forward_steps(
     graph: Graph,
     plan: list[tuple[Node, tuple[StreamStep, ...], frozenset[str]]],
     requirements: Requirements,
-    choose: Callable[[Node], ForwardKernel | None],
+    kernels: Kernels,
 ) -> tuple[ForwardStep, ...]:
     kept = {index for item in plan for index in _needed(*item)}
     kept |= {value.index for value in requirements.latents.values()}
     kept |= {graph.output.index} | {v.index for v, _ in requirements.values}
-    if requirements.profile:
-        kept |= {
-            v.index
-            for node in profile_nodes(graph, requirements.profile_site)
-            for v in node.operands
-            if v is not None and not v.carrying
-        }
+    read_after = requirements.read_after or (graph.attention_sites()[-1:] if requirements.profile else ())
+    kept |= {
+        v.index for node in profile_nodes(graph, read_after) for v in node.operands if v is not None and not v.carrying
+    }
+    if requirements.padding:
+        kept |= {mask.index for site in graph.attention_sites() if (mask := mask_of(site)) is not None}
     outside = {v.index for v in graph.inputs.values()} | set(graph.parameters) | set(graph.constants)
     last: dict[int, int] = {}
     for i, node in enumerate(graph.nodes):
@@ -419,7 +431,9 @@ def _forward_steps(
     for index, i in last.items():
         if index not in kept and index not in outside:
             dying.setdefault(i, []).append(index)
-    return tuple(ForwardStep(node, tuple(dying.get(i, ())), choose(node)) for i, node in enumerate(graph.nodes))
+    return tuple(
+        ForwardStep(node, tuple(dying.get(i, ())), kernels.forward(node)) for i, node in enumerate(graph.nodes)
+    )
 
 
 __all__ = [
@@ -427,6 +441,7 @@ __all__ = [
     "JointKernel",
     "JointStep",
     "JointStream",
+    "Kernels",
     "Program",
     "ReverseStep",
     "StreamStep",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -54,35 +55,70 @@ def _picked(output: Tensor, target: TargetLike) -> Tensor:
     return output[(samples, *index[:, 0].to(output.device).unbind(-1))]
 
 
-def resolve_target(target: TargetLike, output: Tensor, seed_dtype: torch.dtype) -> Target:
+def resolve_target(target: TargetLike, output: Tensor, seed_dtype: torch.dtype, pairs: bool = False) -> Target:
     """Turn a target into a seed.
 
     Args:
         target: None (the largest output), an int, [B], [B, T], an index tuple of k ints or [B, T, k] for an output
             with k axes per sample, or a callable from the output to one score per sample.
         output: the model's output. [B, ...]
+        pairs: the output scores every sample with every sample, [B, B]; each sample's score with itself is explained.
     Raises:
         TargetError: out of range, of the wrong shape, or not integers.
     """
+    if pairs:
+        target = _own_column(target, output)
     if callable(target):
         return _from_callable(target, output, seed_dtype)
-    batch, sizes = output.shape[0], tuple(output.shape[1:])
+    index, several = find_index(target, output)
+    return aimed_at(index.to(output.device), output, seed_dtype, several)
+
+
+def find_index(target: Any, output: Tensor) -> tuple[Tensor, bool]:
+    """Indices [B, T, k] within an output, and whether the caller asked for an axis of targets.
+
+    Args:
+        target: as `resolve_target` takes it, no callable.
+        output: only its shape is looked at, unless the target is None. [B, ...]
+    Raises:
+        TargetError: out of range, of the wrong shape, or not integers.
+    """
+    sizes = tuple(output.shape[1:])
     index, several = _as_index(target, output)
     limits = torch.tensor(sizes, device=index.device)
     bad = (index < -limits) | (index >= limits)
     if bool(bad.any()):
         wrong = index[bad][0].item()
         raise TargetError(f"target: expected indices within an output of shape [B, {_sizes(sizes)}], got {wrong}")
-    index = torch.where(index < 0, index + limits, index)
-    targets = index.shape[1]
-    strides = torch.ones_like(limits)
-    for axis in range(len(sizes) - 2, -1, -1):
-        strides[axis] = strides[axis + 1] * sizes[axis + 1]
-    flat = (index * strides).sum(-1)  # [B, T]
-    seed = torch.zeros(targets, batch, int(limits.prod()), dtype=seed_dtype, device=output.device)
-    seed.scatter_(2, flat.t().unsqueeze(-1).to(output.device), 1.0)
+    return torch.where(index < 0, index + limits, index), several
+
+
+def aimed_at(index: Tensor, output: Tensor, seed_dtype: torch.dtype, several: bool) -> Target:
+    """The target at indices that are known to be within the output; makes no decision on their values.
+
+    Args:
+        index: on the output's device. [B, T, k]
+    """
+    sizes = output.shape[1:]
+    flat = index[..., 0]  # [B, T]
+    for axis in range(1, len(sizes)):
+        flat = flat * sizes[axis] + index[..., axis]
+    seed = torch.zeros(index.shape[1], output.shape[0], math.prod(sizes), dtype=seed_dtype, device=output.device)
+    seed.scatter_(2, flat.t().unsqueeze(-1), 1.0)
     kept = index.squeeze(-1) if len(sizes) == 1 else index
-    return Target(seed.reshape(targets, *output.shape), kept, several)
+    return Target(seed.reshape(index.shape[1], *output.shape), kept, several)
+
+
+def _own_column(target: TargetLike, output: Tensor) -> Tensor:
+    """Samples are explained as if alone, so that none has a score with another one."""
+    own = torch.arange(output.shape[0])
+    given = own if target is None else target
+    if isinstance(given, Tensor) and given.shape == own.shape and bool((given.cpu() == own).all()):
+        return own
+    raise TargetError(
+        f"target: expected None for an output of shape [B, B] that scores samples with each other, got {target!r}; each"
+        " sample's score with itself is explained: to explain other pairs, pass them as samples"
+    )
 
 
 def _sizes(sizes: tuple[int, ...]) -> str:

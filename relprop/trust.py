@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from relprop.explanation import Explanation
 from relprop.graph import Graph, Value
 
 STEP = 2.0**-22
@@ -43,6 +44,14 @@ def mover(graph: Graph, seed: int = SEEDS[0]) -> Callable[[Value, Tensor], Tenso
         return torch.where(tensor == 0, step * size, tensor + tensor * step)
 
     return move
+
+
+def answer(explanation: Explanation, several: bool) -> Tensor:
+    """All that an explanation says of a sample, in one row where it is of several inputs. [B, ...] or [B, T, ...]"""
+    maps = list(explanation.relevances.values())
+    if len(maps) < 2:
+        return explanation.relevance
+    return torch.cat([found.flatten(2 if several else 1) for found in maps], -1)
 
 
 def disagreement(

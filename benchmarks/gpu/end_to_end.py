@@ -1,14 +1,21 @@
-"""Whole explanations of ViT-B/16 on the device, beside the model's own forward and backward pass.
+"""Whole explanations on the device, each beside what it is compared with, in one run per point.
 
-    python -m benchmarks.gpu.end_to_end [--dry-run] [--out FOLDER]
+    python -m benchmarks.gpu.end_to_end [POINT...] [--dry-run] [--out FOLDER]
 
-Writes end_to_end.csv. The float32 answer of each backend is first held to the torch backend's on the same device.
+Points: `parity` (float32 and bfloat16 answers against float64), `vit` (ViT-B/16, batch 64), `latency` (batch 1 from a
+CUDA graph), `tokens` (a ViT of 16,384 tokens), `llama` (a Llama-shaped 1B model, 4,096 tokens), `several` (targets of
+one input). Each writes end_to_end_POINT.csv. The authors' code is timed where $REFERENCE is a checkout of it, LXT where
+it is installed.
 """
 
 from __future__ import annotations
 
 import copy
+import importlib.util
+import os
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -17,77 +24,244 @@ from torch import Tensor
 
 import relprop
 from benchmarks.gpu.machine import Machine, machine_of
+from benchmarks.numerics.reference import Reference
 
-SETTINGS = {"bf16": (torch.bfloat16, "highest"), "fp32": (torch.float32, "highest"), "tf32": (torch.float32, "high")}
+Run = Callable[[], Any]
+LARGEST_ERROR = 1e-3
 
 
-def model_of(machine: Machine) -> Any:
+def vit(machine: Machine, side: int = 224, dtype: torch.dtype = torch.float32) -> Any:
     """ViT-B/16 with random weights; a tiny one in a dry run."""
     torch.manual_seed(0)
-    if machine.dry:
-        sizes = {"img_size": 32, "patch_size": 16, "embed_dim": 24, "depth": 1, "num_heads": 2, "num_classes": 10}
-        return timm.models.VisionTransformer(**sizes).eval()
-    return timm.create_model("vit_base_patch16_224", pretrained=False).eval().to(machine.device)
+    tiny = {"img_size": 32, "embed_dim": 24, "depth": 1, "num_heads": 2, "num_classes": 10}
+    model = timm.models.VisionTransformer(**(tiny if machine.dry else {"img_size": side})).eval()
+    model.norm.eps = 1e-5  # as the reference's final norm has it
+    return model.to(machine.device, dtype)
 
 
-def contenders(model: Any, images: Tensor, precision: str) -> dict[str, Callable[[], Any]]:
-    """What is timed, by name."""
-    targets = torch.full((len(images),), 5, device=images.device)
+def images(machine: Machine, batch: int, side: int = 224, dtype: torch.dtype = torch.float32) -> Tensor:
+    side = machine.size(side, 32)
+    return machine.randn(batch, 3, side, side, dtype=dtype)
 
-    def forward() -> None:
+
+def compiled(machine: Machine, model: Any) -> Any:
+    """Through torch.compile; as it is in a dry run."""
+    return model if machine.dry else torch.compile(model)
+
+
+def engine_of(machine: Machine, model: Any, example: Any, graph: bool = True, **options: Any) -> Any:
+    """An engine on Triton kernels, recorded where there is a device to record on."""
+    options = {"backend": "triton", "cuda_graph": graph and not machine.dry, **options}
+    args, kwargs = example if isinstance(example, tuple) else ((example,), {})
+    return relprop.compile(model, args, kwargs, **options)
+
+
+def forward(model: Any, *args: Any, **kwargs: Any) -> Run:
+    def run() -> Any:
         with torch.no_grad():
-            model(images)
+            return model(*args, **kwargs)
 
-    def forward_backward() -> None:
-        leaf = images.clone().requires_grad_()
+    return run
+
+
+def forward_backward(model: Any, given: Tensor) -> Run:
+    def run() -> None:
+        leaf = given.clone().requires_grad_()
         model(leaf)[:, 5].sum().backward()
 
-    found: dict[str, Callable[[], Any]] = {"forward": forward, "forward_backward": forward_backward}
-    for backend in ("triton", "torch"):
-        for composite in ("chefer", "chefer_stable"):
-            engine = relprop.compile(model, (images,), composite=composite, backend=backend, precision=precision)
-            found[f"relprop_{backend}_{composite}"] = lambda engine=engine: engine(images, target=targets)
-    return found
+    return run
 
 
-def check(machine: Machine, model: Any, images: Tensor) -> float:
-    """Relative error of the float32 answer of the well-conditioned composite."""
+def attempt(machine: Machine, name: str, run: Callable[[], Run], **row: Any) -> float:
+    """Time one contender; what fails is a row of its own and stops nothing. Milliseconds, NaN where it failed."""
+    try:
+        found = machine.time(run())
+    except Exception as problem:
+        machine.add(run=name, **row, failed=f"{type(problem).__name__}: {problem}"[:200])
+        return float("nan")
+    machine.add(run=name, **row, **found)
+    return found["ms"]
 
-    def answer(backend: str) -> Tensor:
-        engine = relprop.compile(model, (images,), composite="chefer_stable", backend=backend)
-        return engine(images, target=5).relevance[:, 1:].double()
 
-    truth = answer("torch")
-    error = float((answer("triton") - truth).norm() / truth.norm())
-    machine.add(run="check_float32_stable", batch=len(images), error=error)
-    return error
+def parity(machine: Machine) -> bool:
+    """Errors against the rules in float64; for bfloat16 the measure is what plain rules lose with bfloat16 streams."""
+    given = images(machine, 2).double()
+    exact = vit(machine).double()
+
+    def answer(model: Any, backend: str, dtype: torch.dtype, streams: torch.dtype | None = None) -> Tensor:
+        engine = relprop.compile(model, (given.to(dtype),), backend=backend, composite="chefer_stable")
+        engine._dtype = streams or engine._dtype
+        return engine(given.to(dtype), target=5).relevance[:, 1:].double()
+
+    truth = answer(exact, "torch", torch.float64)
+    errors: dict[tuple[str, str], float] = {}
+    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        for label, backend, streams in (
+            ("torch", "torch", None),
+            ("torch_own_streams", "torch", dtype),
+            ("triton", "triton", None),
+        ):
+            found = answer(copy.deepcopy(exact).to(dtype), backend, dtype, streams)
+            errors[name, label] = float((found - truth).norm() / truth.norm())
+            machine.add(run=f"error_{label}", dtype=name, batch=2, error=errors[name, label])
+    return (
+        errors["float32", "triton"] < LARGEST_ERROR
+        and errors["bfloat16", "triton"] <= 2 * errors["bfloat16", "torch_own_streams"]
+    )
+
+
+def large_batch(machine: Machine) -> None:
+    """ViT-B/16 at batch 64 in bfloat16 and float32, and the authors' code one image after the other."""
+    batch, base = machine.size(64, 2), vit(machine)
+    checkout = os.environ.get("REFERENCE")
+    for name, dtype in (("bfloat16", torch.bfloat16), ("float32", torch.float32)):
+        model, given = copy.deepcopy(base).to(dtype), images(machine, batch, dtype=dtype)
+        target = torch.full((batch,), 5, device=machine.device)
+        fast, row = compiled(machine, model), {"dtype": name, "batch": batch}
+        once = attempt(machine, "forward_compiled", lambda f=fast, g=given: forward(f, g), **row)
+        attempt(machine, "forward_backward_compiled", lambda f=fast, g=given: forward_backward(f, g), **row)
+        contenders = [("triton", graph, c) for graph in (True, False) for c in ("chefer", "chefer_stable")]
+        for backend, graph, composite in [*contenders, ("torch", False, "chefer")]:
+            engine = engine_of(machine, model, given, graph, backend=backend, composite=composite)
+            label = f"relprop_{backend}_{composite}{'_graph' if graph else ''}"
+            ms = attempt(machine, label, lambda e=engine, g=given, t=target: lambda: e(g, target=t), **row)
+            rate = 5 * engine.program.flops()["forward"] * batch / ms / 1e9  # what the method needs is five passes
+            of_ceiling = rate / machine.ceilings().get(
+                f"{'bf16' if name == 'bfloat16' else 'tf32'}_tflop_s", float("nan")
+            )
+            machine.rows[-1].update(
+                explanations_s=1e3 * batch / ms, over_forward=ms / once, tflop_s=rate, share_of_matrix_rate=of_ceiling
+            )
+            machine.write("end_to_end_vit")
+    if checkout:
+        theirs = Reference(Path(checkout), base, torch.float32)
+        given, target = images(machine, 1), torch.tensor([5])
+        run = lambda: theirs.explain(given, target, "transformer_attribution")  # noqa: E731
+        ms = attempt(machine, "reference", lambda: run, dtype="float32", batch=1)
+        machine.rows[-1].update(explanations_s=1e3 / ms)
+
+
+def latency(machine: Machine) -> None:
+    """Batch 1: median and 99th percentile of calls that end when the answer is there."""
+    for name, dtype in (("bfloat16", torch.bfloat16), ("float32", torch.float32)):
+        given = images(machine, 1, dtype=dtype)
+        engine = engine_of(machine, vit(machine, dtype=dtype), given)
+        target = torch.tensor([5], device=machine.device)
+        times = []
+        for _ in range(machine.size(1100, 3)):
+            start = time.perf_counter()
+            engine(given, target=target).relevance.cpu()
+            times.append(1e3 * (time.perf_counter() - start))
+        kept = sorted(times[machine.size(100, 1) :])
+        p50, p99 = (kept[int(share * (len(kept) - 1))] for share in (0.5, 0.99))
+        machine.add(run="relprop_triton_graph", dtype=name, batch=1, ms=p50, ms_p99=p99, calls=len(kept))
+
+
+def tokens(machine: Machine) -> None:
+    """12 layers of 768 channels over 128 x 128 patches: memory is what matters."""
+    side = 2048
+    given = images(machine, 1, side, torch.bfloat16)
+    model = vit(machine, side, torch.bfloat16)
+    once = attempt(machine, "forward", lambda: forward(model, given), tokens=machine.size(16384, 4))
+    engine = engine_of(machine, model, given, graph=False)
+    ms = attempt(
+        machine, "relprop_triton_chefer", lambda: lambda: engine(given, target=5), tokens=machine.size(16384, 4)
+    )
+    machine.rows[-1].update(over_forward=ms / once)
+
+
+def llama_of(machine: Machine) -> Any:
+    """A Llama-shaped model of 1.2 billion weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32)
+    if machine.dry:
+        sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4)
+    config = LlamaConfig(
+        **sizes,
+        num_key_value_heads=machine.size(8, 2),
+        vocab_size=machine.size(128256, 50),
+        head_dim=machine.size(64, 16),
+    )
+    torch.manual_seed(0)
+    with torch.device(machine.device):
+        return LlamaForCausalLM(config).eval().to(torch.bfloat16)
+
+
+def llama(machine: Machine) -> None:
+    """AttnLRP of one position's logits; where the method is not there, the one whose sweep costs the same."""
+    model, length = llama_of(machine), machine.size(4096, 6)
+    ids = torch.randint(0, machine.size(128256, 50), (1, length)).to(machine.device)
+    options = {"use_cache": False, "logits_to_keep": 1}
+    method = "attnlrp" if "attnlrp" in relprop.methods() else "gradient_x_input"
+    row = {"dtype": "bfloat16", "batch": 1, "tokens": length}
+    fast = compiled(machine, model)
+    once = attempt(machine, "forward_compiled", lambda: forward(fast, ids, **options), **row)
+    machine.write("end_to_end_llama")
+    for graph in (True, False):
+        example = ((ids,), options)
+        engine = engine_of(machine, model, example, graph, method=method, output="logits")
+        name = f"relprop_triton_{method}{'_graph' if graph else ''}"
+        ms = attempt(machine, name, lambda e=engine: lambda: e(ids, target=(0, 7), **options), **row)
+        machine.rows[-1].update(over_forward=ms / once)
+        machine.write("end_to_end_llama")
+    if importlib.util.find_spec("lxt") is not None:
+        attempt(machine, "lxt", lambda: lxt(copy.deepcopy(model), ids), **row)
+
+
+def lxt(model: Any, ids: Tensor) -> Run:
+    """AttnLRP by LXT's patched modules, on a copy of the model."""
+    from lxt.efficient import monkey_patch
+    from transformers.models.llama import modeling_llama
+
+    monkey_patch(modeling_llama)
+
+    def run() -> Tensor:
+        embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
+        model(inputs_embeds=embedded, use_cache=False, logits_to_keep=1).logits[0, -1, 7].backward()
+        assert embedded.grad is not None
+        return (embedded * embedded.grad).float().sum(-1)
+
+    return run
+
+
+def several(machine: Machine) -> None:
+    """What each further target of one input costs, in forward passes."""
+    batch = machine.size(16, 1)
+    model, given = vit(machine, dtype=torch.bfloat16), images(machine, batch, dtype=torch.bfloat16)
+    fast = compiled(machine, model)
+    once = attempt(machine, "forward_compiled", lambda: forward(fast, given), batch=batch, dtype="bfloat16")
+    engine, first = engine_of(machine, model, given), float("nan")
+    for targets in (1, 2, 4):
+        index = torch.arange(targets, device=machine.device).expand(batch, targets)
+        row = {"batch": batch, "dtype": "bfloat16", "targets": targets}
+        ms = attempt(machine, "relprop_triton_chefer", lambda i=index: lambda: engine(given, target=i), **row)
+        first = ms if targets == 1 else first
+        if targets > 1:
+            machine.rows[-1].update(forwards_per_target=(ms - first) / (targets - 1) / once)
+
+
+POINTS: dict[str, Callable[[Machine], bool | None]] = {
+    "parity": parity,
+    "vit": large_batch,
+    "latency": latency,
+    "tokens": tokens,
+    "llama": llama,
+    "several": several,
+}
 
 
 def main(machine: Machine) -> int:
-    """Rows of end_to_end.csv."""
-    model = model_of(machine)
-    side = 32 if machine.dry else 224
-    if not check(machine, model, machine.randn(2, 3, side, side)) < 1e-3:
-        machine.write("end_to_end")
-        print("expected the Triton answer to be that of the torch backend; nothing is timed")
-        return 1
-    for name, (dtype, precision) in SETTINGS.items():
-        made = copy.deepcopy(model).to(dtype)
-        for batch in (1, machine.size(64, 2)):
-            images = machine.randn(batch, 3, side, side, dtype=dtype)
-            before = torch.get_float32_matmul_precision()
-            torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
-            base = None
-            for run, function in contenders(made, images, precision).items():
-                found = machine.time(function)
-                base = base or found["ms"]
-                rates = {"explanations_s": 1e3 * batch / found["ms"], "over_forward": found["ms"] / base}
-                machine.add(run=run, dtype=name, batch=batch, **rates, **found)
-                machine.write("end_to_end")
-            torch.set_float32_matmul_precision(before)
-        if machine.dry:
-            break
-    return 0
+    """The rows of every point asked for, all of them where none is."""
+    status = 0
+    for name in machine.points or POINTS:
+        machine.rows.clear()
+        wrong = POINTS[name](machine) is False
+        machine.write(f"end_to_end_{name}")
+        if wrong:
+            print(f"{name}: expected errors within bounds, got those above")
+            status = 1
+    return status
 
 
 if __name__ == "__main__":

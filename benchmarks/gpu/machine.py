@@ -27,11 +27,13 @@ class Machine:
         dry: whether this is a dry run, whose times mean nothing.
         out: folder of the rows.
         seconds: budget of one measurement.
+        points: what to measure; everything where empty.
     """
 
     dry: bool
     out: Path
     seconds: float = 0.4
+    points: tuple[str, ...] = ()
     rows: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -119,11 +121,12 @@ def _version(package: str) -> str:
 
 
 def machine_of(arguments: Iterable[str] | None = None) -> Machine:
-    """From the command line: --dry-run, --out FOLDER ($OUT by default)."""
+    """From the command line: points to measure, --dry-run, --out FOLDER ($OUT by default)."""
     parser = argparse.ArgumentParser()
+    parser.add_argument("points", nargs="*")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU, under Triton's interpreter")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT") or RESULTS))
     given = parser.parse_args(None if arguments is None else list(arguments))
     if not given.dry_run and not torch.cuda.is_available():
         raise SystemExit("expected a CUDA device, got none; --dry-run needs none")
-    return Machine(given.dry_run, given.out)
+    return Machine(given.dry_run, given.out, points=tuple(given.points))

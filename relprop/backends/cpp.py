@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from relprop import native
-from relprop.backends import elementwise, products
+from relprop.backends import cpp_attention, elementwise, products
 from relprop.backends.elementwise import factor_dtype, stored
 from relprop.graph import Node
+from relprop.program import JointKernel
 from relprop.rules import (
     ActivationSlope,
     AddEpsilon,
     AddGamma,
+    AddIdentity,
     AddNormalised,
     AttentionComposed,
     Call,
@@ -76,7 +78,16 @@ def kernel_reasons(node: Node, rule: Rule) -> list[str]:
             reasons.append("the kernel is for the rule half in both products")
         if not isinstance(parts[1], SoftmaxIdentity):
             reasons.append("the kernel is for the softmax rule identity")
+        if not isinstance(rule.mask, AddIdentity):
+            reasons.append("the kernel gives nothing to the mask")
     return reasons
+
+
+def joint_kernel(node: Node, rules: Mapping[str, Rule], edge: str | None) -> JointKernel | None:
+    """The kernel that takes all streams of a step at once, None where there is none."""
+    if node.kind != "attention" or cpp_attention.kernel_reasons(node, rules, edge):
+        return None
+    return cpp_attention.attention
 
 
 def linear_alpha_beta(rule: Any, call: Call, relevance: Tensor) -> Relevances:
@@ -176,5 +187,5 @@ _REASONS: dict[type[Rule], Callable[[Node], list[str]]] = {
     SoftmaxTaylor: elementwise.softmax_reasons,
     ActivationSlope: lambda node: [],
     NormSigmaConstant: elementwise.norm_reasons,
-    Gradient: elementwise.gradient_reasons,
+    Gradient: lambda node: [] if node.kind == "fanout" else elementwise.gradient_reasons(node),
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -10,8 +10,10 @@ from torch import Tensor
 
 from relprop import native
 from relprop.graph import Node, Value
+from relprop.native.attention import AttentionStreams
 from relprop.program import JointKernel, JointStream
 from relprop.rules import (
+    AddIdentity,
     AttentionComposed,
     Call,
     Gradient,
@@ -43,6 +45,8 @@ def kernel_reasons(node: Node, rules: Mapping[str, Rule], edge: str | None) -> l
             reasons.append("the kernel is for the rules half and alpha_beta of q and k, and half of A and v")
         if not isinstance(rule.softmax, (SoftmaxIdentity, SoftmaxDetached)):
             reasons.append("the kernel is for the softmax rules identity and detached")
+        if not isinstance(rule.mask, AddIdentity):
+            reasons.append("the kernel gives nothing to the mask")
     return reasons + _shape_reasons(node)
 
 
@@ -65,30 +69,51 @@ def attention(
     call: Call, streams: Mapping[str, JointStream], edge: str | None, row: Tensor | None
 ) -> tuple[dict[str, Relevances], Tensor | None]:
     """All streams through one attention layer, and row E; see `relprop.native.attention_relevance`."""
-    node = call.node
-    q, k, v, mask = (call.operand(i) for i in range(4))
-    assert q is not None and k is not None and v is not None
-    stored = call.tensors[node.operands[3].index] if node.operands[3] is not None else None
-    if stored is not None and stored.dtype == torch.bool:
-        mask = stored
-    output = call.tensors.get(node.outputs[0].index)
-    gradient, relevance = streams.get("gradient"), streams.get("relevance")
+    relevance = streams.get("relevance")
     if relevance is not None and isinstance(relevance.rule, ModifiedGradient):
         return modified(attention, call, relevance, edge, row)
+    q, k, v, _ = (call.operand(i) for i in range(4))
+    assert q is not None and k is not None and v is not None
+    output = call.tensors.get(call.node.outputs[0].index)
+    exact = output is not None and output.dtype == call.dtype
+    layer = (q, k, v, None if output is None else output.to(call.dtype))
+    return through_layer(native.attention_relevance, call, layer, streams, edge, row, exact_output=exact)
+
+
+def through_layer(
+    kernel: Callable[..., AttentionStreams],
+    call: Call,
+    layer: tuple[Tensor, Tensor, Tensor, Tensor | None],
+    streams: Mapping[str, JointStream],
+    edge: str | None,
+    row: Tensor | None,
+    **options: Any,
+) -> tuple[dict[str, Relevances], Tensor | None]:
+    """A kernel's answer for an operation of the graph, whose heads may share the batch axis.
+
+    Args:
+        kernel: with the signature of `relprop.native.attention_relevance`.
+        layer: q, k, v and the output as the kernel reads them.
+    """
+    node = call.node
+    gradient, relevance = streams.get("gradient"), streams.get("relevance")
     rule: Any = AttentionComposed() if relevance is None else relevance.rule
     sample = node.outputs[0].sample
     heads = 1 if sample is None or sample.axis != 0 else sample.factor
-    joined = q.ndim == 3
+    joined = layer[0].ndim == 3
+    mask = _mask(call)
 
     def lifted(tensor: Tensor | None, axes: int) -> Tensor | None:
         """Heads that share the batch axis on an axis of their own."""
         return tensor if tensor is None or not joined else tensor.unflatten(axes - 3, (-1, heads))
 
-    found = native.attention_relevance(
-        *(lifted(t, 3) for t in (q, k, v)),  # type: ignore[arg-type]
+    q, k, v, output = (lifted(t, 3) for t in layer)
+    found = kernel(
+        q,
+        k,
+        v,
         scale=node.args[4],
-        output=None if output is None else lifted(output.to(call.dtype), 3),
-        exact_output=output is not None and output.dtype == call.dtype,
+        output=output,
         mask=_lifted_mask(mask, heads) if joined else mask,
         causal=node.args[5],
         gradient=None if gradient is None else lifted(gradient.arrived, 4),
@@ -100,6 +125,7 @@ def attention(
         av_stabiliser=rule.av.stabiliser.code,
         edge=edge,
         row=row if edge is not None else None,
+        **options,
     )
     made = {"gradient": found.gradients, "relevance": found.relevances}
     passed: dict[str, Relevances] = {}
@@ -118,6 +144,14 @@ def modified(
     plain = JointStream(Gradient(), stream.arrived, wanted)
     passed, product = kernel(call, {"gradient": plain}, edge, row)
     return {"relevance": scaled(passed["gradient"], factors)}, product
+
+
+def _mask(call: Call) -> Tensor | None:
+    """The mask as it is where it is boolean, else in the streams' dtype."""
+    value = call.node.operands[3]
+    if value is not None and call.tensors[value.index].dtype == torch.bool:
+        return call.tensors[value.index]
+    return call.operand(3)
 
 
 def _qk_rule(rule: AttentionComposed) -> str:

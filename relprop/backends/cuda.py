@@ -1,7 +1,7 @@
-"""The CUDA backend: fused kernels for the rules on the hot path; the products inside attention are torch's.
+"""The CUDA backend: fused kernels for the rules on the hot path, with the products of linear layers and attention.
 
-A linear layer's products belong to its kernels. All of its streams go back in one launch, which reads the weight once
-for them together.
+All streams of a linear layer go back in one launch, which reads the weight once for them together. Attention runs in
+tiles; where the maps themselves are read out, its products are torch's.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from relprop import native_cuda
-from relprop.backends import cpp
+from relprop.backends import cpp, cpp_attention, elementwise
 from relprop.backends.elementwise import ACTIVATIONS, NORMS, Rows, only_first
 from relprop.graph import Node, Value
 from relprop.native_cuda import Back
-from relprop.program import JointStream
+from relprop.program import JointKernel, JointStream
 from relprop.rules import (
     AddEpsilon,
     AddGamma,
@@ -30,6 +30,7 @@ from relprop.rules import (
     LinearAlphaBeta,
     LinearEpsilon,
     LinearGamma,
+    ModifiedGradient,
     Relevances,
     Rule,
     SoftmaxTaylor,
@@ -39,6 +40,7 @@ from relprop.rules.base import unbroadcast
 from relprop.rules.linear_map import multiply
 
 DTYPES = (torch.float32,)
+_LARGEST_HEAD = 256
 
 # What the factors of a product are rounded to: by the layer's dtype for what the forward pass multiplied as well, by
 # the precision for streams, which are float32.
@@ -56,7 +58,7 @@ def reasons_against(dtype: torch.dtype, device: torch.device) -> list[str]:
     """Every reason why no kernel of this backend can run streams of a dtype on a device."""
     usable, reason = available()
     reasons = [] if usable else [reason]
-    if device.type != "cuda":
+    if device.type != native_cuda.device_type():
         reasons.append(f"its kernels run on a GPU, not on {device}")
     if dtype not in DTYPES:
         reasons.append(f"its kernels take streams in {', '.join(str(d) for d in DTYPES)}, not {dtype}")
@@ -65,6 +67,8 @@ def reasons_against(dtype: torch.dtype, device: torch.device) -> list[str]:
 
 def kernel_reasons(node: Node, rule: Rule) -> list[str]:
     """Why the kernel for a rule does not take this node; empty where it does."""
+    if isinstance(rule, Gradient):
+        return elementwise.gradient_reasons(node)
     return cpp.kernel_reasons(node, rule)
 
 
@@ -130,17 +134,54 @@ def linear(rule: Any, call: Call, relevance: Tensor) -> Relevances:
     """Any rule of a linear layer: denominators formed in registers. relevance: [T, ..., N] -> [T, ..., K]"""
     if not call.wanted[0]:
         return rule.propagate(call, relevance)
+    if isinstance(rule, Gradient):  # the layer's input may not have been kept for it
+        (weight,) = alike(call, call.node.operands[1])
+        product = back_product(weight.dtype, call.precision)
+        return only_first(call, native_cuda.linear_back([Back(relevance)], None, weight, product=product)[0])
     layer = _Layer(call)
     return only_first(call, layer.back(_prepared(rule, layer, relevance))[0])
 
 
+def joint_kernel(node: Node, rules: Mapping[str, Rule], edge: str | None) -> JointKernel | None:
+    """The kernel that takes all streams of a step at once, None where there is none."""
+    if joint_reasons(node, rules, edge):
+        return None
+    return attention if node.kind == "attention" else joint_linear
+
+
 def joint_reasons(node: Node, rules: Mapping[str, Rule], edge: str | None) -> list[str]:
-    """Why the joint kernel does not take this node with these rules by stream; empty where it does."""
+    """Why no joint kernel takes this node with these rules by stream; empty where one does."""
+    if node.kind == "attention":
+        return cpp_attention.kernel_reasons(node, rules, edge) + _head_reasons(node)
     if node.kind != "linear" or edge is not None or len(rules) < 2:
-        return ["the joint kernel is for several streams of a linear layer"]
+        return ["the joint kernels are for attention and for several streams of a linear layer"]
     lacking = [rule for rule in rules.values() if KERNELS.get(type(rule)) not in (linear, gradient)]
     reasons = [f"the joint kernel has no rule {rule.name}" for rule in lacking]
     return reasons + [reason for rule in rules.values() for reason in kernel_reasons(node, rule)]
+
+
+def _head_reasons(node: Node) -> list[str]:
+    widths = [value.shape[-1] for value in node.operands[:3] if value is not None]
+    if all(isinstance(width, int) and width <= _LARGEST_HEAD for width in widths):
+        return []
+    return [f"the joint kernel takes heads of at most {_LARGEST_HEAD} channels, not {max(map(str, widths))}"]
+
+
+def attention(
+    call: Call, streams: Mapping[str, JointStream], edge: str | None, row: Tensor | None
+) -> tuple[dict[str, Relevances], Tensor | None]:
+    """All streams through one attention layer, and row E; see `relprop.native_cuda.attention_relevance`."""
+    relevance = streams.get("relevance")
+    if relevance is not None and isinstance(relevance.rule, ModifiedGradient):
+        return cpp_attention.modified(attention, call, relevance, edge, row)
+    output = call.node.outputs[0]
+    stored = [] if call.tensors.get(output.index) is None else [output]
+    q, k, v, *o = alike(call, *call.node.operands[:3], *stored)
+    exact = bool(stored) and call.tensors[output.index].dtype == torch.float32
+    layer = (q, k, v, o[0] if o else None)
+    product = "float32" if call.precision == "highest" else "tfloat32"
+    kernel = native_cuda.attention_relevance
+    return cpp_attention.through_layer(kernel, call, layer, streams, edge, row, exact_output=exact, product=product)
 
 
 def joint_linear(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from relprop.capture import ops
 from relprop.capture.export import Captured, module_path, source_line
+from relprop.capture.mutation import make_functional
 from relprop.errors import OptionError
 
 aten = torch.ops.aten
@@ -29,17 +31,22 @@ def is_tensor(node: Any) -> bool:
 
 
 def explained_inputs(captured: Captured) -> list[str]:
-    """Placeholders whose relevance is asked for: floating-point inputs and the ids of the largest vocabulary."""
-    names = [spec.placeholder for spec in captured.inputs if spec.dtype.is_floating_point]
+    """Placeholders whose relevance is asked for: floating-point inputs and the ids of the largest vocabulary.
+
+    An encoder's and a decoder's ids look into vocabularies of one size, and are both asked for.
+    """
     ids = {spec.placeholder for spec in captured.inputs if spec.is_token_ids}
     tables: dict[str, int] = {}
     for node in captured.graph.nodes:
         source = token_source(node)
         if source in ids:
             tables[source] = max(tables.get(source, 0), int(node.args[0].meta["val"].shape[0]))
-    if tables:
-        names.append(max(tables, key=lambda name: tables[name]))
-    return names
+    largest = max(tables.values(), default=0)
+    return [
+        spec.placeholder
+        for spec in captured.inputs
+        if spec.dtype.is_floating_point or tables.get(spec.placeholder) == largest
+    ]
 
 
 def token_source(node: fx.Node) -> str:
@@ -66,7 +73,7 @@ def mark_carrying(captured: Captured) -> None:
             carrying = carrying and value.dtype.is_floating_point
         elif not isinstance(value, (list, tuple)):
             carrying = False
-        if carrying and node.target in (aten.zeros_like.default, aten.ones_like.default, aten.new_zeros.default):
+        if node.target in ops.CONSTANT:
             carrying = False
         node.meta["carrying"] = carrying
 
@@ -77,9 +84,13 @@ def canonicalise(captured: Captured) -> None:
     output = next(n for n in graph.nodes if n.op == "output")
     output.args = ((captured.output,),)
     output.meta = {}
+    mark_carrying(captured)
+    make_functional(captured)
     remove_identities(captured)
+    drop_expands(graph)
     mark_carrying(captured)
     fold_products(graph)
+    unfold_rows(graph)
     join_attention(graph)
     mark_carrying(captured)
     join_regions(graph)
@@ -129,6 +140,49 @@ def remove_identities(captured: Captured) -> None:
                 captured.output = node.args[0]
             captured.graph.erase_node(node)
     captured.graph.eliminate_dead_code()
+
+
+def drop_expands(graph: fx.Graph) -> None:
+    """Operands of pointwise binary operations that broadcasting would expand anyway."""
+    for node in graph.nodes:
+        if node.target not in ops.BINARY:
+            continue
+        for operand in node.args[:2]:
+            if is_tensor(operand) and operand.target in (aten.expand.default, aten.expand_as.default):
+                source = operand.args[0]
+                others = [a.meta["val"].shape for a in node.args[:2] if is_tensor(a) and a is not operand]
+                if others and _same_shape(others[0], node.meta["val"].shape) and is_tensor(source):
+                    node.replace_input_with(operand, source)
+    graph.eliminate_dead_code()
+
+
+def _same_shape(a: Any, b: Any) -> bool:
+    return len(a) == len(b) and all(statically_known_true(x == y) for x, y in zip(a, b, strict=True))
+
+
+def unfold_rows(graph: fx.Graph) -> None:
+    """view(linear(view(x))) becomes linear(reshape(x)) where the first view merges rows and the second restores them.
+
+    nn.MultiheadAttention projects [N * B, C] so: samples would lie scattered over the merged axis.
+    """
+    for node in list(graph.nodes):
+        if node.target is not aten.linear.default or len(node.users) != 1:
+            continue
+        folded, restored = node.args[0], next(iter(node.users))
+        if folded.target not in ops.RESHAPES or restored.target is not aten.view.default:
+            continue
+        before, after = folded.args[0].meta["val"].shape, restored.meta["val"].shape
+        if len(folded.meta["val"].shape) != 2 or len(after) < 3 or not node.meta["carrying"]:
+            continue
+        if not statically_known_true(after[-1] == node.meta["val"].shape[-1]) or len(before) < 3:
+            continue
+        sizes = [*restored.args[1][:-1], folded.meta["val"].shape[-1]]
+        node.meta["val"].new_empty(0)
+        shape = node.meta["val"].new_empty((*after[:-1], sizes[-1]))
+        rows = insert(graph, restored, aten.reshape.default, (folded.args[0], sizes), folded, shape)
+        linear = insert(graph, restored, aten.linear.default, (rows, *node.args[1:]), node, restored.meta["val"])
+        restored.replace_all_uses_with(linear)
+    graph.eliminate_dead_code()
 
 
 def insert(
@@ -226,44 +280,95 @@ def _from_softmax(graph: fx.Graph, softmax: fx.Node) -> None:
         return
     if product.args[0] is not probabilities or not product.args[1].meta["carrying"]:
         return
-    # Up: casts, scalar factors and masks to the product of queries and keys.
-    scale, masks, step = 1.0, [], softmax.args[0]
-    while step.target not in (aten.matmul.default, aten.bmm.default, aten.mm.default, aten.baddbmm.default):
-        if step.op != "call_function" or len(step.users) != 1:
-            return
-        operands = step.args
-        other: Any = operands[1] if len(operands) > 1 else None
-        if step.target is aten.to.dtype:
-            pass
-        elif step.target is aten.mul.Tensor and isinstance(other, (int, float)):
-            scale *= other
-        elif step.target is aten.div.Tensor and isinstance(other, (int, float)):
-            scale /= other
-        elif step.target is aten.add.Tensor and is_tensor(other) and not other.meta["carrying"] and scale == 1.0:
-            masks.append(other)  # above it nothing may scale the scores again
-        elif step.target is aten.masked_fill.Scalar and scale == 1.0 and float(operands[2]) < -1e4:
-            seen = insert(graph, softmax, aten.logical_not.default, (other,), step)
-            masks.append(seen)
-        else:
-            return
-        if step.target is aten.add.Tensor and not operands[0].meta["carrying"]:
-            return
-        step = operands[0]
-    if step.target is aten.baddbmm.default or len(step.users) != 1 or len(masks) > 1:
+    scores = _climb_scores(softmax.args[0])
+    if scores is None:
         return
-    q, transposed = step.args
-    if not (q.meta["carrying"] and transposed.meta["carrying"]):
+    q, transposed = scores.product.args
+    if not transposed.meta["carrying"] or q.meta["val"].ndim < 3:
         return
-    key = insert(graph, product, aten.transpose.int, (transposed, -2, -1), step)
-    args = (q, key, product.args[1], masks[0] if masks else None, float(scale), False, False)
-    if q.meta["val"].ndim < 3:
-        return
+    for factor in scores.factors:
+        q = insert(graph, product, aten.mul.Tensor, (q, factor), scores.product)
+    key = insert(graph, product, aten.transpose.int, (transposed, -2, -1), scores.product)
+    mask = _joined_mask(graph, product, scores, q)
+    args = (q, key, product.args[1], mask, float(scores.scale), False, False)
     joined = insert(graph, product, ops.attention, args, product, product.meta["val"])
     product.replace_all_uses_with(joined)
 
 
-def _constant_operand(node: fx.Node) -> bool:
-    return len([p for p in node.all_input_nodes if p.meta.get("carrying")]) == 1
+@dataclass
+class _Scores:
+    """What stands between the product of queries and keys and the softmax, from the softmax up."""
+
+    product: fx.Node
+    scale: float = 1.0
+    factors: list[fx.Node] = field(default_factory=list)  # constant per head
+    masks: list[tuple[str, fx.Node, Any]] = field(default_factory=list)  # "add" or "fill", mask, shape of the sum
+
+
+def _climb_scores(step: fx.Node) -> _Scores | None:
+    """Through casts, scales, masks and views that only split the batch axis, to the product; None for anything else."""
+    found = _Scores(step)
+    rank = step.meta["val"].ndim
+    while step.target not in (aten.matmul.default, aten.bmm.default, aten.mm.default):
+        if step.op != "call_function" or len(step.users) != 1:
+            return None
+        operands, target = step.args, step.target
+        other: Any = operands[1] if len(operands) > 1 else None
+        above = operands[0]
+        unscaled = found.scale == 1.0 and not found.factors  # above a mask nothing may scale the scores again
+        if target is aten.to.dtype or (target in ops.RESHAPES and _splits_batch(above, step)):
+            pass
+        elif target is aten.mul.Tensor and isinstance(other, (int, float)):
+            found.scale *= other
+        elif target is aten.div.Tensor and isinstance(other, (int, float)):
+            found.scale /= other
+        elif target is aten.mul.Tensor and _per_head(other, rank):
+            found.factors.append(other)
+        elif target is aten.add.Tensor and is_tensor(other) and not other.meta["carrying"] and unscaled:
+            found.masks.append(("add", other, step.meta["val"].shape))
+        elif target is aten.masked_fill.Scalar and unscaled and float(operands[2]) < -1e4:
+            found.masks.append(("fill", other, step.meta["val"].shape))
+        else:
+            return None
+        if not above.meta["carrying"]:
+            return None
+        step = above
+    found.product = step
+    return found if len(step.users) == 1 and step.meta["val"].ndim == rank else None
+
+
+def _splits_batch(before: fx.Node, after: fx.Node) -> bool:
+    """Whether a view of scores [..., Nq, Nk] keeps the last three axes (heads, queries, keys)."""
+    a, b = before.meta["val"].shape, after.meta["val"].shape
+    return min(len(a), len(b)) > 3 and all(statically_known_true(x == y) for x, y in zip(a[-3:], b[-3:], strict=True))
+
+
+def _per_head(factor: Any, rank: int) -> bool:
+    """A constant that is the same for all queries and keys, so that it may scale the queries."""
+    if not is_tensor(factor) or factor.meta["carrying"]:
+        return False
+    shape = factor.meta["val"].shape
+    return 2 <= len(shape) <= rank and shape[-1] == shape[-2] == 1
+
+
+def _joined_mask(graph: fx.Graph, before: fx.Node, scores: _Scores, q: fx.Node) -> fx.Node | None:
+    """All masks as one: additive, unless the only one says what is not seen."""
+    rank = scores.product.meta["val"].ndim
+    made: list[fx.Node] = []
+    for how, mask, shape in scores.masks:
+        if how == "fill":
+            mask = insert(graph, before, aten.logical_not.default, (mask,), before)
+        if len(shape) != rank:
+            mask = insert(graph, before, ops.window_mask, (mask, len(shape), q), before)
+        if how == "fill" and len(scores.masks) > 1:
+            mask = insert(graph, before, ops.additive_mask, (mask, q), before)
+        made.append(mask)
+    for mask in made:
+        mask.meta["carrying"] = False
+    while len(made) > 1:
+        both = insert(graph, before, aten.add.Tensor, (made.pop(), made.pop()), before)
+        made.append(both)
+    return made[0] if made else None
 
 
 def join_regions(graph: fx.Graph) -> None:
@@ -308,7 +413,9 @@ def _passes(node: fx.Node) -> bool:
     target = node.target
     if target in ops.REDUCTIONS:
         source = node.all_input_nodes[0].meta["val"]
-        return node.meta["val"].ndim == source.ndim and source.ndim > 2
+        axis = node.args[2] if node.target is aten.linalg_vector_norm.default else node.args[1]
+        last = [a % source.ndim for a in (axis if isinstance(axis, (list, tuple)) else [axis])] == [source.ndim - 1]
+        return node.meta["val"].ndim == source.ndim and (source.ndim > 2 or last)
     if target in ops.BINARY or isinstance(target, ops.Region):
         return True
     return target in ops.POINTWISE or target in (aten.to.dtype, aten.neg.default, aten.pow.Tensor_Tensor)

@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch.export import Dim
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
+from relprop.capture.reasons import export_failure, first_fixed
 from relprop.errors import CaptureError, OptionError, ShapeError
 
 _EXPORT_LOCK = threading.RLock()
@@ -29,6 +30,7 @@ class InputSpec:
     shape: tuple[int | None, ...]  # None where the size is free
     dtype: torch.dtype
     device: torch.device
+    sizes: tuple[str, ...] = ()  # the same as the capture names them: sizes of one name are equal
 
     @property
     def is_token_ids(self) -> bool:
@@ -48,6 +50,13 @@ class Captured:
     output: fx.Node
     batch_symbols: frozenset[Any]
     signature: tuple[str, ...] = field(default=())  # argument names in call order
+
+    def copy(self) -> Captured:
+        """The same with a graph of its own, to be rewritten."""
+        nodes: dict[fx.Node, fx.Node] = {}
+        graph = fx.Graph()
+        graph.output(fx.map_arg(graph.graph_copy(self.graph, nodes), lambda node: node))
+        return replace(self, graph=graph, output=nodes[self.output])
 
 
 def bind_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -158,11 +167,7 @@ def capture(
         try:
             exported = torch.export.export(_Wrapped(model), (example,), dynamic_shapes=(dynamic,), strict=False)
         except Exception as error:
-            reason = str(error).strip().split("\n")[0] or type(error).__name__
-            raise CaptureError(
-                f"torch.export could not capture {type(model).__name__}: {reason}. Expected a forward without"
-                " control flow that depends on tensor values; the cause is in this error's __cause__"
-            ) from error
+            raise CaptureError(export_failure(type(model).__name__, error)) from error
     signature = exported.graph_signature
     for item in signature.output_specs:
         if item.kind in (OutputKind.BUFFER_MUTATION, OutputKind.USER_INPUT_MUTATION):
@@ -193,9 +198,13 @@ def capture(
         for symbol in _symbols(nodes[spec.placeholder].meta["val"].shape[0])
     )
     if not symbols:
+        size = next(t.shape[0] for t in pytree.tree_leaves(example) if isinstance(t, Tensor) and t.ndim)
+        fixed = first_fixed(graph, size)
+        place = f", first in {fixed.target} at {module_path(fixed)} {source_line(fixed)}" if fixed is not None else ""
         raise CaptureError(
-            f"{type(model).__name__} fixes its batch size: expected a forward that accepts any batch, got one that"
-            f" is specialised to {batch}"
+            f"{type(model).__name__} fixes its batch size: expected a forward that accepts any batch, got one that is"
+            f" specialised to that of the example{place}; take it from x.shape[0], not from len(x), a loop over samples"
+            " or a number"
         )
     picked = _pick_output(graph, exported, output, type(model).__name__)
     plain = tuple(None if isinstance(leaf, Tensor) else leaf for leaf in leaves)
@@ -219,7 +228,7 @@ def _input_specs(
         shape = nodes[placeholder].meta["val"].shape
         free = tuple(None if isinstance(size, torch.SymInt) else int(size) for size in shape)
         pretty = path.removeprefix("['").replace("']", "", 1)
-        specs.append(InputSpec(pretty, placeholder, free, leaf.dtype, leaf.device))
+        specs.append(InputSpec(pretty, placeholder, free, leaf.dtype, leaf.device, tuple(map(str, shape))))
     return tuple(specs)
 
 

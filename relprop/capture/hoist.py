@@ -41,8 +41,8 @@ def _merge_twins(graph: fx.Graph, node: fx.Node) -> None:
     source = node.args[0]
     order = list(graph.nodes)
     twins = [u for u in source.users if u.target is aten.slice.Tensor and _key(u) == _key(node)]  # type: ignore[union-attr]
-    if len(twins) < 2:
-        return
+    if len(twins) < 2 or len(twins) < len(source.users):  # type: ignore[union-attr]
+        return  # only where all uses are this slice can it move on
     first = min(twins, key=order.index)
     for twin in twins:
         if twin is not first:
@@ -70,7 +70,7 @@ def _hoist(graph: fx.Graph, node: fx.Node) -> bool:
     length = node.meta["val"].shape[axis]
 
     def rows(value: Any, at: int = axis) -> Any:
-        return insert(graph, node, aten.slice.Tensor, (value, at, start, stop), node)
+        return insert(graph, node, aten.slice.Tensor, (value, at, start, stop), source)
 
     kind, target = ops.kind_of(source.target), source.target
     args = list(source.args)
@@ -96,7 +96,7 @@ def _hoist(graph: fx.Graph, node: fx.Node) -> bool:
             return False
         args[0] = rows(args[0], moved)
     elif target in (aten.view.default, aten.reshape.default):
-        kept = _kept_axis(args[0].meta["val"].shape, source.meta["val"].shape, axis)
+        kept = kept_axis(args[0].meta["val"].shape, source.meta["val"].shape, axis)
         if kept is None:
             return False
         args[0] = rows(args[0], kept)
@@ -155,7 +155,7 @@ def _moved_axis(node: fx.Node, axis: int) -> int | None:
     return None if axis == inserted else axis - (axis > inserted)
 
 
-def _kept_axis(before: Any, after: Any, axis: int) -> int | None:
+def kept_axis(before: Any, after: Any, axis: int) -> int | None:
     """The input axis that a reshape leaves in place as the given output axis."""
     count = 1
     for size in after[:axis]:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import operator
+from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from relprop.capture import ops
 from relprop.capture.canonicalise import canonicalise, explained_inputs, token_source
 from relprop.capture.export import Captured, module_path, source_line
 from relprop.capture.hoist import hoist_rows
-from relprop.graph import Graph, Node, SampleAxis, Value, leaves
+from relprop.capture.tokens import find_tokens
+from relprop.graph import Graph, Node, SampleAxis, Value, depends_on_input, leaves
 
 aten = torch.ops.aten
 
@@ -22,20 +27,25 @@ def alias(x: Tensor) -> Tensor:
     return x
 
 
-def lower(captured: Captured) -> Graph:
-    """Canonicalise a captured graph, hoist its row slices and lower it.
+def lower(captured: Captured, hoist: bool = True) -> Graph:
+    """Canonicalise a copy of a captured graph, hoist its row slices and lower it.
 
+    Args:
+        hoist: compute only the rows that the output reads.
     Returns:
         The graph; nodes of unknown kinds have kind "unknown" and are refused when rules are assigned.
     """
+    captured = captured.copy()
     canonicalise(captured)
-    hoist_rows(captured.graph)
+    if hoist:
+        hoist_rows(captured.graph)
     captured.output = next(n for n in captured.graph.nodes if n.op == "output").args[0][0]
     lowering = _Lowering(captured)
     lowering.run()
     graph = lowering.graph
     _assign_roles(graph)
     _make_fanout_explicit(graph)
+    graph.tokens = find_tokens(graph)
     return graph
 
 
@@ -63,7 +73,9 @@ class _Lowering:
             if expr is not None and expr.free_symbols & symbols:
                 factor = expr.subs({s: 1 for s in expr.free_symbols & symbols})
                 found.append(SampleAxis(axis, int(factor) if factor.is_Integer else 0))
-        return found[0] if len(found) == 1 and found[0].factor else None
+        # Scores of all samples with all samples belong to those of the first axis.
+        whole = len(found) == 2 and all(axis.factor == 1 for axis in found) and len(shape) == 2
+        return found[0] if (len(found) == 1 or whole) and found[0].factor else None
 
     def run(self) -> None:
         inputs: dict[str, Value] = {}
@@ -99,7 +111,9 @@ class _Lowering:
         fake = node.meta.get("val")
         carrying = bool(node.meta.get("carrying"))
         if isinstance(fake, (list, tuple)):
-            outputs = tuple(self.value(f"{node.name}.{i}", f, carrying) for i, f in enumerate(fake))
+            outputs = tuple(
+                self.value(f"{node.name}.{i}", f, carrying and f.dtype.is_floating_point) for i, f in enumerate(fake)
+            )
             self.of[node] = outputs
         else:
             outputs = (self.value(node.name, fake, carrying),)
@@ -118,12 +132,24 @@ class _Lowering:
         )
         if token_source(node) in self.explained:
             made.role = "tokens"
+            made.attributes["ids"] = token_source(node)
         if "query_rows" in node.meta:
             made.attributes["query_rows"] = node.meta["query_rows"]
         for i, out in enumerate(outputs):
             out.producer, out.output = made, i
         made.operands = _operands(made)
+        _check_samples(made)
         self.nodes.append(made)
+
+
+def _check_samples(node: Node) -> None:
+    """A view that merges samples with an axis in front of them scatters each: nothing can then be summed per sample."""
+    before, after = node.operands[0] if node.operands else None, node.outputs[0]
+    if node.target not in ops.RESHAPES or before is None or before.sample is None or after.sample is None:
+        return
+    lead = [math.prod(v.shape[: v.sample.axis]) for v in (before, after) if v.sample is not None]
+    if not statically_known_true(lead[0] == lead[1]):
+        after.sample = None
 
 
 def _plain(structure: Any) -> Any:
@@ -158,6 +184,8 @@ def _assign_roles(graph: Graph) -> None:
                 for value in carrying:
                     assert value.producer is not None
                     value.producer.role = "rope"
+        elif node.kind == "matmul" and len(carrying) == 1:
+            node.role = "weights"
         elif node.kind == "mul":
             node.role = "gate" if len(carrying) > 1 else "scale"
         elif node.kind in ("linear", "conv") and carrying and carrying[0].index in explained:
@@ -171,26 +199,10 @@ def _add_role(graph: Graph, node: Node, carrying: list[Value]) -> str:
     if not others:
         return "offset"
     other = others[0]
-    if other.dtype == torch.bool or _depends_on_input(graph, other):
+    if other.dtype == torch.bool or depends_on_input(graph, other):
         return "mask"
     extent = [s for s in other.shape if not (isinstance(s, int) and s == 1)]
     return "bias" if len(extent) <= 1 else "positional"
-
-
-def _depends_on_input(graph: Graph, value: Value) -> bool:
-    inputs = {v.index for v in graph.inputs.values()}
-    stack, seen = [value], set()
-    while stack:
-        at = stack.pop()
-        if at.index in inputs:
-            return True
-        if at.index in seen or at.producer is None:
-            continue
-        seen.add(at.index)
-        # Sizes are read off the inputs everywhere; only values count.
-        if at.producer.target is not aten.sym_size.int:
-            stack.extend(leaves((at.producer.args, at.producer.kwargs)))
-    return False
 
 
 def _is_rope(operands: list[Value]) -> bool:
@@ -211,44 +223,77 @@ def _is_rope(operands: list[Value]) -> bool:
 
 
 def _make_fanout_explicit(graph: Graph) -> None:
-    """A carrying value with several carrying consumers goes through a node of kind "fanout", one output per use."""
-    uses: dict[int, list[tuple[Node, int]]] = {}
+    """A carrying value with several carrying consumers goes through nodes of kind "fanout", one output per use.
+
+    Uses inside one submodule are gathered there first, as that module hands on one value: queries, keys and values of
+    an attention module before the residual branch around it. It matters where gathering has an epsilon.
+    """
+    uses: dict[int, list[Node]] = {}
     for node in graph.nodes:
         if node.carrying:
-            for at, value in enumerate(leaves((node.args, node.kwargs))):
+            for value in leaves((node.args, node.kwargs)):
                 if value.carrying:
-                    uses.setdefault(value.index, []).append((node, at))
-    made: dict[int, Node] = {}
+                    uses.setdefault(value.index, []).append(node)
+    made: dict[int, _Fanout] = {}
     for value in list(graph.values):
-        places = uses.get(value.index, [])
-        if len(places) < 2:
-            continue
-        outputs = []
-        for i in range(len(places)):
-            copy = Value(len(graph.values), f"{value.name}~{i}", value.shape, value.dtype, True, value.sample)
-            graph.values.append(copy)
-            outputs.append(copy)
-        origin = value.producer
-        node = Node(
-            name=f"{value.name}_fanout",
-            kind="fanout",
-            target=alias,
-            args=(value,),
-            kwargs={},
-            operands=(value,),
-            outputs=tuple(outputs),
-            module=origin.module if origin else "",
-            source=origin.source if origin else "",
-        )
-        for i, out in enumerate(outputs):
-            out.producer, out.output = node, i
-        made[value.index] = node
+        users = uses.get(value.index, [])
+        if len(users) > 1:
+            made[value.index] = _Fanout([], [value] * len(users))
+            _gather(graph, value, value, list(enumerate(users)), made[value.index])
     _rewire(graph, made)
 
 
-def _rewire(graph: Graph, made: dict[int, Node]) -> None:
+@dataclass
+class _Fanout:
+    """The nodes that hand a value to its uses, outermost first, and what each use gets, in the order of uses."""
+
+    nodes: list[Node]
+    parts: list[Value]
+
+
+def _gather(graph: Graph, origin: Value, value: Value, users: list[tuple[int, Node]], found: _Fanout) -> None:
+    """Append the fan-out of a value to these users, and the fan-outs nested in it."""
+    groups = _by_module(users)
+    outputs = []
+    for i in range(len(groups)):
+        name = f"{origin.name}~{len(found.nodes)}.{i}" if found.nodes else f"{origin.name}~{i}"
+        copy = Value(len(graph.values), name, value.shape, value.dtype, True, value.sample)
+        graph.values.append(copy)
+        outputs.append(copy)
+    producer = origin.producer
+    node = Node(
+        name=f"{origin.name}_fanout" + (f"_{len(found.nodes)}" if found.nodes else ""),
+        kind="fanout",
+        target=alias,
+        args=(value,),
+        kwargs={},
+        operands=(value,),
+        outputs=tuple(outputs),
+        module=producer.module if producer else "",
+        source=producer.source if producer else "",
+    )
+    found.nodes.append(node)
+    for i, (out, group) in enumerate(zip(outputs, groups, strict=True)):
+        out.producer, out.output = node, i
+        if len(group) > 1:
+            _gather(graph, origin, out, group, found)
+        else:
+            found.parts[group[0][0]] = out
+
+
+def _by_module(users: list[tuple[int, Node]]) -> list[list[tuple[int, Node]]]:
+    """Users in groups of one submodule each, below the module that holds them all; its own stand alone."""
+    paths = [node.module.split(".") if node.module else [] for _, node in users]
+    shared = len(list(takewhile(lambda names: len(set(names)) == 1, zip(*paths, strict=False))))
+    groups: dict[Any, list[tuple[int, Node]]] = {}
+    for i, (user, path) in enumerate(zip(users, paths, strict=True)):
+        groups.setdefault(path[shared] if len(path) > shared else i, []).append(user)
+    return list(groups.values()) if len(groups) > 1 else [[user] for user in users]
+
+
+def _rewire(graph: Graph, made: dict[int, _Fanout]) -> None:
     taken: dict[int, int] = dict.fromkeys(made, 0)
-    ordered: list[Node] = [made[v.index] for v in graph.inputs.values() if v.index in made]
+    ordered: list[Node] = [node for v in graph.inputs.values() if v.index in made for node in made[v.index].nodes]
 
     def use(structure: Any) -> Any:
         if isinstance(structure, Value):
@@ -256,7 +301,7 @@ def _rewire(graph: Graph, made: dict[int, Node]) -> None:
                 return structure
             at = taken[structure.index]
             taken[structure.index] += 1
-            return made[structure.index].outputs[at]
+            return made[structure.index].parts[at]
         if isinstance(structure, (list, tuple)):
             return type(structure)(use(item) for item in structure)
         if isinstance(structure, dict):
@@ -268,5 +313,5 @@ def _rewire(graph: Graph, made: dict[int, Node]) -> None:
             node.args, node.kwargs = use(node.args), use(node.kwargs)
             node.operands = _operands(node)
         ordered.append(node)
-        ordered.extend(made[v.index] for v in node.outputs if v.index in made)
+        ordered.extend(fanout for v in node.outputs if v.index in made for fanout in made[v.index].nodes)
     graph.nodes = ordered

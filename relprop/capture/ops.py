@@ -33,6 +33,29 @@ def attention(
     return F.scaled_dot_product_attention(q, k, v, mask, 0.0, causal, scale=scale, enable_gqa=grouped)
 
 
+def window_mask(
+    mask: Tensor,  # broadcasts to [B, W, ..., Nq, Nk]
+    rank: int,  # of that
+    q: Tensor,  # [B * W, ..., Nq, d]
+) -> Tensor:  # [B * W or 1, ..., Nq, Nk]
+    """A mask of scores whose batch axis was split, as one of scores whose batch axis holds samples and windows."""
+    mask = mask.reshape(*[1] * (rank - mask.ndim), *mask.shape)
+    merged = rank - q.ndim + 1
+    lead = mask.shape[:merged]
+    windows = math.prod(lead[1:])
+    if lead[0] == windows == 1:
+        return mask.flatten(0, merged - 1)
+    flat = mask.flatten(0, merged - 1)
+    if lead[0] == 1:
+        return flat.repeat(q.shape[0] // windows, *[1] * (q.ndim - 1))
+    return flat.repeat_interleave(q.shape[0] // flat.shape[0], 0)
+
+
+def additive_mask(seen: Tensor, q: Tensor) -> Tensor:
+    """-inf where a boolean mask does not see, in the dtype of the queries."""
+    return torch.zeros(seen.shape, dtype=q.dtype, device=q.device).masked_fill(~seen, -torch.inf)
+
+
 def row_select(x: Tensor, axis: int) -> Tensor:
     """Drop an axis of length one: what is left of `select` once its gather has been hoisted."""
     return x.squeeze(axis)
@@ -100,7 +123,12 @@ MOVEMENT = overloads(
     " transpose.int t movedim.int movedim.intlist swapaxes numpy_T mT slice.Tensor narrow select.int index.Tensor"
     " index_select gather unbind.int split.Tensor split_with_sizes split.sizes chunk cat concat stack expand expand_as"
     " repeat repeat_interleave.self_int roll flip pad constant_pad_nd pixel_shuffle pixel_unshuffle unfold im2col"
+    " masked_fill.Scalar topk"
     " to.dtype to.device to.dtype_layout _to_copy contiguous clone alias view_as broadcast_to tile type_as view.dtype"
+)
+
+RESHAPES = overloads(
+    "view reshape flatten.using_ints unflatten.int _unsafe_view view_as squeeze squeeze.dim squeeze.dims"
 )
 
 _KIND_NAMES = {
@@ -121,6 +149,12 @@ KINDS: dict[Any, str] = {
     **{op: kind for kind, names in _KIND_NAMES.items() for op in overloads(names)},
     attention: "attention",
     row_select: "select",
+}
+
+# Their value does not depend on the values of their inputs.
+CONSTANT = overloads("zeros_like ones_like full_like new_zeros new_ones new_full new_empty") | {
+    window_mask,
+    additive_mask,
 }
 
 # Gone in evaluation mode, or never more than a copy of their first argument.

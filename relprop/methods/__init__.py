@@ -11,6 +11,7 @@ from relprop.methods.input_maps import InputMap, PositionedMap
 from relprop.methods.sampled import IntegratedGradients, SmoothGrad
 
 _CHEFER = "Chefer et al., CVPR 2021"
+_WALK = {"start_layer": 0, "normalise": False, "read_tokens": "kept", "count_padding": False}
 
 register_method(
     Method(
@@ -20,7 +21,7 @@ register_method(
         f"{_CHEFER}, eq. 13-14",
         "chefer",
         partial(RowWalk, "gradient_x_relevance", "transformer_attribution"),
-        {"start_layer": 0},
+        _WALK,
     )
 )
 register_method(
@@ -30,7 +31,7 @@ register_method(
         f"{_CHEFER}, code (rollout)",
         "chefer",
         partial(RowWalk, "relevance", "relevance_rollout"),
-        {"start_layer": 0},
+        _WALK,
     )
 )
 register_method(
@@ -40,6 +41,7 @@ register_method(
         f"{_CHEFER}, code (full)",
         "chefer",
         partial(InputMap, "relevance", "full"),
+        {"at": "input"},
         output="input",
     )
 )
@@ -90,8 +92,8 @@ register_method(
         "product of all attention maps with the identity added; does not depend on the target",
         "Abnar and Zuidema, ACL 2020",
         "chefer",
-        partial(RowWalk, "attention", "attention_rollout", normalise=True),
-        {"start_layer": 0},
+        partial(RowWalk, "attention", "attention_rollout"),
+        {**_WALK, "normalise": True},
         uses_target=False,
     )
 )
@@ -102,7 +104,7 @@ register_method(
         f"Selvaraju et al., ICCV 2017; {_CHEFER}, code (cam_attn)",
         "chefer",
         partial(GradCam, "attention_gradcam"),
-        {"normalise": True},
+        {"normalise": True, "over": "row", "count_padding": False},
     )
 )
 register_method(
@@ -113,7 +115,7 @@ register_method(
         "Chefer, Gur and Wolf, ICCV 2021, eq. 5-11",
         "chefer",
         partial(GenericAttention, "generic_attention"),
-        {"start_layer": 0, "normalise": True},
+        {**_WALK, "normalise_between": True},
     )
 )
 register_method(

@@ -22,17 +22,19 @@ class Requirements:
         maps: per attention layer, which of its maps: "attention", "gradient", "relevance".
         values: streams at values: (value, "gradient" or "relevance").
         profile: whether the read-out asks which tokens the output reads.
-        profile_site: the attention layer after which the output reads tokens, the last by default.
+        read_after: attention layers for which the read-out asks how much of each query the output reads.
         positions: whether it asks for what positions keep.
         latents: values whose relevance is kept, by name.
+        padding: whether it asks which tokens no query sees.
     """
 
     maps: dict[Node, frozenset[str]] = field(default_factory=dict)
     values: tuple[tuple[Value, str], ...] = ()
     profile: bool = False
     positions: bool = False
-    profile_site: Node | None = None
     latents: Mapping[str, Value] = field(default_factory=dict)
+    padding: bool = False
+    read_after: tuple[Node, ...] = ()
 
 
 @dataclass
@@ -41,21 +43,27 @@ class Reading:
 
     Attributes:
         batch, targets: sizes B and T.
-        profile: how much the output reads of each token after the last attention layer. [T or 1, B, N]
+        profile: how much the output reads of each token after the last attention layer. [T or 1, B, N + E]
+        tokens: how many tokens the row of all tokens has, N; learned queries stand after them.
         explained_tokens: for each token whether it comes from an explained input (not a class or register token). [N]
+        padded: for each token whether it is hidden from every query. [B, N]
         streams: (value, stream name) -> tensor [T, *shape].
         inputs: value -> the tensor it had in the forward pass.
         positions: relevance that positions keep, each [T, B, N], where the read-out asks.
+        read: how much the output reads of the queries of attention layers, where the read-out asks. Each [T, B, Nq]
         backend: that the run's kernels come from.
     """
 
     batch: int
     targets: int
     profile: Tensor | None = None
+    tokens: int | None = None
     explained_tokens: Tensor | None = None
+    padded: Tensor | None = None
     streams: dict[tuple[Value, str], Tensor] = field(default_factory=dict)
     inputs: dict[Value, Tensor] = field(default_factory=dict)
     positions: list[Tensor] | None = None
+    read: dict[Node, Tensor] = field(default_factory=dict)
     backend: str = "torch"
 
 
@@ -65,9 +73,13 @@ class Reader:
     def visit(self, site: Node, maps: Maps, reading: Reading) -> None:
         """Take what is needed of one attention layer's maps [T, B, H, Nq, Nk]; layers come last first."""
 
-    def finish(self, reading: Reading) -> Tensor | dict[str, Tensor]:
-        """The relevance map, or one for each explained input by the name of its placeholder. [T or 1, B, ...]"""
+    def finish(self, reading: Reading) -> Tensor:
+        """The relevance map. [T or 1, B, ...]"""
         raise NotImplementedError
+
+    def by_input(self, graph: Graph, reading: Reading) -> dict[str, Tensor]:
+        """Relevance maps by explained input, where the read-out answers for inputs. Each [T or 1, B, ...]"""
+        return {}
 
 
 class RowReader(Reader):
@@ -77,8 +89,8 @@ class RowReader(Reader):
         """The row that comes to a layer, at its queries. [T or 1, B, Nq]"""
         raise NotImplementedError
 
-    def advance(self, product: Tensor) -> None:
-        """Take that row times E. [T or 1, B, Nk]"""
+    def advance(self, site: Node, product: Tensor) -> None:
+        """Take that row times E, at the layer's keys. [T or 1, B, Nk]"""
         raise NotImplementedError
 
 
@@ -89,6 +101,11 @@ class Readout:
     @property
     def starts_from_profile(self) -> bool:
         """Whether the answer holds the row that the walk started from, which says nothing about the input."""
+        return False
+
+    @property
+    def all_rows(self) -> bool:
+        """Whether it reads rows that the output does not, so that the graph must compute them."""
         return False
 
     def row_edge(self, site: Node) -> str | None:

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from relprop.errors import UnsupportedTopologyError
+from relprop.errors import OptionError, UnsupportedTopologyError
 from relprop.graph import Graph, Node, Value
 from relprop.methods.attention_maps import EDGES, RowWalk, edge_matrix
 from relprop.methods.base import Maps, Reader, Reading, Readout, Requirements
-from relprop.methods.topology import query_rows, self_attention_sites
+from relprop.methods.topology import key_rows, query_rows
 
 
 @dataclass(frozen=True)
@@ -41,16 +41,27 @@ class Topology:
     """How attention wires sequences of tokens.
 
     Attributes:
-        roots: states before any attention, by the explained input that they come from; "" for constants.
+        roots: states before any attention, by the explained inputs that they come from; none for constants.
         origin: for every state the root of its own tokens.
         updates: in order.
-        final: the state that the output reads, and the attention layer that made it.
+        final: the attention layers after which the output reads tokens, and the states that they made.
+        inputs: names of explained inputs, in the order of the model's arguments.
+        learned: how many learned queries stand after the tokens where layers' rows are counted.
     """
 
-    roots: dict[int, str] = field(default_factory=dict)
+    roots: dict[int, tuple[str, ...]] = field(default_factory=dict)
     origin: list[int] = field(default_factory=list)
     updates: list[Update] = field(default_factory=list)
-    final: tuple[int, Node] | None = None
+    final: dict[Node, int] = field(default_factory=dict)
+    inputs: tuple[str, ...] = ()
+    learned: int = 0
+
+    def rows(self, site: Node) -> slice:
+        """Which of its own sequence a layer computes queries for."""
+        rows = query_rows(site)
+        if rows.start < 0:
+            return slice(rows.start + self.learned, None if rows.stop is None else rows.stop + self.learned)
+        return slice(rows.start, None if self.learned and rows.stop == -self.learned else rows.stop)
 
     def new(self, origin: int | None = None) -> int:
         """A state; a root where it has no origin."""
@@ -58,11 +69,16 @@ class Topology:
         return len(self.origin) - 1
 
 
+State = int | Pending | tuple[int, ...]  # several where an operation reads several sequences
+
+
 class _Tracer:
+    """Follows the states of sequences through a graph."""
+
     def __init__(self, graph: Graph, method: str) -> None:
         self.graph, self.method = graph, method
-        self.found = Topology()
-        self.at: dict[int, int | Pending] = {}
+        self.found = Topology(inputs=tuple(graph.inputs), learned=graph.tokens.extra)
+        self.at: dict[int, State] = {}
         self.made: dict[tuple[Node, bool], int] = {}
 
     def run(self) -> Topology:
@@ -73,16 +89,17 @@ class _Tracer:
             if node.carrying:
                 state = self.through(node)
                 self.at.update({value.index: state for value in node.outputs})
-        final = self.settled(self.at[self.graph.output.index])
-        site = next((u.of.site for u in self.found.updates if u.state == final), None)
-        if site is None:
-            raise self.error("an output that reads tokens after an attention layer, got one that reads an input")
-        self.found.final = (final, site)
+        sites = {update.state: update.of.site for update in self.found.updates}
+        for state in self.settled(self.at[self.graph.output.index]):
+            site = sites.get(state)
+            if site is None:
+                raise self.error("an output that reads tokens after attention layers, got one that reads an input")
+            self.found.final[site] = state
         return self.found
 
-    def root(self, name: str) -> int:
+    def root(self, *names: str) -> int:
         state = self.found.new()
-        self.found.roots[state] = name
+        self.found.roots[state] = names
         return state
 
     def name_of(self, value: Value | None) -> str:
@@ -94,11 +111,11 @@ class _Tracer:
     def error(self, text: str) -> UnsupportedTopologyError:
         return UnsupportedTopologyError(f"method {self.method!r} follows attention between sequences: expected {text}")
 
-    def settled(self, state: int | Pending) -> int:
-        if isinstance(state, int):
-            return state
-        # A constant query, such as a learned one, keeps its own row whether or not it is added.
-        return self.updated(state, residual=self.found.roots.get(state.query) == "")
+    def settled(self, state: State) -> tuple[int, ...]:
+        """States with nothing pending; what is not added to its queries stands without them."""
+        if isinstance(state, Pending):
+            return (self.updated(state, residual=False),)
+        return (state,) if isinstance(state, int) else state
 
     def updated(self, of: Pending, residual: bool) -> int:
         if (of.site, residual) not in self.made:
@@ -107,7 +124,7 @@ class _Tracer:
             self.made[of.site, residual] = state
         return self.made[of.site, residual]
 
-    def through(self, node: Node) -> int | Pending:
+    def through(self, node: Node) -> State:
         carrying = [v for v in node.operands if v is not None and v.carrying]
         if node.kind == "embedding":
             return self.root(self.name_of(node.operands[1]))
@@ -120,17 +137,29 @@ class _Tracer:
         plain = [s for s in states if not isinstance(s, Pending)]
         if len(pending) == 1 and plain == [pending[0].query]:
             return self.updated(pending[0], residual=True) if node.kind == "add" else pending[0]
-        raise self.error(f"each operation to read one sequence of tokens, got several at {node.describe()}")
+        if node.kind == "add" and all(isinstance(s, int) and s in self.found.roots for s in states):
+            return self.merged(tuple(s for s in states if isinstance(s, int)))
+        return tuple(dict.fromkeys(part for state in states for part in self.settled(state)))
 
-    def attention(self, node: Node) -> Pending:
+    def merged(self, roots: tuple[int, ...]) -> int:
+        """One sequence that several inputs are summed to, token by token."""
+        names = tuple(name for root in roots for name in self.found.roots[root])
+        known = next((root for root, of in self.found.roots.items() if of == names), None)
+        return self.root(*names) if known is None else known
+
+    def attention(self, node: Node) -> State:
         q, k = node.operands[0], node.operands[1]
         assert q is not None and k is not None
         for value in (q, k):
             shared = value.rank == 4 and value.sample is not None and value.sample.factor != 1
             if shared or (value.sample is not None and value.sample.axis != 0):
                 raise self.error(f"attention over whole sequences, got windows at {node.describe()}")
-        states = [self.settled(self.at[v.index]) if v.carrying else self.root("") for v in (q, k)]
-        return Pending(states[0], states[1], node)
+        states = [self.settled(self.at[v.index]) if v.carrying else (self.root(),) for v in (q, k)]
+        if any(len(found) > 1 for found in states):
+            raise self.error(f"queries and keys of one sequence each, got several at {node.describe()}")
+        found = Pending(states[0][0], states[1][0], node)
+        # Constant queries, such as learned ones, are added where nothing of the input shows it: they keep their rows.
+        return self.updated(found, residual=True) if self.found.roots.get(found.query) == () else found
 
 
 @dataclass(frozen=True)
@@ -139,23 +168,34 @@ class GenericAttention(Readout):
 
     Args:
         method: for messages.
-        start_layer: first layer of the product, where all layers attend within one sequence.
-        normalise: the residual-free part of R_ss and R_qq is divided by its row sums where sequences meet.
+        start_layer, normalise, read_tokens, count_padding: of the row walk, where all layers attend within one
+            sequence.
+        normalise_between: where sequences meet, the residual-free parts of R_ss and R_qq are divided by their row sums.
     """
 
     method: str
     start_layer: int = 0
-    normalise: bool = True
+    normalise: bool = False
+    read_tokens: str = "kept"
+    count_padding: bool = False
+    normalise_between: bool = True
 
     def resolve(self, graph: Graph) -> Readout:
-        """A row walk where all layers attend within one sequence, the matrices of all states elsewhere."""
-        try:
-            self_attention_sites(graph, self.method)
-        except UnsupportedTopologyError:
-            if not graph.attention_sites():
-                raise
-            return CoAttention(self.method, self.normalise, _Tracer(graph, self.method).run())
-        return RowWalk("gradient_x_attention", self.method, self.start_layer)
+        """A row walk where all layers attend within one sequence, the matrices of all states elsewhere.
+
+        Learned queries are a sequence of their own where they attend to each other.
+        """
+        walk = (self.start_layer, self.normalise, self.read_tokens, self.count_padding)
+        sites = graph.attention_sites()
+        if not any(key_rows(site).start < 0 for site in sites) and (graph.tokens.covering is not None or not sites):
+            return RowWalk("gradient_x_attention", self.method, *walk)
+        if walk != (0, False, "kept", False):
+            raise OptionError(
+                f"method_options of {self.method}: expected only normalise_between where layers attend between several"
+                f" sequences, got start_layer {walk[0]}, normalise {walk[1]}, read_tokens {walk[2]!r}, count_padding"
+                f" {walk[3]}"
+            )
+        return CoAttention(self.method, self.normalise_between, _Tracer(graph, self.method).run())
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,8 +209,7 @@ class CoAttention(Readout):
     def require(self, graph: Graph) -> Requirements:
         """Attention and gradient of every layer that the output depends on."""
         maps = {update.of.site: EDGES["gradient_x_attention"] for update in self.topology.updates}
-        assert self.topology.final is not None
-        return Requirements(maps, profile=True, profile_site=self.topology.final[1])
+        return Requirements(maps, read_after=tuple(self.topology.final))
 
     def reader(self) -> Reader:
         """A reader of whole maps."""
@@ -182,18 +221,25 @@ class _States(Reader):
         self.topology, self.normalise = topology, normalise
         self.edges: dict[Node, Tensor] = {}
         self.matrices: dict[int, dict[int, Tensor]] = {}  # state -> root -> [T or 1, B or 1, N, N of the root]
+        self.maps: dict[str, Tensor] = {}
 
     def visit(self, site: Node, maps: Maps, reading: Reading) -> None:
         self.edges[site] = edge_matrix("gradient_x_attention", site, maps, reading.backend)
 
-    def finish(self, reading: Reading) -> dict[str, Tensor]:
+    def finish(self, reading: Reading) -> Tensor:
         for update in self.topology.updates:
             self.matrices[update.state] = self.apply(update)
-        assert self.topology.final is not None and reading.profile is not None
-        row = reading.profile.unsqueeze(-2)
-        final = self.matrices[self.topology.final[0]]
-        named = {self.topology.roots[root]: matrix for root, matrix in final.items()}
-        return {name: (row @ matrix).squeeze(-2) for name, matrix in named.items() if name}
+        found: dict[str, Tensor] = {}
+        for site, state in self.topology.final.items():
+            for root, matrix in self.matrices[state].items():
+                row = (reading.read[site].unsqueeze(-2) @ matrix[..., self.topology.rows(site), :]).squeeze(-2)
+                for name in self.topology.roots[root]:
+                    found[name] = found[name] + row if name in found else row
+        self.maps = {name: found[name] for name in self.topology.inputs if name in found}
+        return next(iter(self.maps.values()))
+
+    def by_input(self, graph: Graph, reading: Reading) -> dict[str, Tensor]:
+        return self.maps
 
     def of(self, state: int, length: int, like: Tensor) -> dict[int, Tensor]:
         """A state's matrices; a root stands for itself."""
@@ -209,7 +255,7 @@ class _States(Reader):
         queries = keys if same else self.of(update.of.query, edge.shape[-2], edge)
         ours, theirs = self.topology.origin[update.of.query], self.topology.origin[update.of.key]
         length = next(iter(queries.values())).shape[-2]
-        rows = query_rows(site, length)
+        rows = self.topology.rows(site)
         gained: dict[int, Tensor] = {}
         for root, matrix in keys.items():
             if same or root != theirs or root == ours:

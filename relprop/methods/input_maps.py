@@ -9,6 +9,7 @@ from torch import Tensor
 from relprop.errors import OptionError, UnsupportedTopologyError
 from relprop.graph import Graph, Value
 from relprop.methods.base import Reader, Reading, Readout, Requirements
+from relprop.methods.topology import residual_tokens, self_attention_sites
 
 
 @dataclass(frozen=True)
@@ -18,18 +19,24 @@ class InputMap(Readout):
     Args:
         stream: "relevance" or "gradient" (multiplied with the input).
         method: for messages.
+        at: "input", or "tokens" for the sequence that the first attention layer reads, where position embeddings and
+            class tokens still have their share.
     """
 
     stream: str
     method: str
+    at: str = "input"
 
     def require(self, graph: Graph) -> Requirements:
-        """The stream at the one explained input."""
-        value = entry_value(graph, self.method)
-        return Requirements(values=((value, self.stream),))
+        """The stream at every explained input."""
+        if self.at not in ("input", "tokens"):
+            raise OptionError(f"at: expected 'input' or 'tokens', got {self.at!r}")
+        if self.at == "tokens":
+            return Requirements(values=((first_tokens(graph, self.method), self.stream),))
+        return Requirements(values=tuple((value, self.stream) for _, value in entries(graph)))
 
     def reader(self) -> Reader:
-        """A reader at the input."""
+        """A reader at the inputs."""
         return _AtInput(self.stream)
 
 
@@ -38,7 +45,19 @@ class _AtInput(Reader):
         self.stream = stream
 
     def finish(self, reading: Reading) -> Tensor:
-        (value,) = {value for value, name in reading.streams if name == self.stream}
+        first = next(value for value, name in reading.streams if name == self.stream)
+        return self._summed(reading, first)
+
+    def by_input(self, graph: Graph, reading: Reading) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for name, value in entries(graph):
+            if (value, self.stream) in reading.streams:
+                part = self._summed(reading, value)
+                found[name] = found[name] + part if name in found else part
+        return found
+
+    def _summed(self, reading: Reading, value: Value) -> Tensor:
+        """The stream at one input, summed over channels."""
         found = reading.streams[value, self.stream]
         if self.stream == "gradient":
             found = found * reading.inputs[value].to(found.dtype)
@@ -68,7 +87,7 @@ class PositionedMap(InputMap):
         choices = ("added", "alone", "left out")
         if self.positions not in choices:
             raise OptionError(f"positions: expected one of {', '.join(choices)}, got {self.positions!r}")
-        return replace(super().require(graph), positions=True)
+        return replace(only_one(super().require(graph), self.method), positions=True)
 
     def reader(self) -> Reader:
         """A reader at the input that knows of positions."""
@@ -107,15 +126,38 @@ def _over_pixels(positions: Tensor, pixels: Tensor) -> Tensor:
     )
 
 
-def entry_value(graph: Graph, method: str) -> Value:
-    """Where relevance leaves the model: a floating-point input, or the embedding of token ids.
+def first_tokens(graph: Graph, method: str) -> Value:
+    """The sequence of tokens that the first attention layer reads. [B, N, C]
 
     Raises:
-        UnsupportedTopologyError: there is not exactly one.
+        UnsupportedTopologyError: attention layers do not share one sequence.
     """
-    found = [value for value in graph.explained if value.dtype.is_floating_point]
-    found += [node.outputs[0] for node in graph.nodes if node.kind == "embedding" and node.role == "tokens"]
-    if len(found) != 1:
-        names = ", ".join(value.name for value in found) or "none"
+    found = residual_tokens(graph, self_attention_sites(graph, method)[0])
+    if found is None:
+        raise UnsupportedTopologyError(f"method {method!r}: expected a first attention layer over tokens [B, N, C]")
+    return found
+
+
+def only_one(requirements: Requirements, method: str) -> Requirements:
+    """The same requirements, of a read-out for one input.
+
+    Raises:
+        UnsupportedTopologyError: there are several.
+    """
+    if len(requirements.values) != 1:
+        names = ", ".join(value.name for value, _ in requirements.values)
         raise UnsupportedTopologyError(f"method {method!r}: expected one explained input, got {names}")
-    return found[0]
+    return requirements
+
+
+def entries(graph: Graph) -> list[tuple[str, Value]]:
+    """Where relevance leaves the model, by explained input: the input itself, or embeddings of its token ids."""
+    found: list[tuple[str, Value]] = []
+    for name, value in graph.inputs.items():
+        if all(value is not explained for explained in graph.explained):
+            continue
+        if value.dtype.is_floating_point:
+            found.append((name, value))
+        else:
+            found += [(name, node.outputs[0]) for node in graph.nodes if node.attributes.get("ids") == name]
+    return found

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from relprop.errors import OptionError
-from relprop.methods.input_maps import InputMap
+from relprop.graph import Graph
+from relprop.methods.base import Requirements
+from relprop.methods.input_maps import InputMap, only_one
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,10 @@ class SampledMap(InputMap):
     """
 
     batch: int = 8
+
+    def require(self, graph: Graph) -> Requirements:
+        """The gradient at the one explained input."""
+        return only_one(super().require(graph), self.method)
 
     def points(self, x: Tensor) -> Sequence[tuple[float, Tensor]]:
         """Weights and points. x: [B, ...]"""

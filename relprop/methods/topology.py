@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from relprop.errors import UnsupportedTopologyError
-from relprop.graph import Graph, Node, Value
+from relprop.graph import Graph, Node, Value, depends_on_input
 from relprop.rules import Call, make_rule
 from relprop.rules.base import unbroadcast
 from relprop.weights import Derive
@@ -28,26 +30,14 @@ def self_attention_sites(graph: Graph, method: str) -> list[Node]:
             f"method {method!r} reads attention maps: expected a model with attention layers, got none that"
             " torch.export shows as attention (softmax between two products of activations)"
         )
-    odd = [site for site in sites if not _is_global_self_attention(site)]
-    lengths = {str(site.operands[1].shape[-2]) for site in sites if site.operands[1] is not None}
-    if odd or len(lengths) > 1:
-        named = "\n".join(f"  {site.describe()}" for site in odd or sites)
+    if graph.tokens.covering is None:
+        named = "\n".join(f"  {site.describe()}: {reason}" for site, reason in graph.tokens.problems)
         raise UnsupportedTopologyError(
-            f"method {method!r} walks through self-attention layers over one sequence of tokens: expected query and key"
-            f" tokens to be that sequence in every layer, got {len(lengths)} sequence length(s) and\n{named}"
+            f"method {method!r} walks a row of tokens through the attention layers: expected layers that attend over"
+            f" tokens of one sequence, got\n{named}\nMethods 'full' and 'gradient_x_input' explain such a model at its"
+            " input, and Engine.trace gives each layer's own maps"
         )
     return sites
-
-
-def _is_global_self_attention(site: Node) -> bool:
-    q, k = site.operands[0], site.operands[1]
-    assert q is not None and k is not None
-    if not (q.carrying and k.carrying) or k.sample is None or k.sample.axis != 0:
-        return False
-    if k.rank == 4 and k.sample.factor != 1:  # windows share the batch axis
-        return False
-    rows = site.attributes.get("query_rows")
-    return rows is not None or str(q.shape[-2]) == str(k.shape[-2])
 
 
 def by_head(site: Node, maps: Tensor) -> Tensor:
@@ -59,16 +49,57 @@ def by_head(site: Node, maps: Tensor) -> Tensor:
     return maps.reshape(maps.shape[0], -1, sample.factor, *maps.shape[-2:])
 
 
-def query_rows(site: Node, length: int) -> slice:
-    """Which of the sequence's tokens a site computes queries for."""
-    start, stop = site.attributes.get("query_rows", (0, length))
-    return slice(start, min(stop, length))
+def query_rows(site: Node) -> slice:
+    """Which tokens of the row a site computes queries for."""
+    return slice(*site.attributes.get("query_rows", (0, None)))
+
+
+def key_rows(site: Node) -> slice:
+    """Which tokens of the row a site's keys are."""
+    return slice(*site.attributes.get("key_rows", (0, None)))
+
+
+def queries_are_tokens(site: Node) -> bool:
+    """Whether a site's queries are tokens that keep themselves, not learned ones that only gather."""
+    return query_rows(site).start >= 0 or "key_rows" not in site.attributes
+
+
+def number_of_keys(site: Node, shapes: dict[int, torch.Size]) -> int:
+    """How many tokens a site sees."""
+    keys, axis = (site.outputs[0], -1) if site.kind == "softmax" else (site.operands[1], -2)
+    assert keys is not None
+    return int(shapes[keys.index][axis])
+
+
+def mask_of(site: Node) -> Value | None:
+    """What hides keys from queries, where it is an operand of its own."""
+    return site.operands[3] if site.kind == "attention" else None
+
+
+def padded_tokens(graph: Graph, tensors: dict[int, Any], shapes: dict[int, torch.Size], batch: int) -> Tensor | None:
+    """Tokens that masks hide from every query of every attention layer; None where a layer hides none. [B, N], bool"""
+    found: Tensor | None = None
+    for site in graph.attention_sites():
+        mask, sample = mask_of(site), site.outputs[0].sample
+        stored = None if mask is None else tensors.get(mask.index)
+        if stored is None:
+            return None
+        # Additive masks hide by minus infinity, the lowest number, or -10,000.
+        hidden = ~stored if stored.dtype == torch.bool else stored <= -1e4
+        keys = shapes[site.operands[1].index][-2]  # type: ignore[union-attr]
+        lead = hidden.shape[0] if hidden.ndim > 2 else 1
+        if sample is not None and sample.factor > 1 and lead > 1:
+            lead //= sample.factor
+        hidden = hidden.reshape(lead, -1, hidden.shape[-1]).all(1).expand(batch, keys)
+        found = hidden if found is None else found & hidden
+    return found
 
 
 def residual_tokens(graph: Graph, site: Node) -> Value | None:
     """The token sequence [B, N, C] that a first attention layer reads: the value before its norm and projections."""
-    value = site.operands[1]
-    length = str(value.shape[-2]) if value is not None else ""
+    scores = site.kind == "softmax"
+    value = site.outputs[0] if scores else site.operands[1]
+    length = str(value.shape[-1 if scores else -2]) if value is not None else ""
     found = None
     while value is not None and value.producer is not None:
         if value.rank == 3 and str(value.shape[1]) == length:
@@ -86,7 +117,7 @@ def explained_tokens(graph: Graph, site: Node, lengths: Any) -> list[bool]:
     Args:
         lengths: function from a value's index to its run-time shape.
     """
-    value: Value | None = residual_tokens(graph, site)
+    value: Value | None = residual_tokens(graph, graph.tokens.covering or site)
     while value is not None and value.producer is not None:
         node = value.producer
         if node.kind == "movement" and isinstance(node.args[0], list) and value.rank == 3:
@@ -120,43 +151,79 @@ def explained_part(part: Value, size: int, lengths: Any) -> list[bool]:
     return [True] * size
 
 
-def profile_nodes(graph: Graph, site: Node | None = None) -> list[Node]:
-    """The operations between an attention layer, the last by default, and the output, output last."""
-    at = graph.nodes.index(site or graph.attention_sites()[-1])
-    return [node for node in graph.nodes[at + 1 :] if node.carrying]
+def patch_grid(
+    graph: Graph, patches: int, size: tuple[int, int], shapes: Mapping[int, torch.Size]
+) -> tuple[int, int] | None:
+    """Rows and columns of an image's patches: of the convolution that makes them, else of squares that fill the image.
+
+    Args:
+        size: of the image, in pixels.
+    """
+    for node in graph.nodes:
+        if node.kind == "conv" and node.role == "input":
+            rows, columns = shapes[node.outputs[0].index][-2:]
+            if rows * columns == patches:
+                return int(rows), int(columns)
+    side = math.isqrt(size[0] * size[1] // patches) if patches else 0
+    if side and size[0] % side == 0 and size[1] % side == 0 and (size[0] // side) * (size[1] // side) == patches:
+        return size[0] // side, size[1] // side
+    return None
 
 
-def read_profile(
-    graph: Graph,
-    tensors: dict[int, Any],
-    shapes: dict[int, torch.Size],
-    seed: Tensor,
-    site: Node | None = None,
-) -> Tensor:
-    """How much the seeded outputs read of each token after the last attention layer, adding up to 1. [T or 1, B, N]
+def profile_nodes(graph: Graph, sites: Sequence[Node]) -> list[Node]:
+    """The operations between attention layers and the output, output last."""
+    reached = {value.index for site in sites for value in site.outputs}
+    found = []
+    for node in graph.nodes:
+        if any(value is not None and value.index in reached for value in node.operands):
+            reached |= {value.index for value in node.outputs}
+            found.append(node)
+    return found
+
+
+def read_profile(graph: Graph, tensors: dict[int, Any], shapes: dict[int, torch.Size], seed: Tensor) -> Tensor:
+    """How much the seeded outputs read of each token after the last attention layer, adding up to 1. [T or 1, B, N + E]
 
     One where a single class token is read, 1 / N each for a mean over tokens. Found by sending a constant back from
     the outputs that are explained through selections and pools alone: every other operation hands it on unchanged, so
-    what arrives at the last attention layer tells tokens apart by how they are read, not by what they say.
+    what arrives at the last attention layer tells tokens apart by how they are read, not by what they say. E learned
+    queries stand after the N tokens.
 
     Args:
         seed: of the reverse sweep; where it is 0 nothing is asked of the output. [T, *output shape]
-        site: the attention layer, the last by default.
     Raises:
         UnsupportedTopologyError: tokens are mixed after the last attention layer in a way that is no pool.
     """
-    site = site or graph.attention_sites()[-1]
-    output = site.outputs[0]
-    batch = seed.shape[1]
-    tokens = site.operands[1 if "query_rows" in site.attributes else 0]
-    length = shapes[tokens.index][-2]  # type: ignore[union-attr]
-    rows = query_rows(site, length)
+    site = graph.attention_sites()[-1]
+    assert graph.tokens.covering is not None
+    length = number_of_keys(graph.tokens.covering, shapes) + graph.tokens.extra
+    rows = query_rows(site)
     if len(range(*rows.indices(length))) == 1:
-        profile = seed.new_zeros(1, batch, length)
+        profile = seed.new_zeros(1, seed.shape[1], length)
         profile[..., rows] = 1.0
         return profile
+    (read,) = tokens_read(graph, tensors, shapes, seed, (site,)).values()
+    profile = seed.new_zeros(len(seed), seed.shape[1], length)
+    profile[..., rows] = read
+    return profile
+
+
+def tokens_read(
+    graph: Graph, tensors: dict[int, Any], shapes: dict[int, torch.Size], seed: Tensor, sites: Sequence[Node]
+) -> dict[Node, Tensor]:
+    """How much the seeded outputs read of each query of some last attention layers, see `read_profile`.
+
+    Returns:
+        for each layer, adding up to 1 where anything is read. [T, B, Nq]
+    """
+    return {site: _read_after(site, graph, tensors, shapes, seed) for site in sites}
+
+
+def _read_after(
+    site: Node, graph: Graph, tensors: dict[int, Any], shapes: dict[int, torch.Size], seed: Tensor
+) -> Tensor:
     streams = {graph.output.index: (seed != 0).to(seed.dtype)}
-    for node in reversed(profile_nodes(graph, site)):
+    for node in reversed(profile_nodes(graph, (site,))):
         parts = [streams.pop(v.index, None) for v in node.outputs]
         given = [part for part in parts if part is not None]
         if not given:
@@ -166,11 +233,10 @@ def read_profile(
         for value, part in zip(node.operands, _unmixed(graph, node, call, parts, given), strict=False):
             if value is not None and value.carrying and part is not None:
                 streams[value.index] = streams[value.index] + part if value.index in streams else part
-    arrived = streams[output.index]
-    per_token = arrived.reshape(len(seed), batch, -1, *arrived.shape[-2:]).mean((2, 4))
-    profile = seed.new_zeros(len(seed), batch, length)
-    profile[..., rows] = per_token / per_token.sum(-1, keepdim=True)
-    return profile
+    arrived = streams[site.outputs[0].index]
+    per_token = arrived.reshape(len(seed), seed.shape[1], -1, *arrived.shape[-2:]).mean((2, 4))
+    total = per_token.sum(-1, keepdim=True)
+    return per_token / torch.where(total == 0, 1.0, total)
 
 
 def _unmixed(graph: Graph, node: Node, call: Call, parts: list[Tensor | None], given: list[Tensor]) -> Any:
@@ -179,12 +245,21 @@ def _unmixed(graph: Graph, node: Node, call: Call, parts: list[Tensor | None], g
     if node.kind == "linear":
         shape = (len(given[0]), *call.shape(0))
         return (given[0].mean(-1, keepdim=True).expand(shape),)
+    if node.kind == "matmul" and sum(carrying) == 1:
+        at = carrying.index(True)
+        spread = given[0].mean(-2 if at else -1, keepdim=True).expand(len(given[0]), *call.shape(at))
+        return (None, spread) if at else (spread, None)
     if node.kind in ("norm", "activation"):
         return (given[0],)
+    if node.kind == "matmul":
+        rows = given[0].mean(-1, keepdim=True).expand(len(given[0]), *call.shape(0))
+        if given[0].ndim > 3:
+            return rows, None
+        return rows, given[0].mean(-2, keepdim=True).expand(len(given[0]), *call.shape(1))  # samples with samples
     if node.kind == "fanout":
         return (sum(given[1:], given[0]),)
     constants = [v for v in node.operands if v is not None and not v.carrying]
-    if node.kind == "mul" and any(v.index not in graph.parameters for v in constants):
+    if node.kind == "mul" and any(depends_on_input(graph, v) for v in constants):
         return GRADIENT.propagate(call, given[0])  # a mask says which tokens are read
     if node.kind in ("add", "mul"):
         return tuple(unbroadcast(given[0], call.shape(i)) if c else None for i, c in enumerate(carrying))

@@ -20,12 +20,23 @@ from relprop.native.products import (
     products_fast,
     share_out_product,
 )
-from relprop.native.tensors import HALF, REFERENCE, SIGNED, Stabiliser, empty_cache
+from relprop.native.tensors import (
+    FLOATING,
+    HALF,
+    REFERENCE,
+    SIGNED,
+    SMALLEST_KEPT,
+    Stabiliser,
+    empty,
+    empty_cache,
+)
 
 __all__ = [
+    "FLOATING",
     "HALF",
     "REFERENCE",
     "SIGNED",
+    "SMALLEST_KEPT",
     "_C",
     "Stabiliser",
     "activation_gradient",
@@ -37,6 +48,7 @@ __all__ = [
     "attention_shares",
     "available",
     "back_product",
+    "empty",
     "empty_cache",
     "epsilon_select",
     "epsilon_share_out",

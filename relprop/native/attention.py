@@ -9,7 +9,7 @@ from torch import Tensor
 
 from relprop.errors import DeviceError, DTypeError, OptionError, ShapeError
 from relprop.native.module import _C
-from relprop.native.tensors import Stabiliser, check, dtype_of, empty, text_of
+from relprop.native.tensors import Stabiliser, dtype_of, empty, is_aligned, text_of
 
 QK_RULES = {"half": 0, "positive": 1, "detached": 2}
 EDGES = {"gradient_x_relevance": 1, "gradient_x_attention": 2, "relevance": 3, "attention": 4}
@@ -33,27 +33,38 @@ class AttentionStreams:
     row: Tensor | None
 
 
-def _rows(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Checked, with a contiguous last axis; other strides stay as they are."""
-    check(name, tensor, shape, dtype)
+def _rows(name: str, tensor: Tensor, shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """Checked against q, aligned, with a contiguous last axis; other strides stay as they are."""
+    if tensor.dtype is not like.dtype:
+        raise DTypeError(f"{name}: expected {like.dtype} as the other tensors, got {tensor.dtype}")
+    if tensor.shape != shape:
+        raise ShapeError(f"{name}: expected shape {text_of(shape)}, got {text_of(tensor.shape)}")
+    _check_device(name, tensor, like)
+    return _readable(tensor)
+
+
+def _check_device(name: str, tensor: Tensor, like: Tensor) -> None:
+    if tensor.device != like.device:
+        raise DeviceError(f"{name}: expected a tensor on {like.device} as the others, got one on {tensor.device}")
+
+
+def _readable(tensor: Tensor) -> Tensor:
     if tensor.is_neg() or (tensor.stride(-1) != 1 and tensor.shape[-1] > 1):
         return tensor.resolve_neg().contiguous()
-    return tensor
+    return tensor if is_aligned(tensor) else tensor.clone()
 
 
-def _mask(mask: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[str, Tensor]:
+def _mask(mask: Tensor, shape: tuple[int, ...], like: Tensor) -> tuple[str, Tensor]:
     """The mask's name in the kernel and the mask expanded to [B, H, Nq, Nk]."""
-    if mask.dtype not in (torch.bool, dtype):
-        raise DTypeError(f"mask: expected torch.bool or {dtype} as the other tensors, got {mask.dtype}")
-    if not mask.is_cpu:
-        raise DeviceError(f"mask: expected a tensor on the cpu, got one on {mask.device}")
+    if mask.dtype not in (torch.bool, like.dtype):
+        raise DTypeError(f"mask: expected torch.bool or {like.dtype} as the other tensors, got {mask.dtype}")
+    _check_device("mask", mask, like)
     fits = mask.dim() <= 4 and all(m in (1, s) for m, s in zip(mask.shape[::-1], shape[::-1], strict=False))
     if not fits:
         raise ShapeError(f"mask: expected a shape that broadcasts to {text_of(shape)}, got {text_of(mask.shape)}")
     if mask.shape[-1:] != shape[-1:]:
         mask = mask.expand(*mask.shape[:-1], shape[-1])
-    if mask.is_neg() or mask.stride(-1) != 1:
-        mask = mask.resolve_neg().contiguous()
+    mask = _readable(mask)
     if mask.dtype == torch.bool:
         return "seen", mask.view(torch.uint8).expand(shape)
     return "bias", mask.expand(shape)
@@ -114,38 +125,32 @@ def attention_relevance(
         ShapeError, DTypeError, DeviceError, OptionError
     Source: Chefer et al., CVPR 2021, section 3; tiles as in FlashAttention (Dao et al., NeurIPS 2022).
     """
-    dtype, itemsize = dtype_of("q", q)
-    if qk not in QK_RULES:
-        raise OptionError(f"qk: expected one of {', '.join(QK_RULES)}, got {qk!r}")
+    if not q.is_cpu:
+        raise DeviceError(f"q: expected a tensor on the cpu, got one on {q.device}")
     if qk == "detached":
         relevances_wanted = (False, False, relevances_wanted[2])
-    if relevance is not None and output is None:
-        raise OptionError("output: expected a tensor, which the relevance stream needs, got None")
-    ready, sizes = _layer(q, k, v, output, mask, dtype)
-    targets = next((s.shape[0] for s in (gradient, relevance) if s is not None and s.dim()), 0)
-    streams = {"gradient": (gradient, gradients_wanted), "relevance": (relevance, relevances_wanted)}
+    layer = prepared(q, k, v, output, mask, gradient, relevance, row, qk, edge)
+    sizes, targets = layer.sizes, layer.targets
     made: dict[str, Parts] = {}
     results: dict[str, Tensor] = {}
-    for name, (stream, wanted) in streams.items():
-        made[name] = (None, None, None)
-        if stream is not None:
-            _check_rank(name, stream, 5, "T, B, H, Nq, dv")
-            ready[name] = _rows(name, stream, (targets, *sizes[:2], sizes[3], sizes[6]), dtype)
-            made[name] = _outputs(q, k, v, targets, wanted)
+    for name, stream, wanted in (
+        ("gradient", gradient, gradients_wanted),
+        ("relevance", relevance, relevances_wanted),
+    ):
+        made[name] = (None, None, None) if stream is None else _outputs(q, k, v, targets, wanted)
         results |= {f"{name}_{part}": t for part, t in zip("qkv", made[name], strict=True) if t is not None}
     walked = None
     if edge is not None:
-        ready["row"] = _row(edge, row, targets, (sizes[0], sizes[3]), dtype)
-        walked = results["row_out"] = q.new_empty(len(ready["row"]), sizes[0], sizes[4])
+        walked = results["row_out"] = q.new_empty(len(layer.tensors["row"]), sizes[0], sizes[4])
     streamless = gradient is None and relevance is None
     if 0 in (sizes[0], sizes[3], sizes[4]) or (targets == 0 and not streamless):
         for tensor in results.values():
             tensor.zero_()
         return AttentionStreams(made["gradient"], made["relevance"], walked)
     _C.attention_relevance(
-        itemsize,
+        q.element_size(),
         (targets, *sizes, 0 if walked is None else len(walked)),
-        {name: (tensor.data_ptr(), tensor.stride()[:-1]) for name, tensor in (ready | results).items()},
+        {name: (tensor.data_ptr(), tensor.stride()[:-1]) for name, tensor in (layer.tensors | results).items()},
         scale,
         causal,
         exact_output and output is not None,
@@ -158,38 +163,77 @@ def attention_relevance(
     return AttentionStreams(made["gradient"], made["relevance"], walked)
 
 
-def _layer(
-    q: Tensor, k: Tensor, v: Tensor, output: Tensor | None, mask: Tensor | None, dtype: torch.dtype
-) -> tuple[dict[str, Tensor], tuple[int, ...]]:
-    """The layer's tensors as the kernel reads them, and the sizes B, H, Hk, Nq, Nk, d, dv."""
+@dataclass(frozen=True)
+class Layer:
+    """A call's tensors by the kernel's names, checked, on one device, with a contiguous last axis.
+
+    Attributes:
+        tensors: q, k, v and what is given of output, seen or bias (the mask), gradient, relevance and row.
+        sizes: B, H, Hk, Nq, Nk, d, dv.
+        targets: T of the streams, 0 without any.
+    """
+
+    tensors: dict[str, Tensor]
+    sizes: tuple[int, ...]
+    targets: int
+
+
+def prepared(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    output: Tensor | None,
+    mask: Tensor | None,
+    gradient: Tensor | None,
+    relevance: Tensor | None,
+    row: Tensor | None,
+    qk: str,
+    edge: str | None,
+) -> Layer:
+    """The arguments of `attention_relevance`, held to its description on whichever device q is."""
+    dtype_of("q", q)
+    if qk not in QK_RULES:
+        raise OptionError(f"qk: expected one of {', '.join(QK_RULES)}, got {qk!r}")
+    if edge is not None and edge not in EDGES:
+        raise OptionError(f"edge: expected one of {', '.join(EDGES)}, got {edge!r}")
+    if relevance is not None and output is None:
+        raise OptionError("output: expected a tensor, which the relevance stream needs, got None")
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         _check_rank(name, tensor, 4, "B, H, N, d")
     batch, heads, queries, width = q.shape
     key_heads, keys, value_width = k.shape[1], k.shape[2], v.shape[3]
     if key_heads == 0 or heads % key_heads:
         raise ShapeError(f"k: expected a number of heads that divides {heads}, got {key_heads}")
-    ready = {
-        "q": _rows("q", q, (batch, heads, queries, width), dtype),
-        "k": _rows("k", k, (batch, key_heads, keys, width), dtype),
-        "v": _rows("v", v, (batch, key_heads, keys, value_width), dtype),
+    found = {
+        "q": _rows("q", q, (batch, heads, queries, width), q),
+        "k": _rows("k", k, (batch, key_heads, keys, width), q),
+        "v": _rows("v", v, (batch, key_heads, keys, value_width), q),
     }
     if output is not None:
-        ready["output"] = _rows("output", output, (batch, heads, queries, value_width), dtype)
+        found["output"] = _rows("output", output, (batch, heads, queries, value_width), q)
     if mask is not None:
-        name, expanded = _mask(mask, (batch, heads, queries, keys), dtype)
-        ready[name] = expanded
-    return ready, (batch, heads, key_heads, queries, keys, width, value_width)
+        name, expanded = _mask(mask, (batch, heads, queries, keys), q)
+        found[name] = expanded
+    targets = next((s.shape[0] for s in (gradient, relevance) if s is not None and s.dim()), 0)
+    for name, stream in (("gradient", gradient), ("relevance", relevance)):
+        if stream is not None:
+            _check_rank(name, stream, 5, "T, B, H, Nq, dv")
+            found[name] = _rows(name, stream, (targets, batch, heads, queries, value_width), q)
+    if edge is not None:
+        for name in ("gradient", "relevance"):
+            if name in edge and name not in found:
+                raise OptionError(f"{name}: expected a tensor, which the edge {edge!r} needs, got None")
+        found["row"] = _row(edge, row, targets, (batch, queries), q)
+    return Layer(found, (batch, heads, key_heads, queries, keys, width, value_width), targets)
 
 
-def _row(edge: str, row: Tensor | None, targets: int, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+def _row(edge: str, row: Tensor | None, targets: int, shape: tuple[int, int], like: Tensor) -> Tensor:
     """The row with a leading axis of as many targets as the edge has. [T, B, Nq]"""
-    if edge not in EDGES:
-        raise OptionError(f"edge: expected one of {', '.join(EDGES)}, got {edge!r}")
     if row is None:
         raise OptionError(f"row: expected a tensor, which the edge {edge!r} needs, got None")
     _check_rank("row", row, 3, "T, B, Nq")
     shared = edge == "attention" or row.shape[0] == 1
-    row = _rows("row", row, (row.shape[0] if shared else targets, *shape), dtype)
+    row = _rows("row", row, (row.shape[0] if shared else targets, *shape), like)
     return row if edge == "attention" else row.expand(targets, -1, -1)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -21,15 +23,27 @@ TOLERANCE = {dtype: 4 * torch.finfo(dtype).eps for dtype in ITEMSIZE}
 HALF = (torch.bfloat16, torch.float16)
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # DType in csrc/dtype.h
 _MIXED = {dtype: (dtype, *HALF) for dtype in ITEMSIZE}
-_SMALLEST_BLOCK = _C.SMALLEST_BLOCK if available()[0] else 0
+SMALLEST_KEPT = _C.SMALLEST_BLOCK if available()[0] else 0  # bytes, of a result in memory that is kept
+FLOATING = tuple(CODES)
 NONE = (0, 0)  # as `argument`, where there is no tensor
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """A result to write to, on the CPU; its memory may be an earlier result's, which saves the first touch of pages."""
-    if math.prod(shape) * dtype.itemsize < _SMALLEST_BLOCK:
+    if math.prod(shape) * dtype.itemsize < SMALLEST_KEPT:
         return torch.empty(shape, dtype=dtype)
     return torch.from_dlpack(_C.result(list(shape), CODES[dtype]))
+
+
+@contextlib.contextmanager
+def fresh_results() -> Iterator[None]:
+    """Within it results come from torch's own allocator, for whoever counts what it hands out."""
+    global SMALLEST_KEPT
+    before, SMALLEST_KEPT = SMALLEST_KEPT, sys.maxsize
+    try:
+        yield
+    finally:
+        SMALLEST_KEPT = before
 
 
 def empty_cache() -> None:

@@ -9,7 +9,7 @@ history; sums are float32 or better.
 from relprop.native_cuda.add import add_epsilon, add_gamma, add_normalised, fanout_epsilon
 from relprop.native_cuda.attention import attention_shares, rollout_row, share, softmax_taylor
 from relprop.native_cuda.attention_relevance import attention_relevance
-from relprop.native_cuda.call import DTYPES, Stabiliser, available, info
+from relprop.native_cuda.call import DTYPES, Stabiliser, available, device_type, info
 from relprop.native_cuda.gradient import activation_gradient, norm_gradient
 from relprop.native_cuda.linear import (
     Back,
@@ -30,6 +30,7 @@ __all__ = [
     "attention_relevance",
     "attention_shares",
     "available",
+    "device_type",
     "fanout_epsilon",
     "info",
     "linear_alpha_beta_share_out",

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from relprop.errors import DeviceError, DTypeError, OptionError, ShapeError
 from relprop.native.attention import EDGES, QK_RULES, AttentionStreams, Parts, Wanted
+from relprop.native.tensors import is_aligned
 from relprop.native_cuda.call import PRODUCTS, Call, Stabiliser, code_of, compiled, empty, text_of
 
 _ALL: Wanted = (True, True, True)
@@ -99,7 +100,7 @@ def attention_relevance(
 
 
 def _rows(call: Call, name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Checked, with a contiguous last axis; other strides stay as they are."""
+    """Checked, aligned, with a contiguous last axis; other strides stay as they are."""
     if tensor.dtype is not dtype:
         raise DTypeError(f"{name}: expected {dtype}, got {tensor.dtype}")
     if tensor.shape != shape:
@@ -108,7 +109,7 @@ def _rows(call: Call, name: str, tensor: Tensor, shape: tuple[int, ...], dtype: 
         raise DeviceError(f"{name}: expected a tensor on {call.device} as the others, got one on {tensor.device}")
     if tensor.is_neg() or (tensor.stride(-1) != 1 and tensor.shape[-1] > 1):
         return tensor.resolve_neg().contiguous()
-    return tensor
+    return tensor if is_aligned(tensor) else tensor.clone()
 
 
 def _layer(

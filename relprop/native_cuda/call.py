@@ -46,6 +46,11 @@ def available() -> tuple[bool, str]:
     return reason == "", reason
 
 
+def device_type() -> str:
+    """Where the kernels' tensors must lie."""
+    return "cuda" if isinstance(_cuda, _Missing) else _cuda.DEVICE_TYPE
+
+
 def info() -> dict[str, Any]:
     """How the kernels were built and whether they can run here.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -212,13 +213,13 @@ class Back:
     factor2: float = 0.0
 
 
-def linear_back(backs: Sequence[Back], x: Tensor, weight: Tensor, *, product: str) -> list[Tensor]:
+def linear_back(backs: Sequence[Back], x: Tensor | None, weight: Tensor, *, product: str) -> list[Tensor]:
     """Every stream's way back through y = x wᵀ in one launch: all of them read w together.
 
     Args:
         backs: 1 to 8 streams of one dtype
-        x: layer input. [..., K], float32 | bfloat16 | float16
-        weight: [N, K], as x
+        x: layer input, None where all are gradients. [..., K], as weight
+        weight: [N, K], float32 | bfloat16 | float16
         product: what factors are rounded to: "float32" (not at all; wants float32 streams), "tfloat32" (float32
             streams), "bfloat16" (float32 or bfloat16), "float16" (all float16)
     Returns:
@@ -230,19 +231,22 @@ def linear_back(backs: Sequence[Back], x: Tensor, weight: Tensor, *, product: st
     if not 1 <= len(backs) <= most:
         raise OptionError(f"backs: expected 1 to {most} streams, got {len(backs)}")
     code = code_of("product", product, PRODUCTS)
-    call = Call("x", x, "backs[0].p1", backs[0].p1)
-    if weight.dim() != 2 or x.dim() == 0:
-        raise ShapeError(
-            f"x, weight: expected shapes [..., K] and [N, K], got {text_of(x.shape)}, {text_of(weight.shape)}"
-        )
+    call = Call("weight" if x is None else "x", weight if x is None else x, "backs[0].p1", backs[0].p1)
+    if weight.dim() != 2 or (x is not None and x.dim() == 0):
+        shape = "none" if x is None else text_of(x.shape)
+        raise ShapeError(f"x, weight: expected shapes [..., K] and [N, K], got {shape}, {text_of(weight.shape)}")
     n, k = weight.shape
-    x = call.value("x", x, (*x.shape[:-1], k))
+    leading = tuple(backs[0].p1.shape[1:-1] if x is None else x.shape[:-1])
+    if x is not None:
+        x = call.value("x", x, (*leading, k))
     weight = call.value("weight", weight, (n, k))
     arguments, kept, results = [], [], []
     for i, back in enumerate(backs):
-        full = (target_count(f"backs[{i}].p1", back.p1, "..., N"), *x.shape[:-1], n)
+        full = (target_count(f"backs[{i}].p1", back.p1, "..., N"), *leading, n)
         p1 = call.stream(f"backs[{i}].p1", back.p1, full)
         p2 = p1 if back.p2 is back.p1 else None if back.p2 is None else call.stream(f"backs[{i}].p2", back.p2, full)
+        if x is None and back.factor1 is not None:
+            raise OptionError(f"x: expected a tensor, which backs[{i}].factor1 needs, got None")
         if p2 is not None and back.factor1 is None:
             raise OptionError(f"backs[{i}].factor1: expected a number where p2 is given, got None")
         out = call.new((*full[:-1], k))
@@ -252,5 +256,5 @@ def linear_back(backs: Sequence[Back], x: Tensor, weight: Tensor, *, product: st
         )
         kept.append((p1, p2))
         results.append(out)
-    call.run("linear_back", code, arguments, x.data_ptr(), weight.data_ptr(), row_count(x), n, k)
+    call.run("linear_back", code, arguments, pointer_of(x), weight.data_ptr(), math.prod(leading), n, k)
     return results

@@ -339,3 +339,92 @@ def norm_sigma_constant(
     h = stabiliser_of(stabiliser_kind, epsilon).share(stream.tensor, y)
     h = h if weight is None else h * stream.take("weight", weight, x.shape[-1:])
     return stream.give(x * inverse * (h - h.mean(-1, keepdim=True) if norm == "layer" else h))
+
+
+class Product:
+    """What a linear layer's own products take: a weight, streams in float32, other tensors in float32 or half."""
+
+    def __init__(self, weight: Tensor, operands: torch.dtype) -> None:
+        if operands not in (torch.float32, torch.bfloat16):
+            raise OptionError(f"operands: expected torch.float32 or torch.bfloat16, got {operands}")
+        if weight.dim() != 2:
+            raise ShapeError(f"weight: expected shape [N, K], got {text_of(weight.shape)}")
+        self.operands, self.device = operands, weight.device
+        self.n, self.k = weight.shape
+        self.weight = self.multiplied("weight", weight, weight.shape)
+
+    def multiplied(self, name: str, tensor: Tensor, shape: Sequence[int]) -> Tensor:
+        """A factor as it is multiplied, in float32."""
+        return self._checked(name, tensor, shape, (torch.float32, *HALF)).to(self.operands).float()
+
+    def stream(self, name: str, tensor: Tensor, shape: Sequence[int]) -> Tensor:
+        """A stream, or y or the bias: float32."""
+        return self._checked(name, tensor, shape, (torch.float32,))
+
+    def _checked(self, name: str, tensor: Tensor, shape: Sequence[int], dtypes: Sequence[torch.dtype]) -> Tensor:
+        if tensor.dtype not in dtypes:
+            raise DTypeError(f"{name}: expected {', '.join(str(d) for d in dtypes)}, got {tensor.dtype}")
+        if tensor.shape != tuple(shape):
+            raise ShapeError(f"{name}: expected shape {text_of(shape)}, got {text_of(tensor.shape)}")
+        if tensor.device != self.device:
+            raise DeviceError(f"{name}: expected a tensor on {self.device}, got one on {tensor.device}")
+        return tensor
+
+
+def linear_apply(
+    x: Tensor,  # [..., K]
+    weight: Tensor,  # [N, K]
+    bias: Tensor | None,  # [N]
+    operands: torch.dtype,
+) -> Tensor:
+    """x wᵀ + b in float32. [..., N]"""
+    product = Product(weight, operands)
+    y = product.multiplied("x", x, (*x.shape[:-1], product.k)) @ product.weight.mT
+    return y if bias is None else y + product.stream("bias", bias, (product.n,))
+
+
+def linear_transpose(
+    stream: Tensor,  # [T, ..., N]
+    weight: Tensor,  # [N, K]
+    operands: torch.dtype,
+) -> Tensor:
+    """stream w. [T, ..., K]"""
+    product = Product(weight, operands)
+    stream = product.stream("stream", stream, (*stream.shape[:-1], product.n))
+    return stream.to(operands).float() @ product.weight
+
+
+def linear_alpha_beta_share_out_product(
+    relevance: Tensor,  # [T, ..., N]
+    x: Tensor,  # [..., K]
+    weight: Tensor,  # [N, K]
+    y: Tensor | None,  # [..., N]
+    bias: Tensor | None,  # [N]
+    operands: torch.dtype,
+    alpha: float,
+    tolerance: float,
+    stabiliser_kind: int,
+    epsilon: float,
+) -> Tensor:
+    """αR / stab(z⁺), z⁺ = ½(x wᵀ + |x||w|ᵀ). [T, ..., N]"""
+    product = Product(weight, operands)
+    factor, shape = product.multiplied("x", x, (*x.shape[:-1], product.k)), (*x.shape[:-1], product.n)
+    product.stream("relevance", relevance, (*relevance.shape[:1], *shape))
+    if y is None:
+        y, bias = factor @ product.weight.mT, None
+    y, bias = product.stream("y", y, shape), None if bias is None else product.stream("bias", bias, (product.n,))
+    given = (alpha, 0.0, tolerance, stabiliser_kind, epsilon)
+    return linear_alpha_beta_share_out(relevance, y, bias, factor.abs() @ product.weight.abs().mT, *given)[0]
+
+
+def linear_alpha_beta_back_product(
+    shares: Tensor,  # [T, ..., N]
+    x: Tensor,  # [..., K]
+    weight: Tensor,  # [N, K]
+    operands: torch.dtype,
+) -> Tensor:
+    """½(x ⊙ (s w) + |x| ⊙ (s |w|)). [T, ..., K]"""
+    product = Product(weight, operands)
+    product.multiplied("x", x, (*x.shape[:-1], product.k))
+    s = product.stream("shares", shares, (*shares.shape[:1], *x.shape[:-1], product.n)).to(operands).float()
+    return linear_alpha_beta_select(x, s @ product.weight, s @ product.weight.abs())

@@ -12,7 +12,7 @@ from torch import Tensor
 from relprop import native
 from relprop.errors import DeviceError, OptionError, ShapeError
 from relprop.native.tensors import text_of
-from relprop.ops import reference
+from relprop.ops import attention, reference
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,9 @@ class Spec:
         reference: in plain PyTorch, on any device.
         kernel: on the CPU; its arguments as the schema has them, and `out` where results are given.
         stream: the argument whose shape and dtype the results have.
+        last: the size of the results' last axis where it is another one: an argument, and one of its axes.
+        dtype: of the results where it is not the stream's.
+        fake: shapes of the results where more than the stream decides them.
     """
 
     arguments: str
@@ -32,6 +35,9 @@ class Spec:
     reference: Callable[..., Any]
     kernel: Callable[..., Any]
     stream: str = "relevance"
+    last: tuple[str, int] | None = None
+    dtype: torch.dtype | None = None
+    fake: Callable[..., Any] | None = None
 
 
 def _share_out(relevance: Tensor, y: Any, bias: Any, absz: Any, alpha: float, beta: float, *rest: Any) -> list[Tensor]:
@@ -76,6 +82,26 @@ def _gamma_share_out(relevance: Tensor, y: Any, bias: Any, absz: Any, *rest: Any
     )
 
 
+def _product(kernel: Callable[..., Tensor], plain: Callable[..., Tensor], operands: int) -> Callable[..., Tensor]:
+    """A matrix product by its kernel where the CPU has the instructions; `operands` is that argument's place."""
+
+    def call(*arguments: Any) -> Tensor:
+        if not native.products_fast(arguments[operands]):
+            return plain(*arguments)
+        *own, made_of = arguments[: operands + 1]
+        return kernel(*own, *arguments[operands + 1 :], operands=made_of)
+
+    return call
+
+
+def _share_out_product(relevance: Tensor, x: Any, weight: Any, y: Any, bias: Any, *rest: Any, **options: Any) -> Tensor:
+    alpha, tolerance, kind, epsilon = rest
+    stabiliser = (kind, epsilon)
+    return native.share_out_product(
+        relevance, x, weight, y, bias, alpha=alpha, tolerance=tolerance, stabiliser=stabiliser, **options
+    )
+
+
 def _stabilised(kernel: Callable[..., Any], *names: str) -> Callable[..., Any]:
     """A kernel whose last arguments are `names`, then the stabiliser's kind and epsilon."""
 
@@ -114,6 +140,38 @@ SPECS: dict[str, Spec] = {
         reference.linear_gamma_share_out,
         _gamma_share_out,
     ),
+    "linear_apply": Spec(
+        "Tensor x, Tensor weight, Tensor? bias, ScalarType operands",
+        1,
+        reference.linear_apply,
+        _product(native.linear_apply, reference.linear_apply, 3),
+        "x",
+        ("weight", 0),
+        torch.float32,
+    ),
+    "linear_transpose": Spec(
+        "Tensor stream, Tensor weight, ScalarType operands",
+        1,
+        reference.linear_transpose,
+        _product(native.linear_transpose, reference.linear_transpose, 2),
+        "stream",
+        ("weight", 1),
+    ),
+    "linear_alpha_beta_share_out_product": Spec(
+        "Tensor relevance, Tensor x, Tensor weight, Tensor? y, Tensor? bias, ScalarType operands, float alpha,"
+        f" float tolerance, {_STABILISER}",
+        1,
+        reference.linear_alpha_beta_share_out_product,
+        _product(_share_out_product, reference.linear_alpha_beta_share_out_product, 5),
+    ),
+    "linear_alpha_beta_back_product": Spec(
+        "Tensor shares, Tensor x, Tensor weight, ScalarType operands",
+        1,
+        reference.linear_alpha_beta_back_product,
+        _product(native.back_product, reference.linear_alpha_beta_back_product, 3),
+        "shares",
+        ("weight", 1),
+    ),
     "add_normalised": Spec(_ADD, 2, reference.add_normalised, _stabilised(native.add_normalised)),
     "add_epsilon": Spec(_ADD, 2, reference.add_epsilon, _stabilised(native.add_epsilon)),
     "add_gamma": Spec(
@@ -136,6 +194,14 @@ SPECS: dict[str, Spec] = {
         reference.matmul_half_attention_shares,
         _attention_shares,
         "sv",
+    ),
+    "attention_relevance": Spec(
+        attention.ARGUMENTS,
+        0,
+        attention.attention_relevance,
+        attention.on_cpu,
+        "q",
+        fake=attention.fake,
     ),
     "matmul_half_rollout_matrix": Spec(
         "Tensor grad, Tensor relevance", 1, reference.matmul_half_rollout_matrix, native.rollout_matrix, "grad"
@@ -171,8 +237,16 @@ SPECS: dict[str, Spec] = {
     ),
 }
 
+# Kernels that hold their tensors to certain dtypes: matrix products, and attention as a whole.
+PRODUCTS = {
+    "linear_apply",
+    "linear_transpose",
+    "linear_alpha_beta_share_out_product",
+    "linear_alpha_beta_back_product",
+}
+WHOLE_LAYERS = {*PRODUCTS, "attention_relevance"}
 # Kernels without a variant that writes to given tensors: their wrapper has none, or the number of results varies.
-WITHOUT_OUT = {"linear_alpha_beta_share_out", "matmul_half_share", "matmul_half_attention_shares"}
+WITHOUT_OUT = {"linear_alpha_beta_share_out", "matmul_half_share", "matmul_half_attention_shares", *WHOLE_LAYERS}
 
 
 def _names(spec: Spec) -> list[str]:
@@ -198,8 +272,10 @@ def _fake(name: str, spec: Spec) -> Callable[..., Any]:
             if len(shape) != 5:
                 raise ShapeError(f"grad: expected shape [T, B, H, Nq, Nk], got {text_of(shape)}")
             del shape[2]
+        if spec.last is not None:
+            shape[-1] = arguments[names.index(spec.last[0])].shape[spec.last[1]]
         if spec.results == 1:
-            return stream.new_empty(shape)
+            return stream.new_empty(shape, dtype=spec.dtype or stream.dtype)
         count = spec.results or (1 if arguments[names.index("beta")] == 0 else 2)
         made = [stream.new_empty(shape) for _ in range(count)]
         return made if spec.results == 0 else tuple(made)
@@ -221,7 +297,7 @@ def _define(name: str, spec: Spec) -> Any:
         f"relprop::{name}", spec.reference, mutates_args=(), schema=f"({spec.arguments}) -> {returns}"
     )
     op.register_kernel("cpu")(_on_cpu(spec))
-    op.register_fake(_fake(name, spec))
+    op.register_fake(spec.fake or _fake(name, spec))
     return op
 
 

@@ -36,9 +36,12 @@ class AddEpsilon(Rule):
 
     def propagate(self, call: Call, relevance: Tensor) -> Relevances:
         """relevance: [T, ...] -> ([T, ...], [T, ...])."""
-        a, b = summands(call)
+        return hand_out(call, *self.parts(call, relevance, *summands(call)))
+
+    def parts(self, call: Call, relevance: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """What each summand gets. [T, ...], [T, ...]"""
         s = call.share(self.stabiliser, relevance, a + b)
-        return hand_out(call, a * s, b * s)
+        return a * s, b * s
 
 
 @register_rule
@@ -79,7 +82,7 @@ def summands(call: Call) -> tuple[Tensor, Tensor]:
         else:
             first = next(a for a in call.node.args[:2] if isinstance(a, Value))
             device = call.tensors[first.index].device
-            parts.append(torch.tensor(float(argument) * factor, dtype=call.dtype, device=device))
+            parts.append(torch.full((), float(argument) * factor, dtype=call.dtype, device=device))
     return parts[0], parts[1]
 
 

@@ -31,7 +31,10 @@ class AddNormalised(Rule):
 
     def propagate(self, call: Call, relevance: Tensor) -> Relevances:
         """relevance: [T, ...] -> ([T, ...], [T, ...])."""
-        a, b = summands(call)
+        return hand_out(call, *self.parts(call, relevance, *summands(call)))
+
+    def parts(self, call: Call, relevance: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """What each summand gets, of any sum whose samples lie as in the node's output. [T, ...], [T, ...]"""
         value = call.node.outputs[0]
         s = self.stabiliser.share(relevance, a + b)
         a, b = a * s, b * s
@@ -44,7 +47,7 @@ class AddNormalised(Rule):
         if call.absorbed is not None:
             kept = (total - scale_a * sum_a - scale_b * sum_b).double()
             call.absorbed.add("epsilon", kept)
-        return hand_out(call, a, b)
+        return a, b
 
 
 def spread(per_sample: Tensor, call: Call) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from relprop.graph import Node
+from relprop.rules.add_epsilon import AddIdentity
 from relprop.rules.base import Call, Relevances, Rule, register_rule
 from relprop.rules.linear_map import multiply
 from relprop.rules.matmul_half import MatmulHalf
@@ -72,12 +73,15 @@ def _recompute(call: Call) -> Heads:
 
 @register_rule
 class AttentionComposed(Rule):
-    """The product's rule for A V, the softmax's rule, the product's rule for Q K^T (unscaled).
+    """The product's rule for A V, the softmax's rule, the add's rule for the mask, the product's rule for Q K^T.
+
+    Q K^T is unscaled. An additive mask is a constant: what its add's rule gives to it is absorbed.
 
     Args:
         qk: rule of the product of queries and keys.
         softmax: rule of the softmax; "detached" sends nothing to queries and keys and all to the values.
         av: rule of the product of attention and values.
+        mask: rule of the addition of the mask to the scores; "identity" gives nothing to the mask.
     Conservation:
         sum(R_q) + sum(R_k) + sum(R_v) = sum(R_out) - epsilon leaks, per sample, if the parts conserve.
     Source: Chefer et al., CVPR 2021, section 3; Achtibat et al., ICML 2024, section 3.3.
@@ -88,6 +92,7 @@ class AttentionComposed(Rule):
     qk: Rule = MatmulHalf()
     softmax: Rule = SoftmaxIdentity()
     av: Rule = MatmulHalf()
+    mask: Rule = AddIdentity()
 
     @property
     def conserves(self) -> bool:  # type: ignore[override]
@@ -131,10 +136,23 @@ class AttentionComposed(Rule):
         elif wanted[0] or wanted[1]:
             if passed is not map_relevance:
                 call.absorb("rule", map_relevance - passed)
+            passed = self._without_mask(call, at, passed)
             s = qk.share(call, passed, qk.denominator(call, at.q, at.k.mT, at.dots))
             query, transposed = qk.back(call, s, at.q, at.k.mT, wanted[:2])
             key = None if transposed is None else transposed.mT
         return self._hand_out(call, (query, at.fold(key), at.fold(value_relevance)))
+
+    def _without_mask(self, call: Call, at: Heads, relevance: Tensor) -> Tensor:
+        """What the mask's addition leaves to the scores. [T, ..., H, Nq, Nk]"""
+        add: Any = self.mask
+        if isinstance(add, AddIdentity):
+            return relevance
+        scores = at.dots * at.scale
+        # Where nothing is seen relevance is 0, whatever its share.
+        mask = torch.where(torch.isfinite(at.logits), at.logits - scores, 0.0)
+        scores, mask = add.parts(call, relevance, scores, mask)
+        call.absorb("constant", mask)
+        return scores
 
     @staticmethod
     def _hand_out(call: Call, parts: tuple[Tensor | None, ...]) -> Relevances:

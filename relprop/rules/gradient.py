@@ -12,7 +12,7 @@ from torch import Tensor
 from relprop.graph import Node, Value
 from relprop.rules.base import ANY, Call, Relevances, Rule, register_rule, unbroadcast
 from relprop.rules.linear_map import multiply, transpose, weight_of
-from relprop.rules.movement_adjoint import adjoint
+from relprop.rules.movement_adjoint import adjoint, movement_needs
 from relprop.rules.vjp import vjp
 
 aten = torch.ops.aten
@@ -33,6 +33,8 @@ class Gradient(Rule):
 
     def needs(self, node: Node) -> tuple[bool, bool]:
         """By kind: a linear operation needs neither."""
+        if node.kind == "movement":
+            return movement_needs(node)
         return _NEEDS.get(node.kind, (True, True))
 
     def propagate(self, call: Call, relevance: Any) -> Relevances:
@@ -81,16 +83,17 @@ def _mul(call: Call, gradient: Tensor) -> Relevances:
     node = call.node
     if node.target is aten.neg.default:
         return (-gradient,)
-    a, b = (call.tensor(v) if isinstance(v, Value) else v for v in node.args[:2])
     divides = node.target is aten.div.Tensor
     if node.kwargs or (divides and isinstance(node.args[1], Value) and node.args[1].carrying):
         return vjp(call, gradient)
-    factors = (1 / b if divides else b, a)
     results: list[Tensor | None] = []
-    for argument, factor in zip(node.args[:2], factors, strict=True):
-        if isinstance(argument, Value):
-            wanted = argument.carrying
-            results.append(unbroadcast(gradient * factor, call.shapes[argument.index]) if wanted else None)
+    for argument, other in zip(node.args[:2], reversed(node.args[:2]), strict=True):
+        if isinstance(argument, Value) and argument.carrying:
+            factor = call.tensor(other) if isinstance(other, Value) else other
+            part = gradient / factor if divides else gradient * factor
+            results.append(unbroadcast(part, call.shapes[argument.index]))
+        elif isinstance(argument, Value):
+            results.append(None)
     return tuple(results)
 
 

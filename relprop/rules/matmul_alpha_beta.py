@@ -7,8 +7,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from relprop.rules.base import Call, Relevances, Rule, register_rule, unbroadcast
+from relprop.rules.base import Call, Relevances, Rule, register_rule
 from relprop.rules.linear_map import multiply
+from relprop.rules.matmul_half import both
 from relprop.rules.stabiliser import Stabiliser
 
 
@@ -37,10 +38,7 @@ class MatmulAlphaBeta(Rule):
         assert b is not None
         s = self.share(call, relevance, self.denominator(call, a, b, multiply(call, a, b)))
         left, right = self.back(call, s, a, b, call.wanted)
-        return (
-            None if left is None else unbroadcast(left, a.shape),
-            None if right is None else unbroadcast(right, b.shape),
-        )
+        return both(call, left, right)
 
     def share(self, call: Call, relevance: Tensor, z: Tensor) -> Tensor:
         """s = R / stab(z), 0 where nothing supports the product. [T, ..., M, N]"""

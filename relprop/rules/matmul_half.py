@@ -15,7 +15,7 @@ from relprop.rules.stabiliser import Stabiliser
 
 @register_rule
 class MatmulHalf(Rule):
-    """s = R / stab(A B); R_A = A * (s B^T) / 2, R_B = B * (A^T s) / 2.
+    """s = R / stab(A B); R_A = A * (s B^T) / 2, R_B = B * (A^T s) / 2. With a constant the other operand gets all.
 
     Args:
         stabiliser: of the share-out.
@@ -41,12 +41,7 @@ class MatmulHalf(Rule):
         assert b is not None
         s = call.share(self.stabiliser, relevance, call.y)
         left, right = self.back(call, s, a, b, call.wanted)
-        if sum(v is not None and v.carrying for v in call.node.operands) < 2:  # a constant factor takes nothing
-            left, right = (None if part is None else 2 * part for part in (left, right))
-        return (
-            None if left is None else unbroadcast(left, a.shape),
-            None if right is None else unbroadcast(right, b.shape),
-        )
+        return both(call, left, right)
 
     def share(self, call: Call, relevance: Tensor, z: Tensor) -> Tensor:
         """s = R / stab(z). [T, ..., M, N]"""
@@ -67,3 +62,15 @@ class MatmulHalf(Rule):
 
 def _half_gradient(call: Call, gradient: Tensor) -> Relevances:
     return scaled(plain_gradient().propagate(call, gradient), (0.5, 0.5))
+
+
+def both(call: Call, left: Tensor | None, right: Tensor | None) -> Relevances:
+    """The halves as relevance of the operands; a constant leaves its half to the other operand."""
+    operands = call.node.operands[:2]
+    whole = 1 if all(value is not None and value.carrying for value in operands) else 2
+    return tuple(
+        unbroadcast(whole * part, call.shapes[value.index])
+        if part is not None and value is not None and value.carrying
+        else None
+        for part, value in zip((left, right), operands, strict=True)
+    )

@@ -26,11 +26,12 @@ class MovementAdjoint(Rule):
 
     kind: ClassVar = "movement"
     name: ClassVar = "adjoint"
+    needs_inputs: ClassVar = False
     needs_output: ClassVar = False
 
-    @property
-    def needs_inputs(self) -> bool:  # type: ignore[override]
-        return False
+    def needs(self, node: Node) -> tuple[bool, bool]:
+        """Nothing, but where the data itself says what moves where."""
+        return movement_needs(node)
 
     def gradient_form(self, node: Node) -> Rule | None:
         """The plain gradient."""
@@ -42,6 +43,11 @@ class MovementAdjoint(Rule):
         if call.absorbed is not None and call.node.target in _PADDING:
             _absorb_padding(call, relevance, passed[0])
         return passed
+
+
+def movement_needs(node: Node) -> tuple[bool, bool]:
+    """Whether the adjoint reads the inputs and the outputs."""
+    return False, node.target is aten.topk.default
 
 
 def adjoint(call: Call, relevance: Any) -> Relevances:
@@ -197,8 +203,22 @@ def _expand(call: Call, relevance: Tensor) -> Relevances:
     return _one(call, unbroadcast(relevance, call.shape(0)))
 
 
+def _topk(call: Call, relevance: Any) -> Relevances:
+    values, picked = _several(relevance)[0], call.tensors[call.node.outputs[1].index]
+    assert values is not None
+    rank = len(call.shape(0))
+    axis = call.node.args[2] if len(call.node.args) > 2 else -1
+    back = values.new_zeros(values.shape[0], *call.shape(0))
+    return _one(call, back.scatter(_axis(axis, rank), picked.expand_as(values), values))
+
+
 def _same(call: Call, relevance: Tensor) -> Relevances:
     return _one(call, relevance)
+
+
+def _masked_fill(call: Call, relevance: Tensor) -> Relevances:
+    mask = call.tensors[call.node.args[1].index]
+    return _one(call, unbroadcast(relevance.masked_fill(mask, 0.0), call.shape(0)))
 
 
 def _roll(call: Call, relevance: Tensor) -> Relevances:
@@ -229,6 +249,8 @@ _FORMS: dict[Callable[[Call, Any], Relevances], str] = {
     _split: "split.Tensor split_with_sizes split.sizes chunk",
     _expand: "expand expand_as broadcast_to",
     _same: "to.dtype to.device to.dtype_layout _to_copy contiguous clone alias type_as",
+    _masked_fill: "masked_fill.Scalar",
+    _topk: "topk",
     _roll: "roll",
     _flip: "flip",
 }
@@ -243,7 +265,7 @@ def _table() -> dict[Any, Callable[[Call, Any], Relevances]]:
 def _padding() -> frozenset[Any]:
     from relprop.capture.ops import overloads
 
-    return overloads("pad constant_pad_nd im2col")
+    return overloads("pad constant_pad_nd im2col masked_fill.Scalar")
 
 
 _ADJOINTS = _table()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from relprop.graph import Node
@@ -36,4 +37,5 @@ class PoolEpsilon(Rule):
         s = call.share(self.stabiliser, relevance, call.y)
         back = vjp(call, s)[0]
         assert back is not None
-        return (call.x * back, *[None] * (len(call.node.operands) - 1))
+        # A maximum's padding is -inf and gets nothing.
+        return (torch.where(back == 0, 0.0, call.x * back), *[None] * (len(call.node.operands) - 1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+POINTS = {
+    "parity": {"error_torch", "error_torch_own_streams", "error_triton"},
+    "vit": {"forward_compiled", "forward_backward_compiled", "relprop_triton_chefer_graph", "relprop_torch_chefer"},
+    "latency": {"relprop_triton_graph"},
+    "tokens": {"forward", "relprop_triton_chefer"},
+    "llama": {"forward_compiled"},
+    "several": {"forward_compiled", "relprop_triton_chefer"},
+}
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -23,7 +32,7 @@ def test_dry_run(tmp_path: Path) -> None:
     done = subprocess.run(
         ["bash", "benchmarks/gpu_session.sh", "--dry-run"],
         cwd=ROOT,
-        env={**os.environ, "OUT": str(tmp_path), "PYTHON": sys.executable},
+        env={**os.environ, "OUT": str(tmp_path), "PYTHON": sys.executable, "SLOWER": "20"},
         capture_output=True,
         text=True,
     )
@@ -38,6 +47,13 @@ def test_dry_run(tmp_path: Path) -> None:
         "tf32_tflop_s",
         "fp32_tflop_s",
     }
-    runs = {row["run"] for row in rows_of(tmp_path / "end_to_end.csv")}
-    assert {"forward", "forward_backward", "relprop_triton_chefer", "relprop_torch_chefer"} <= runs
+    for point, expected in POINTS.items():
+        rows = rows_of(tmp_path / f"end_to_end_{point}.csv")
+        assert expected <= {row["run"] for row in rows}
+        assert not [row["failed"] for row in rows if row.get("failed")]
     assert all(row["dry_run"] == "True" for row in kernels)
+
+
+def test_limits_add_up_to_ten_minutes() -> None:
+    script = (ROOT / "benchmarks" / "gpu_session.sh").read_text()
+    assert sum(int(seconds) for seconds in re.findall(r"^ *run \w+ (\d+) ", script, re.M)) <= 600

@@ -331,6 +331,6 @@ def test_errors() -> None:
         "row: expected shape [2, 2, 5], got [2, 2, 4]"
     )
     bare = {n: t for n, t in tensors.items() if n != "gradient"}
-    assert message(ValueError, lambda: run(bare, edge="gradient_x_relevance", **options)) == (
-        "gradient: expected a tensor for the edge"
+    assert message(OptionError, lambda: run(bare, edge="gradient_x_relevance", **options)) == (
+        "gradient: expected a tensor, which the edge 'gradient_x_relevance' needs, got None"
     )

@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import relprop
 from relprop import native_cuda
-from relprop.backends import cuda
-from relprop.program import JointStream
+from relprop.backends import choose_kernels, cuda
+from relprop.errors import BackendError, OptionError
+from relprop.program import JointStream, Kernels
 from relprop.rules import (
     EXACT,
     REFERENCE,
@@ -27,10 +29,12 @@ from relprop.rules import (
     LinearGamma,
     MatmulHalf,
     Rule,
+    SoftmaxDetached,
     SoftmaxTaylor,
     Stabiliser,
 )
-from tests.rules.rule_checks import Op, assert_parts, each, module_of, random
+from tests.engine.models import vit
+from tests.rules.rule_checks import Op, assert_near, assert_parts, each, module_of, random
 
 pytestmark = pytest.mark.usefixtures("results")
 
@@ -50,8 +54,11 @@ ADD = (AddEpsilon(), AddGamma(2.0, EXACT), AddNormalised(REFERENCE))
 HALVES = AttentionComposed(qk=MatmulHalf(Stabiliser(1e-3)), av=MatmulHalf(Stabiliser(1e-3)))
 
 
+DETACHED = AttentionComposed(MatmulHalf(Stabiliser(1e-3)), SoftmaxDetached(), MatmulHalf(Stabiliser(1e-3)))
+
+
 def attend(x: Tensor) -> Tensor:
-    q = x.unflatten(-1, (2, 4)).transpose(1, 2)
+    q = x.unflatten(-1, (2, -1)).transpose(1, 2)
     return torch.nn.functional.scaled_dot_product_attention(q, q + 1, q * 2)
 
 
@@ -133,6 +140,18 @@ def test_every_precision_has_its_products(precision: str, dtype: torch.dtype) ->
     assert torch.nn.functional.cosine_similarity(got.flatten(), want.flatten(), 0) > 0.999
 
 
+def test_a_gradient_needs_no_layer_input() -> None:
+    """A plan keeps what rules need, and the gradient of a linear layer is its weight's alone."""
+    op, inputs = op_of("linear"), inputs_of("linear", 3)
+    relevance, call = op.relevance(inputs, 2).float(), op.call(inputs, torch.float32)
+    want = Gradient().propagate(op.call(inputs, torch.float32), relevance)
+    del call.tensors[op.node.operands[0].index]
+    assert_parts(cuda.gradient(Gradient(), call, relevance), want, TOLERANCE)
+    weight = call.tensors[op.node.operands[1].index]
+    with pytest.raises(OptionError, match=r"^x: expected a tensor, which backs\[0\].factor1 needs, got None$"):
+        native_cuda.linear_back([native_cuda.Back(relevance, None, 1.0)], None, weight, product="float32")
+
+
 def test_streams_of_a_linear_layer_share_a_launch(cuda_module: Any) -> None:
     op, inputs = op_of("linear"), inputs_of("linear", 3)
     rules = {"gradient": Gradient(), "relevance": LinearAlphaBeta(2.0, 1.0)}
@@ -149,17 +168,89 @@ def test_streams_of_a_linear_layer_share_a_launch(cuda_module: Any) -> None:
         assert_parts(passed[name], want, TOLERANCE)
 
 
-def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
-    op = op_of("linear")
-    assert cuda.joint_reasons(op.node, {"gradient": Gradient()}, None) == [
-        "the joint kernel is for several streams of a linear layer"
+@pytest.mark.parametrize("half", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rules", [HALVES, DETACHED, None], ids=["half", "detached", "gradient alone"])
+def test_attention_in_tiles(rules: Rule | None, half: torch.dtype) -> None:
+    """Both streams and the walked row, as the rules and whole maps give them."""
+    op, inputs = op_of("attention"), inputs_of("attention", 3)
+    by_stream = {"gradient": Gradient(), **({} if rules is None else {"relevance": rules})}
+    edge = "gradient_x_attention" if rules is None else "gradient_x_relevance"
+    assert cuda.joint_kernel(op.node, by_stream, edge) is cuda.attention
+    calls = [op.call(inputs, half) for _ in range(2)]
+    for call in calls:
+        call.dtype = torch.float32
+    streams = {
+        name: JointStream(rule, op.relevance(inputs, 2, seed=i).float(), (True, True, True, False))
+        for i, (name, rule) in enumerate(by_stream.items())
+    }
+    row = random(2, 3, 5).float().abs()
+    passed, walked = cuda.attention(calls[0], streams, edge, row)
+    tolerance = TOLERANCE if half == torch.float32 else 2e-2  # factors in bfloat16
+    for name, stream in streams.items():
+        assert_parts(passed[name], stream.rule.propagate(calls[1], stream.arrived), tolerance)
+    maps = calls[1].maps
+    whole = (maps["gradient"] * maps["attention" if rules is None else "relevance"]).clamp(min=0).mean(2)
+    assert_parts((walked,), ((row.unsqueeze(-2) @ whole).squeeze(-2),), tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("composite", ["chefer", "chefer_stable"])
+def test_whole_explanation(composite: str, dtype: torch.dtype) -> None:
+    """A model from end to end, on the emulation and on plain PyTorch."""
+    model, images = vit(depth=2).to(dtype), random(2, 3, 32, 32, seed=2).to(dtype)
+    found = {}
+    for backend in ("cuda", "torch"):
+        engine = relprop.compile(model, (images,), composite=composite, backend=backend)
+        joint = {step.node.kind for step in engine.program.reverse if step.joint is not None}
+        used = {stream.backend for step in engine.program.reverse for stream in step.streams}
+        assert joint == ({"attention", "linear"} if backend == "cuda" else set())
+        assert used == ({"cuda", "torch"} if backend == "cuda" else {"torch"})
+        found[backend] = engine(images, target=torch.tensor([[0, 9]] * 2)).relevance
+    if dtype == torch.float32:
+        assert_near(found["cuda"], found["torch"], 2e-2 if composite == "chefer" else 1e-3)
+    elif composite == "chefer_stable":
+        assert_near(found["cuda"], found["torch"], 0.1)
+
+
+@pytest.mark.parametrize("method", ["attention_rollout", "relevance_rollout", "attention_gradcam"])
+def test_other_methods(method: str) -> None:
+    model, images = vit(depth=2).float(), random(2, 3, 32, 32, seed=2).float()
+    found = [
+        relprop.compile(model, (images,), method=method, backend=backend)(images, target=3).relevance
+        for backend in ("cuda", "torch")
     ]
-    monkeypatch.setattr(cuda, "available", lambda: (False, "no CUDA device"))
-    assert cuda.reasons_against(torch.float64, torch.device("cpu")) == [
-        "no CUDA device",
+    assert_near(found[0], found[1], 2e-2)
+
+
+def test_only_an_explicit_choice_takes_it() -> None:
+    """Nothing is chosen unasked that was not measured: not on a GPU, and not where the emulation stands in."""
+    assert relprop.backends()["cuda"] == "available"
+    assert choose_kernels("auto", torch.float32, torch.device("cuda")) == Kernels()
+    model, images = vit(depth=1).float(), random(2, 3, 32, 32).float()
+    program = relprop.compile(model, (images,)).program
+    assert "cuda" not in {stream.backend for step in program.reverse for stream in step.streams}
+
+
+def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
+    op, wide = op_of("linear"), Op(module_of(lambda x: attend(x).relu()), random(2, 5, 520), kind="attention")
+    assert cuda.joint_reasons(op.node, {"gradient": Gradient()}, None) == [
+        "the joint kernels are for attention and for several streams of a linear layer"
+    ]
+    assert cuda.joint_reasons(wide.node, {"gradient": Gradient()}, None) == [
+        "the joint kernel takes heads of at most 256 channels, not 260"
+    ]
+    assert cuda.joint_kernel(wide.node, {"gradient": Gradient()}, None) is None
+    monkeypatch.setattr(native_cuda.call, "_cuda", native_cuda.call._Missing("an import error: no such file"))
+    reasons = [
+        "the compiled module relprop._cuda cannot be used: an import error: no such file",
         "its kernels run on a GPU, not on cpu",
         "its kernels take streams in torch.float32, not torch.float64",
     ]
+    assert cuda.reasons_against(torch.float64, torch.device("cpu")) == reasons
+    assert relprop.backends()["cuda"] == f"unavailable: {reasons[0]}"
+    with pytest.raises(BackendError) as raised:
+        relprop.compile(vit(depth=1).double(), (random(2, 3, 32, 32),), backend="cuda")
+    assert str(raised.value) == ("backend cuda: expected to run on cpu in torch.float64, but " + "; ".join(reasons))
 
 
 def test_a_missing_module_says_why(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,7 @@ from tests.csrc.attention_checks import (
     reference_output,
 )
 from tests.csrc.cuda_checks import BF16, FLOAT, FP16, assert_near, surrounded
+from tests.ops.cases import misaligned
 
 pytestmark = pytest.mark.usefixtures("results")
 
@@ -165,10 +166,11 @@ def test_strided_inputs() -> None:
     want = run(tensors, **options)
     packed = torch.stack([tensors[n].transpose(1, 2) for n in "qkv"], 2)
     views = dict(zip("qkv", packed.permute(2, 0, 3, 1, 4).unbind(0), strict=True))
-    got = run({**tensors, **views}, **options)
-    for name, part in want.items():
-        ours = got[name]
-        assert part is not None and ours is not None and torch.equal(ours, part)
+    for given in (views, {n: misaligned(tensors[n]) for n in ("q", "v", "gradient")}):
+        got = run({**tensors, **given}, **options)
+        for name, part in want.items():
+            ours = got[name]
+            assert part is not None and ours is not None and torch.equal(ours, part)
 
 
 @pytest.mark.parametrize("change", [{"batch": 0}, {"queries": 0}, {"keys": 0}, {"targets": 0}])
@@ -200,3 +202,10 @@ def test_errors() -> None:
     assert message(OptionError, product="float16") == "product: expected one of float32, tfloat32, got 'float16'"
     both = {"q": torch.zeros(2, 3, 5, 300, dtype=BF16), "k": wide}
     assert message(ValueError, **both) == "d, dv: expected heads of at most 256 channels"
+
+
+def test_more_rows_than_are_counted() -> None:
+    """The kernels count the rows of one head in 32 bits."""
+    one, many = torch.zeros(1, 1, 1, 1), torch.zeros(()).expand(1, 1, 2**30 + 1, 1)
+    with pytest.raises(ValueError, match="^queries: expected at most 1073741824, got 1073741825$"):
+        native_cuda.attention_relevance(many, one, one, scale=1.0, edge="attention", row=many[..., 0])

@@ -143,7 +143,7 @@ def test_address_sanitizer_names_the_access() -> None:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("tests", ["test_cuda_linear.py", "test_cuda_kernels.py"])
+@pytest.mark.parametrize("tests", ["test_cuda_linear.py", "test_cuda_kernels.py", "test_cuda_attention_relevance.py"])
 def test_kernels_under_address_and_undefined_behaviour_sanitizers(tests: str) -> None:
     if not emulated.sanitizer_libraries():
         pytest.skip("the compiler has no AddressSanitizer library")

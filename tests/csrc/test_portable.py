@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 import pytest
+import torch
 
 from relprop import native
 
@@ -50,7 +51,10 @@ print(torch.__version__, native._C.__file__, native.info()["openmp"])
 
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    # A torch in another environment finds the CUDA libraries that lie beside this one's.
+    beside = Path(torch.__file__).parents[1].glob("nvidia/*/lib")
+    environment = {**os.environ, "LD_LIBRARY_PATH": os.pathsep.join(str(folder) for folder in beside)}
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
 
 
 @pytest.mark.full
@@ -71,7 +75,8 @@ def test_one_binary_under_two_versions_of_torch(tmp_path: Path) -> None:
         pytest.skip(f"torch 2.11 cannot be installed here: {old.stderr.strip().splitlines()[-1]}")
     packages = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").stdout.strip())
     # After its own packages: everything but torch comes from here, the compiled module included.
-    (packages / "lent.pth").write_text(f"{ROOT}\n{sysconfig.get_path('purelib')}\n")
+    lent = [str(ROOT), *(path for path in sys.path if Path(path).name in ("site-packages", "dist-packages"))]
+    (packages / "lent.pth").write_text("\n".join(lent))
     try:
         found = [run(sys.executable, "-c", PROBE), run(python, "-c", PROBE)]
         for done in found:

@@ -160,9 +160,9 @@ def test_the_table_shows_the_kernel() -> None:
     engine = relprop.compile(vit(), (torch.randn(2, 3, 32, 32),), backend="cpp")
     rows = [line for line in str(engine.program).splitlines() if ".attn " in line and "attention" in line]
     reverse = rows[len(rows) // 3 :]
-    assert reverse and all("cpp (tiles)" in line for line in reverse)
+    assert reverse and all("cpp (joint)" in line for line in reverse)
     rollout = relprop.compile(vit(), (torch.randn(2, 3, 32, 32),), method="attention_rollout", backend="cpp")
-    assert sum("row " in line and "cpp (tiles)" in line for line in str(rollout.program).splitlines()) == 3
+    assert sum("row " in line and "cpp (joint)" in line for line in str(rollout.program).splitlines()) == 3
 
 
 MEMORY = """

@@ -241,14 +241,6 @@ def test_global_average_pool_reads_all_patches() -> None:
     assert float(found.relevance[:, 2:].min()) >= 1 / 16 - 1e-12
 
 
-@pytest.mark.parametrize("pool", ["map"])
-def test_attention_pooling_is_refused_by_name(pool: str) -> None:
-    from relprop.errors import UnsupportedTopologyError
-
-    with pytest.raises(UnsupportedTopologyError, match="attn_pool"):
-        relprop.explain(vit(global_pool=pool, class_token=False), IMAGES)
-
-
 def test_gradient_stream_is_the_gradient() -> None:
     model, x = vit().double(), IMAGES.double()
     found = relprop.explain(model, x, target=2, method="gradient_x_input").relevance

@@ -42,7 +42,7 @@ class Attend(nn.Module):
 
 
 class TwoStreams(nn.Module):
-    """Words and regions, each attending to itself, to the other (both reading the state before), and to itself again."""
+    """Words and regions, each attending to itself, to the other (both read the state before), and to itself again."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -131,7 +131,7 @@ def test_two_modalities(normalise: bool) -> None:
     r_ii, r_it = r_ii + f @ r_ii, r_it + f @ r_it
     r_tt, r_ti = meet(r_tt, r_ti, r_ii, r_it, g)
     found = relprop.explain(
-        model, words, regions, method="generic_attention", target=2, method_options={"normalise": normalise}
+        model, words, regions, method="generic_attention", target=2, method_options={"normalise_between": normalise}
     )
     assert set(found.relevances) == {"words", "regions"}
     assert torch.equal(found.relevance, found.relevances["words"])
@@ -174,5 +174,5 @@ def test_sequences_that_merge_are_refused() -> None:
             both = torch.cat([x + self.first(x, x), y], 1)
             return (both + self.second(both, both))[:, 0]
 
-    with pytest.raises(UnsupportedTopologyError, match="each operation to read one sequence of tokens, got several at"):
+    with pytest.raises(UnsupportedTopologyError, match="queries and keys of one sequence each, got several at"):
         relprop.explain(built(Merged), *given(4, 6), method="generic_attention")

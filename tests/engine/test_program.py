@@ -134,3 +134,11 @@ def test_differentiable() -> None:
         weight.add_(size * step)
     expected = (above - below) / (2 * size)
     assert torch.allclose((found * step).sum(), expected, rtol=1e-4)
+
+
+def test_nodes_and_values_print_in_a_line(engine: relprop.Engine) -> None:
+    """A traceback prints arguments: a node's fields lead to every node before it, many times over."""
+    last = engine.program.reverse[0].node
+    for printed in (repr(last), repr(last.outputs[0])):
+        assert len(printed) < 200 and "\n" not in printed
+    assert repr(last) == f"<Node {last.kind}: {last.describe()}>"

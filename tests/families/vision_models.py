@@ -11,7 +11,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from tests.families.catalogue import Family, Inputs, images, randomised
+from tests.families.catalogue import EVERY, Family, Inputs, images, randomised
 
 SMALL: dict[str, Any] = {"img_size": 32, "num_classes": 7, "embed_dim": 48, "depth": 3, "num_heads": 4}
 
@@ -35,29 +35,9 @@ def swin(name: str, **options: Any) -> nn.Module:
     return randomised(timm.create_model(name, **sizes, depths=(2, 2), num_heads=(2, 4), **options))
 
 
-class _Stem(nn.Module):
-    """A convolutional backbone in timm's interface: stride 4, 24 channels, batch norm, group norm and a max pool."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        from timm.models.resnetv2 import ResNetV2
-
-        self.net = ResNetV2(
-            layers=(1, 1), channels=(16, 24), num_classes=0, global_pool="", preact=False, stem_type="same"
-        )
-        self.feature_info = self.net.feature_info
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net.forward_features(x)
-
-
-def hybrid() -> nn.Module:
-    """timm's own hybrid class around a small ResNetV2."""
-    from timm.layers import HybridEmbed
-    from timm.models.vision_transformer import VisionTransformer
-
-    embed = partial(HybridEmbed, backbone=_Stem().net)
-    return randomised(VisionTransformer(**SMALL, patch_size=1, embed_layer=embed))
+def hybrid(name: str = "vit_tiny_r_s16_p8_224") -> nn.Module:
+    """timm's hybrid of a ResNetV2 stem (weight-standardised convolutions, group norm, max pool) and a ViT."""
+    return randomised(timm.create_model(name, **SMALL, patch_size=2))
 
 
 class HandWritten(nn.Module):
@@ -86,9 +66,11 @@ class HandWritten(nn.Module):
         self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, 7)
 
     def forward(self, images: Tensor) -> Tensor:
-        patches = nn.functional.unfold(images, self.patch, stride=self.patch).transpose(1, 2)
-        x = self.embed(patches)
-        x = torch.cat([self.start.expand(len(x), -1, -1), x], dim=1) + self.place
+        batch, channels, height, width = images.shape
+        p = self.patch
+        grid = images.reshape(batch, channels, height // p, p, width // p, p)
+        x = self.embed(grid.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2))
+        x = torch.cat([self.start.expand(batch, -1, -1), x], dim=1) + self.place
         for block in self.blocks:
             x = block(x)
         return self.head(self.norm(x[:, 0]))
@@ -120,12 +102,16 @@ def torchvision_swin() -> nn.Module:
     return randomised(torchvision.models.SwinTransformer([4, 4], 24, [2, 2], [2, 4], [4, 4], num_classes=7))
 
 
-def torchvision_full(name: str, argument: str = "x") -> tuple[nn.Module, Callable[[int], Inputs]]:
+def torchvision_full(name: str) -> tuple[nn.Module, Callable[[int], Inputs]]:
     """A torchvision model at its own size."""
-    return torchvision.models.get_model(name).eval(), images(224, argument)
+    return torchvision.models.get_model(name).eval(), images(224)
 
 
-WINDOWS = "windows"
+WINDOWS = "windows of each sample"
+AT_INPUT = "`full`, `gradient_x_input`; no common tokens across windows"
+PIXELS = images(32, "images")
+SWIN = "timm.models.swin_transformer"
+HYBRID = "timm.models.vision_transformer_hybrid"
 VIT = "timm.models.vision_transformer.VisionTransformer"
 DEIT = "timm.models.deit.VisionTransformerDistilled"
 EVA = "timm.models.eva.Eva"
@@ -134,6 +120,27 @@ EVA = "timm.models.eva.Eva"
 def _timm(name: str, title: str, stock: str, arch: str, *, quick: bool = False, **options: Any) -> Family:
     small = partial(timm_small, arch, **options)
     return Family(name, title, stock, small, images(32), quick=quick, full=partial(timm_full, arch))
+
+
+def _swin(name: str, title: str, stock: str, arch: str, *, quick: bool = False) -> Family:
+    full = partial(timm_full, arch)
+    return Family(name, title, stock, partial(swin, arch), images(32), WINDOWS, AT_INPUT, quick=quick, full=full)
+
+
+def _torchvision(
+    name: str, title: str, stock: str, small: Callable[[], nn.Module], arch: str, refusal: str = ""
+) -> Family:
+    methods = AT_INPUT if refusal else EVERY
+    return Family(
+        name,
+        title,
+        f"torchvision.models.{stock}",
+        small,
+        images(32),
+        refusal,
+        methods,
+        full=partial(torchvision_full, arch),
+    )
 
 
 VISION: list[Family] = [
@@ -149,4 +156,20 @@ VISION: list[Family] = [
     _timm("dinov2", "DINOv2", VIT, "vit_small_patch14_dinov2"),
     _timm("dinov2_reg", "DINOv2, registers", VIT, "vit_small_patch14_reg4_dinov2"),
     _timm("dinov3", "DINOv3", EVA, "vit_small_patch16_dinov3"),
+    _timm("siglip", "SigLIP (attention pooling)", VIT, "vit_base_patch16_siglip_224", quick=True),
+    _timm("cait", "CaiT (talking heads, class attention)", "timm.models.cait.Cait", "cait_xxs24_224", quick=True),
+    _swin("swin", "Swin (windows, shifts)", SWIN + ".SwinTransformer", "swin_tiny_patch4_window7_224", quick=True),
+    _swin("swin_v2", "Swin v2 (cosine attention)", SWIN + "_v2.SwinTransformerV2", "swinv2_tiny_window8_256"),
+    Family("hybrid", "ResNet-ViT hybrid", HYBRID, hybrid, images(32), full=partial(timm_full, "vit_tiny_r_s16_p8_224")),
+    _torchvision("tv_vit", "torchvision `vit_b_16`", "VisionTransformer", torchvision_vit, "vit_b_16"),
+    _torchvision("tv_swin", "torchvision `swin_t`", "SwinTransformer", torchvision_swin, "swin_t", refusal=WINDOWS),
+    Family(
+        "hand_written",
+        "hand-written, 60 lines",
+        "torch.nn.MultiheadAttention",
+        lambda: randomised(HandWritten()),
+        PIXELS,
+        quick=True,
+    ),
+    Family("encoder", "encoder and mean", "torch.nn.TransformerEncoder", lambda: randomised(Encoder()), PIXELS),
 ]

@@ -11,9 +11,11 @@ from torch import Tensor
 
 from relprop import native
 from relprop.errors import DeviceError, DTypeError, OptionError, RelpropError, ShapeError
-from relprop.ops.registry import SPECS, WITHOUT_OUT
-from tests.ops.cases import arguments, random, results
+from relprop.ops.registry import PRODUCTS, SPECS, WHOLE_LAYERS, WITHOUT_OUT
+from tests.ops.cases import arguments, misaligned, random, results
 
+# Kernels without a matrix product inside: any mix of dtypes.
+ELEMENTWISE = sorted(set(SPECS) - WHOLE_LAYERS)
 WITH_OUT = sorted(set(SPECS) - WITHOUT_OUT)
 IMPLEMENTATIONS = ["reference", *(["kernel"] if native.available()[0] else [])]
 
@@ -37,7 +39,7 @@ def replaced(given: tuple[Any, ...], place: int, item: Any) -> tuple[Any, ...]:
     return (*given[:place], item, *given[place + 1 :])
 
 
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("name", ELEMENTWISE)
 def test_wrong_dtype(implementation: str, name: str) -> None:
     given = arguments(name)
     for place in tensors_of(given):
@@ -51,7 +53,7 @@ def test_wrong_dtype(implementation: str, name: str) -> None:
                 overload(name)(*replaced(given, place, given[place].double()))
 
 
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("name", ELEMENTWISE)
 def test_wrong_shape(implementation: str, name: str) -> None:
     given = arguments(name)
     for place in tensors_of(given):
@@ -74,7 +76,7 @@ def test_wrong_device(name: str) -> None:
             overload(name)(*replaced(given, place, given[place].to("meta")))
 
 
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("name", ELEMENTWISE)
 def test_any_strides(implementation: str, name: str) -> None:
     given = arguments(name)
     want = results(name, overload(name)(*given))
@@ -91,19 +93,8 @@ def test_any_strides(implementation: str, name: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(made, same, strict=True))
 
 
-def misaligned(tensor: Tensor) -> Tensor:
-    """The same numbers, one byte off their alignment."""
-    flat = torch.empty(tensor.nbytes + 16, dtype=torch.uint8)
-    start = 1 + (-flat.data_ptr()) % 16
-    buffer = memoryview(flat.numpy())[start : start + tensor.nbytes]
-    view = torch.frombuffer(buffer, dtype=tensor.dtype).view(tensor.shape)
-    view.copy_(tensor)
-    assert view.data_ptr() % tensor.element_size() == 1
-    return view
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("name", ELEMENTWISE)
 def test_misaligned_inputs(name: str, dtype: torch.dtype) -> None:
     given = arguments(name, dtype)
     want = results(name, overload(name)(*given))
@@ -160,6 +151,124 @@ def test_overlapping_output(name: str) -> None:
     assert torch.equal(tensor, want[0])
 
 
+def views(tensor: Tensor) -> list[Tensor]:
+    """The same numbers laid out otherwise: one byte off, negated lazily, transposed, every other element."""
+    room = torch.full((*tensor.shape, 2), float("nan"))
+    room[..., 0] = tensor
+    found = [misaligned(tensor), torch._neg_view(-tensor), room[..., 0]]
+    return found + ([tensor.mT.contiguous().mT] if tensor.ndim > 1 else [])
+
+
+def assert_near(made: list[Tensor], want: list[Tensor]) -> None:
+    for one, other in zip(made, want, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", sorted(WHOLE_LAYERS))
+def test_whole_layers(implementation: str, name: str) -> None:
+    given = arguments(name)
+    want = results(name, overload(name)(*given))
+    for place in tensors_of(given):
+        tensor = given[place]
+        for dtype in (torch.int32, torch.float64):
+            with pytest.raises(DTypeError, match=r": expected .*torch\.float.*, got torch\."):
+                overload(name)(*replaced(given, place, tensor.to(dtype)))
+        for wrong in (torch.zeros(3, 4, 5, 6, 7, 9), torch.zeros(9, 9)):
+            with pytest.raises(ShapeError, match=r": expected (a )?shape .*\[.*, got \["):
+                overload(name)(*replaced(given, place, wrong))
+        for view in views(tensor):
+            assert_near(results(name, overload(name)(*replaced(given, place, view))), want)
+        expanded = tensor[..., :1].expand(tensor.shape)
+        copied = results(name, overload(name)(*replaced(given, place, expanded.clone())))
+        assert_near(results(name, overload(name)(*replaced(given, place, expanded))), copied)
+
+
+@pytest.mark.parametrize("name", sorted(PRODUCTS))
+def test_operands_of_products(implementation: str, name: str) -> None:
+    given = arguments(name)
+    place = next(i for i, item in enumerate(given) if isinstance(item, torch.dtype))
+    with pytest.raises(OptionError) as raised:
+        overload(name)(*replaced(given, place, torch.float16))
+    assert str(raised.value) == "operands: expected torch.float32 or torch.bfloat16, got torch.float16"
+
+
+@pytest.mark.parametrize("sizes", [(0, 8, 5), (3, 0, 5), (3, 8, 0)])
+@pytest.mark.parametrize("name", sorted(PRODUCTS))
+def test_products_of_zero_size(implementation: str, name: str, sizes: tuple[int, int, int]) -> None:
+    """Rows, K, N: nothing to sum gives 0, or the bias; nothing to hold gives nothing."""
+    rows, k, n = sizes
+    x, w, own = random(rows, k), random(n, k), random(2, rows, n)
+    given = {
+        "linear_apply": (x, w, random(n), torch.float32),
+        "linear_transpose": (own, w, torch.float32),
+        "linear_alpha_beta_share_out_product": (own, x, w, None, None, torch.float32, 1.0, 1e-6, 0, 1e-6),
+        "linear_alpha_beta_back_product": (own, x, w, torch.float32),
+    }[name]
+    made = overload(name)(*given)
+    want = random(n).expand(rows, n) if name == "linear_apply" else torch.zeros(made.shape)
+    assert made.shape[-1] == (n if name in ("linear_apply", "linear_alpha_beta_share_out_product") else k)
+    assert torch.equal(made, want)
+
+
+@pytest.mark.parametrize("axis", [0, 2])
+@pytest.mark.parametrize("place", [0, 1])
+def test_attention_of_zero_size(implementation: str, place: int, axis: int) -> None:
+    """No samples, no queries, no keys."""
+    given = list(arguments("attention_relevance"))
+    q, k, v, output, mask, gradient, relevance, row = given[:8]
+    if axis == 0:
+        given[:8] = (*(t[:0] for t in (q, k, v, output)), None, gradient[:, :0], relevance[:, :0], row[:, :0])
+    elif place == 0:
+        streams = (stream[:, :, :, :0] for stream in (gradient, relevance))
+        given[:8] = (q[:, :, :0], k, v, output[:, :, :0], mask[:0], *streams, row[:, :, :0])
+    else:
+        given[:8] = (q, k[:, :, :0], v[:, :, :0], output, mask[:, :0], gradient, relevance, row)
+    made = overload("attention_relevance")(*given)
+    assert [one.shape[3] for one in made[:3]] == [given[i].shape[2] for i in range(3)]
+    assert all(torch.equal(one, torch.zeros_like(one)) for one in made)
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"qk": "whole"}, "qk: expected one of half, positive, detached, got 'whole'"),
+        ({"edge": "all"}, "edge: expected one of gradient_x_relevance, gradient_x_attention, relevance, attention"),
+        ({"row": None}, "row: expected a tensor, which the edge 'gradient_x_relevance' needs, got None"),
+        ({"output": None}, "output: expected a tensor, which the relevance stream needs, got None"),
+        ({"gradient": None}, "gradient: expected a tensor, which the edge 'gradient_x_relevance' needs, got None"),
+        ({"qk_stabiliser_kind": 2}, "stabiliser_kind: expected 0 (signed) or 1 (reference), got 2"),
+        ({"av_epsilon": -1.0}, "epsilon: expected a finite number >= 0, got -1"),
+    ],
+    ids=str,
+)
+def test_bad_options_of_attention(implementation: str, changes: dict[str, Any], text: str) -> None:
+    names = [argument.split()[-1] for argument in SPECS["attention_relevance"].arguments.split(", ")]
+    given = dict(zip(names, arguments("attention_relevance"), strict=True)) | changes
+    with pytest.raises(ValueError) as raised:
+        overload("attention_relevance")(*given.values())
+    assert str(raised.value).startswith(text)
+
+
+def test_strides_beyond_an_int32() -> None:
+    """Views over 8 GiB of which a few pages are touched: whole layers read their strides as 64 bits."""
+    room = torch.empty(2**31 + 2**16)
+    for name, places in {
+        "attention_relevance": (0, 1, 2, 5, 6),
+        "linear_apply": (1,),
+        "linear_transpose": (1,),
+    }.items():
+        given = arguments(name)
+        want = results(name, overload(name)(*given))
+        for place in places:
+            tensor = given[place]
+            axis = next(i for i, size in enumerate(tensor.shape) if size > 1)
+            step = 2**31 // (tensor.shape[axis] - 1)
+            strides = [step if i == axis else stride for i, stride in enumerate(tensor.stride())]
+            view = room.as_strided(tensor.shape, strides).copy_(tensor)
+            made = results(name, overload(name)(*replaced(given, place, view)))
+            assert all(torch.equal(one, other) for one, other in zip(made, want, strict=True))
+
+
 def emptied(item: Any, axis: int) -> Any:
     if isinstance(item, list):
         return [emptied(one, axis) for one in item]
@@ -171,7 +280,7 @@ def emptied(item: Any, axis: int) -> Any:
 
 
 @pytest.mark.parametrize("axis", [-1, -2])
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("name", ELEMENTWISE)
 def test_zero_size(implementation: str, name: str, axis: int) -> None:
     given = arguments(name)
     if name == "add_gamma":

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from relprop import native
 from relprop.ops import OPS
-from relprop.ops.registry import SPECS, WITHOUT_OUT
-from tests.ops.cases import arguments, results
+from relprop.ops.registry import PRODUCTS, SPECS, WHOLE_LAYERS, WITHOUT_OUT
+from tests.ops.cases import arguments, random, results
 
 HALF = [torch.bfloat16, torch.float16]
 needs_kernels = pytest.mark.skipif(not native.available()[0], reason=native.available()[1])
@@ -37,7 +37,8 @@ def test_every_kernel_has_its_op() -> None:
 @pytest.mark.parametrize("name", SPECS)
 def test_opcheck(name: str) -> None:
     torch.library.opcheck(OPS[name], arguments(name))
-    torch.library.opcheck(OPS[name], arguments(name, torch.bfloat16))
+    other = torch.float64 if name == "attention_relevance" else torch.bfloat16
+    torch.library.opcheck(OPS[name], arguments(name, other))
 
 
 @pytest.mark.parametrize("name", sorted(set(SPECS) - WITHOUT_OUT))
@@ -48,7 +49,7 @@ def test_opcheck_of_out_variants(name: str) -> None:
 @needs_kernels
 @pytest.mark.parametrize("half", [None, *HALF])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALF])
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("name", sorted(set(SPECS) - WHOLE_LAYERS))
 def test_kernel_equals_reference(name: str, dtype: torch.dtype, half: torch.dtype | None) -> None:
     if half is not None and dtype in HALF:
         half = dtype
@@ -58,6 +59,42 @@ def test_kernel_equals_reference(name: str, dtype: torch.dtype, half: torch.dtyp
     for one, other in zip(got, want, strict=True):
         assert one.dtype is dtype and one.is_contiguous()
         torch.testing.assert_close(one, other, rtol=64 * eps, atol=64 * eps)
+
+
+@needs_kernels
+@pytest.mark.parametrize("operands", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("half", [None, *HALF])
+@pytest.mark.parametrize("name", sorted(PRODUCTS))
+def test_products_equal_reference(name: str, half: torch.dtype | None, operands: torch.dtype) -> None:
+    given = tuple(operands if isinstance(item, torch.dtype) else item for item in arguments(name, half=half))
+    got, want = overload(name)(*given), SPECS[name].reference(*given)
+    assert got.dtype is torch.float32
+    torch.testing.assert_close(got, want.float(), rtol=1e-4, atol=1e-4)
+
+
+ATTENTION = [
+    {"mask": None, "causal": True, "qk": "half"},
+    {"mask": random(2, 1, 5, 6, seed=3) > 0, "qk": "detached", "edge": "relevance"},
+    {"gradient": None, "edge": "", "row": None, "exact_output": True},
+    {"relevance": None, "output": None, "edge": "gradient_x_attention", "row": random(1, 2, 5).abs()},
+    {"gradient": None, "relevance": None, "edge": "attention", "row": random(4, 2, 5)},
+    {"gradients_wanted": (False, True, False), "relevances_wanted": (True, False, True), "edge": ""},
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("changes", [{}, *ATTENTION], ids=str)
+def test_attention(changes: dict[str, Any], dtype: torch.dtype) -> None:
+    """The kernel, the fake kernel and the reference agree on what comes back, and in which layout."""
+    name = "attention_relevance"
+    names = [argument.split()[-1] for argument in SPECS[name].arguments.split(", ")]
+    changed = dict(zip(names, arguments(name, dtype), strict=True)) | changes
+    given = [t.to(dtype) if isinstance(t, Tensor) and t.dtype != torch.bool else t for t in changed.values()]
+    got, want = overload(name)(*given), SPECS[name].reference(*given)
+    torch.library.opcheck(OPS[name], tuple(given), test_utils=("test_schema", "test_faketensor"))
+    for one, other in zip(got, want, strict=True):
+        assert one.stride() == other.stride()
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from relprop.rules import (
     EXACT,
     REFERENCE,
+    AddEpsilon,
+    AddIdentity,
+    AddNormalised,
     AttentionComposed,
     MatmulAlphaBeta,
     MatmulHalf,
@@ -72,6 +75,8 @@ RULES = {
     "alpha-beta-both": AttentionComposed(qk=MatmulAlphaBeta(), av=MatmulAlphaBeta()),
     "taylor": AttentionComposed(softmax=SoftmaxTaylor()),
     "detached": AttentionComposed(softmax=SoftmaxDetached()),
+    "mask-normalised": AttentionComposed(mask=AddNormalised(REFERENCE)),
+    "mask-epsilon": AttentionComposed(mask=AddEpsilon(Stabiliser(0.01))),
 }
 
 
@@ -117,6 +122,26 @@ def logits_of(case: Case, dots: Tensor) -> Tensor:
     return logits
 
 
+def summands_of(case: Case, dots: Tensor) -> tuple[Tensor, Tensor]:
+    """Scaled scores and the mask that is added to them, 0 where nothing is seen."""
+    mask = logits_of(case, dots) - dots * case.scale
+    return dots * case.scale, torch.where(torch.isinf(mask), 0.0, mask)
+
+
+def at_scores(rule: Any, relevance: Tensor, scores: Tensor, mask: Tensor) -> Tensor:
+    """What the mask's addition leaves to the scores."""
+    if isinstance(rule, AddIdentity):
+        return relevance
+    s = divide(relevance, scores + mask, rule.stabiliser)
+    a, b = scores * s, mask * s
+    if isinstance(rule, AddEpsilon):
+        return a
+    axes = tuple(range(2, a.ndim))  # of one sample
+    sum_a, sum_b, total = (part.sum(axes, keepdim=True) for part in (a, b, relevance))
+    kept = divide(sum_a.abs(), sum_a.abs() + sum_b.abs(), rule.stabiliser) * total
+    return a * divide(kept, sum_a, rule.stabiliser)
+
+
 def products(left: Tensor, right: Tensor, rule: Any) -> Tensor:
     """left[i, k] right[k, j] as the rule counts them. [..., M, K, N]"""
     z = left[..., :, :, None] * right[..., None, :, :]
@@ -137,6 +162,7 @@ def expected(case: Case, rule: AttentionComposed, relevance: Tensor, *inputs: Te
     if isinstance(rule.softmax, SoftmaxTaylor):
         # What a mask adds to a logit is its share of it, and stays there.
         at_map = case.scale * (q @ k.mT) * (at_map - p * at_map.sum(-1, keepdim=True))
+    at_map = at_scores(rule.mask, at_map, *summands_of(case, q @ k.mT))
     through_scores = products(q, k.mT, qk)
     scores = divide(at_map, through_scores.sum(-2), qk.stabiliser)[..., :, None, :] * through_scores
     at_keys = gathered(case, scores.sum(-3).mT / 2)
@@ -153,6 +179,10 @@ def settled(case: Case, rule: AttentionComposed) -> Callable[..., Tensor]:
         for left, right, part in ((p, v, rule.av), (q, k.mT, rule.qk)):
             z, size = products(left, right, part).sum(-2), products(left.abs(), right.abs(), part).sum(-2)
             keeps.append(((z.abs() > size / 100) | isinstance(part, MatmulAlphaBeta)).all(-1, keepdim=True))
+        if not isinstance(rule.mask, AddIdentity):
+            scores, mask = summands_of(case, q @ k.mT)
+            settles = (scores + mask).abs() > (scores.abs() + mask.abs()) / 100
+            keeps[0] = keeps[0] & settles.all(tuple(range(1, p.ndim)), keepdim=True)  # one sum serves the whole sample
         return keeps[0] & keeps[1]
 
     return of
@@ -200,6 +230,8 @@ def test_map_is_left_for_the_read_out() -> None:
 def test_ledger(name: str, rule: AttentionComposed) -> None:
     op, inputs = attention_op(name), operands(name, 4)
     causes = ["epsilon", "rule"] if isinstance(rule.softmax, SoftmaxTaylor) else ["epsilon"]
+    if not isinstance(rule.mask, AddIdentity):
+        causes.append("constant")
     entry = check_ledger(op, rule, inputs, op.relevance(inputs, 3), causes)
     if name == "plain" and rule in (RULES["half"], RULES["detached"]):
         assert_near(entry.passed, entry.arriving, 1e-5)

@@ -1,0 +1,62 @@
+"""What every kernel uses, compiled ahead of time at its tabled configurations; no GPU is needed.
+
+    python -m benchmarks.gpu.ahead_of_time [--architectures 80,90,100] [--rows FILE...] [--out FILE]
+
+--rows takes what `python -m tests.kernels.compile_cases ARCHITECTURE` wrote before; else everything is compiled, which
+takes about ten minutes for each architecture on one core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.numerics.rows import RESULTS, write_rows
+from relprop.kernels.configurations import SHARED_MEMORY, tabled_architecture
+
+ROOT = Path(__file__).parents[2]
+
+
+def compiled(architectures: str) -> list[str]:
+    """One line of JSON per kernel, from a process that has no interpreter."""
+    command = [sys.executable, "-m", "tests.kernels.compile_cases", architectures]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+
+
+def row_of(found: dict[str, Any]) -> dict[str, Any]:
+    """A line as a row."""
+    architecture = found["architecture"]
+    limit = SHARED_MEMORY[tabled_architecture(architecture)]
+    instruction = "wgmma" if found["wgmma"] else "tcgen05" if found["tcgen05"] else "-"
+    return {
+        "case": found["case"],
+        "kernel": found["kernel"].strip("_").removesuffix("_kernel"),
+        "architecture": f"sm_{architecture}",
+        "tiles": " ".join(f"{name}={size}" for name, size in found["tiles"].items()),
+        "warps": found["warps"],
+        "registers": found["registers"],
+        "spilled_bytes": found["stack"],
+        "shared_bytes": found["shared"],
+        "shared_limit": limit,
+        "instruction": instruction,
+    }
+
+
+def main(arguments: Iterable[str] | None = None) -> None:
+    """Write the table."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--architectures", default="80,90,100")
+    parser.add_argument("--rows", type=Path, nargs="*", default=[])
+    parser.add_argument("--out", type=Path, default=RESULTS / "ahead_of_time.csv")
+    given = parser.parse_args(None if arguments is None else list(arguments))
+    lines = [line for path in given.rows for line in path.read_text().splitlines()] or compiled(given.architectures)
+    write_rows(given.out, [row_of(json.loads(line)) for line in lines])
+
+
+if __name__ == "__main__":
+    main()

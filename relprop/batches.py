@@ -1,0 +1,59 @@
+"""A call in pieces: inputs and targets cut along the batch, explanations joined again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from relprop.errors import OptionError
+from relprop.explanation import Explanation
+from relprop.targets import TargetLike
+
+
+def check_batch_size(batch_size: Any) -> None:
+    """Raises:
+    OptionError: neither None, "auto" nor a positive int.
+    """
+    fits = isinstance(batch_size, int) and not isinstance(batch_size, bool) and batch_size > 0
+    if batch_size not in (None, "auto") and not fits:
+        raise OptionError(f"batch_size: expected None, 'auto' or a positive int, got {batch_size!r}")
+
+
+def pieces(
+    inputs: dict[int, Any], batched: frozenset[int], target: TargetLike, size: int
+) -> Iterator[tuple[dict[int, Any], TargetLike]]:
+    """Inputs by value index and targets, at most `size` samples at a time."""
+    batch = next(len(inputs[i]) for i in inputs if i in batched)
+    per_sample = isinstance(target, list) or (isinstance(target, Tensor) and target.ndim > 0)
+    for at in range(0, batch, size):
+        part = {i: t[at : at + size] if i in batched else t for i, t in inputs.items()}
+        yield part, target[at : at + size] if per_sample else target  # type: ignore[index]
+
+
+def join(parts: list[Explanation]) -> Explanation:
+    """The explanation of the whole batch."""
+    if len(parts) == 1:
+        return parts[0]
+
+    def joined(field: str) -> Any:
+        tensors = [getattr(part, field) for part in parts]
+        return None if tensors[0] is None else torch.cat(tensors)
+
+    whole = {field: joined(field) for field in ("relevance", "logits", "target", "disagreement", "trustworthy")}
+    whole["relevances"] = {name: torch.cat([part.relevances[name] for part in parts]) for name in parts[0].relevances}
+    whole["latents"] = {
+        path: replace(
+            latent,
+            **{
+                item.name: torch.cat([getattr(part.latents[path], item.name) for part in parts])
+                for item in fields(latent)
+                if isinstance(getattr(latent, item.name), Tensor)
+            },
+        )
+        for path, latent in parts[0].latents.items()
+    }
+    return replace(parts[0], **whole)

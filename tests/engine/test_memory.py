@@ -1,0 +1,96 @@
+"""What a pass is predicted to take, against what torch's allocator reports; batches in pieces."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+import relprop
+from relprop import memory
+from relprop.errors import OptionError
+from relprop.native.tensors import fresh_results
+from tests.engine.models import vit
+
+
+def allocated(run: Callable[[], object]) -> int:
+    """Peak bytes that torch's allocator handed out during a call, without what it made once."""
+    run()
+    with fresh_results(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        run()
+    alive = peak = 0
+    for event in profiled.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            alive += event.nbytes()
+            peak = max(peak, alive)
+    return peak
+
+
+def images(batch: int) -> torch.Tensor:
+    return torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(batch))
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpp"])
+@pytest.mark.parametrize("method", ["transformer_attribution", "attention_gradcam", "full"])
+@pytest.mark.parametrize("targets", [1, 3])
+def test_prediction(backend: str, method: str, targets: int) -> None:
+    engine = relprop.compile(vit(embed_dim=96), (images(2),), backend=backend, method=method)
+    # What a convolution takes within itself is not seen; it does not grow with the batch.
+    for batch in (7, 32) if method == "full" else (1, 7, 32):
+        index = torch.zeros(batch, targets, dtype=torch.int64)
+        real = allocated(lambda batch=batch, index=index: engine(images(batch), target=index))
+        predicted = engine.memory(batch, targets=targets) - engine._weights.derived.nbytes
+        assert abs(predicted - real) < 0.1 * real, (batch, predicted, real)
+
+
+def test_derived_weights_count() -> None:
+    engine = relprop.compile(vit(), (images(2),), backend="torch")
+    engine.memory(1)
+    held = engine._weights.derived.nbytes
+    assert held > 0
+    assert engine.memory(1) > held
+
+
+def test_automatic_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = relprop.compile(vit(), (images(2),), composite="chefer_stable")
+    given, target = images(11), [i % 10 for i in range(11)]
+    whole = engine(given, target=target)
+    budget = engine.memory(4) - engine._weights.derived.nbytes
+    monkeypatch.setattr(memory, "available", lambda device: int(budget / memory.SHARE) + 1)
+    seen: list[int] = []
+    explain = engine._explain
+
+    def noted(inputs: dict[int, torch.Tensor], *rest: object, **named: object) -> object:
+        seen.append(len(next(iter(inputs.values()))))
+        return explain(inputs, *rest, **named)
+
+    monkeypatch.setattr(engine, "_explain", noted)
+    found = engine(given, target=target, batch_size="auto", check=True)
+    assert seen == [4, 4, 4, 4, 4, 4, 3, 3, 3]  # each piece once, and twice more for the check
+    torch.testing.assert_close(found.relevance, whole.relevance)
+    assert torch.equal(found.target, whole.target)
+    assert found.trustworthy is not None and found.trustworthy.shape == (11,)
+
+
+def test_pieces_of_a_given_size() -> None:
+    engine = relprop.compile(vit(), (images(2),), composite="chefer_stable")
+    given, target = images(5), torch.arange(10).reshape(5, 2)
+    whole, found = engine(given, target=target), engine(given, target=target, batch_size=2)
+    torch.testing.assert_close(found.relevance, whole.relevance)
+    torch.testing.assert_close(found.logits, whole.logits)
+    assert torch.equal(found.target, target)
+
+
+@pytest.mark.parametrize("size", [0, -2, True, "all", 1.5])
+def test_bad_batch_sizes(size: object) -> None:
+    engine = relprop.compile(vit(), (images(2),))
+    with pytest.raises(OptionError, match="batch_size: expected None, 'auto' or a positive int, got"):
+        engine(images(2), batch_size=size)
+
+
+def test_a_ledger_wants_one_piece() -> None:
+    engine = relprop.compile(vit(), (images(2),))
+    with pytest.raises(OptionError, match="ledger: expected a batch in one piece, got batch_size 1 for 2 samples"):
+        engine(images(2), batch_size=1, ledger=True)

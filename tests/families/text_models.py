@@ -1,0 +1,336 @@
+"""Stock transformers classes, built small with random weights, and how each is called."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+VOCABULARY = 100
+Inputs = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Family:
+    """One stock class.
+
+    Attributes:
+        config, model: class names in transformers.
+        sizes: arguments of the config.
+        inputs: (batch, length, generator) -> the model's arguments.
+        target: length -> an index into one sample's output.
+        output: which output is explained, None for the logits.
+        entries: explained inputs by their names in the explanation.
+        refusal: where methods that walk through attention layers do not apply, words of the refusal.
+        fixed: the captured length is the only one.
+        pads: whether text may be padded and masked.
+        kept_after_text: how many tokens of another kind follow the text in the sequence.
+        mixes_samples: all tokens of a batch share one axis somewhere, where nothing is known per sample.
+        quick: whether it is among the few of `make test`.
+        tolerance: relative, in float64; looser where the model itself computes in float32.
+    """
+
+    config: str
+    model: str
+    sizes: dict[str, Any]
+    inputs: Callable[[int, int, torch.Generator], Inputs]
+    target: Callable[[int], Any]
+    output: str | None = None
+    entries: tuple[str, ...] = ("input_ids",)
+    refusal: str = ""
+    fixed: bool = False
+    pads: bool = True
+    kept_after_text: int = 0
+    mixes_samples: bool = False
+    quick: bool = False
+    tolerance: float = 1e-9
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+def ids(batch: int, length: int, generator: torch.Generator) -> Tensor:
+    return torch.randint(5, VOCABULARY, (batch, length), generator=generator)
+
+
+def ones(batch: int, length: int) -> Tensor:
+    return torch.ones(batch, length, dtype=torch.long)
+
+
+def encoder(batch: int, length: int, generator: torch.Generator) -> Inputs:
+    return {"input_ids": ids(batch, length, generator), "attention_mask": ones(batch, length)}
+
+
+def decoder(batch: int, length: int, generator: torch.Generator) -> Inputs:
+    return {**encoder(batch, length, generator), "use_cache": False}
+
+
+def both(batch: int, length: int, generator: torch.Generator) -> Inputs:
+    target = ids(batch, 5, generator)
+    return {**encoder(batch, length, generator), "decoder_input_ids": target, "use_cache": False}
+
+
+def images(batch: int, generator: torch.Generator, size: int = 32) -> Tensor:
+    return torch.randn(batch, 3, size, size, generator=generator)
+
+
+def pair(batch: int, length: int, generator: torch.Generator) -> Inputs:
+    given = encoder(batch, length, generator)
+    given["input_ids"][:, -1] = VOCABULARY - 1  # CLIP reads the row of the largest id
+    return {**given, "pixel_values": images(batch, generator)}
+
+
+def lxmert(batch: int, length: int, generator: torch.Generator) -> Inputs:
+    boxes = torch.rand(batch, 6, 4, generator=generator)
+    return {
+        **encoder(batch, length, generator),
+        "visual_feats": torch.randn(batch, 6, 20, generator=generator),
+        "visual_pos": boxes,
+    }
+
+
+def visual_bert(batch: int, length: int, generator: torch.Generator) -> Inputs:
+    return {
+        **encoder(batch, length, generator),
+        "visual_embeds": torch.randn(batch, 6, 20, generator=generator),
+        "visual_attention_mask": ones(batch, 6),
+    }
+
+
+def detection(batch: int, length: int, generator: torch.Generator) -> Inputs:
+    return {"pixel_values": images(batch, generator, 64)}
+
+
+def first_class(length: int) -> Any:
+    return 1
+
+
+def last_token(length: int) -> Any:
+    return (length - 1, 7)
+
+
+BERT = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
+LLAMA = {**BERT, "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+TOWER = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
+VISION = {**TOWER, "image_size": 32, "patch_size": 8}
+
+FAMILIES: dict[str, Family] = {
+    "bert": Family("BertConfig", "BertForSequenceClassification", BERT, encoder, first_class, quick=True),
+    "roberta": Family("RobertaConfig", "RobertaForSequenceClassification", BERT, encoder, first_class),
+    "distilbert": Family(
+        "DistilBertConfig",
+        "DistilBertForSequenceClassification",
+        {"dim": 48, "n_layers": 2, "n_heads": 4, "hidden_dim": 96},
+        encoder,
+        first_class,
+    ),
+    "deberta_v3": Family(
+        "DebertaV2Config",
+        "DebertaV2ForSequenceClassification",
+        {
+            **BERT,
+            "relative_attention": True,
+            "position_buckets": 8,
+            "norm_rel_ebd": "layer_norm",
+            "share_att_key": True,
+            "pos_att_type": ["p2c", "c2p"],
+            "position_biased_input": False,
+            "type_vocab_size": 0,
+            "max_position_embeddings": 32,
+        },
+        encoder,
+        first_class,
+    ),
+    "modernbert": Family(
+        "ModernBertConfig",
+        "ModernBertForSequenceClassification",
+        {**BERT, "num_hidden_layers": 3, "local_attention": 8, "pad_token_id": 0, "global_attn_every_n_layers": 3},
+        encoder,
+        first_class,
+    ),
+    "gpt2": Family(
+        "GPT2Config",
+        "GPT2LMHeadModel",
+        {"n_embd": 48, "n_layer": 2, "n_head": 4, "bos_token_id": 0, "eos_token_id": 0},
+        decoder,
+        last_token,
+    ),
+    "llama": Family("LlamaConfig", "LlamaForCausalLM", LLAMA, decoder, last_token, tolerance=1e-5),
+    "mistral": Family(
+        "MistralConfig", "MistralForCausalLM", {**LLAMA, "sliding_window": 4}, decoder, last_token, tolerance=1e-5
+    ),
+    "qwen3": Family("Qwen3Config", "Qwen3ForCausalLM", {**LLAMA, "head_dim": 12}, decoder, last_token, tolerance=1e-5),
+    "gemma3": Family(
+        "Gemma3TextConfig",
+        "Gemma3ForCausalLM",
+        {
+            **LLAMA,
+            "head_dim": 12,
+            "sliding_window": 4,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+            "query_pre_attn_scalar": 12,
+        },
+        decoder,
+        last_token,
+        tolerance=1e-5,
+    ),
+    "mixtral": Family(
+        "MixtralConfig",
+        "MixtralForCausalLM",
+        {**LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2},
+        decoder,
+        last_token,
+        tolerance=1e-5,
+        settings={"_experts_implementation": "batched_mm"},
+        mixes_samples=True,
+    ),
+    "qwen3_moe": Family(
+        "Qwen3MoeConfig",
+        "Qwen3MoeForCausalLM",
+        {
+            **LLAMA,
+            "head_dim": 12,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "decoder_sparse_step": 1,
+        },
+        decoder,
+        last_token,
+        tolerance=1e-5,
+        settings={"_experts_implementation": "batched_mm"},
+        mixes_samples=True,
+    ),
+    "t5": Family(
+        "T5Config",
+        "T5ForConditionalGeneration",
+        {"d_model": 48, "d_kv": 12, "d_ff": 96, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0},
+        both,
+        lambda length: (4, 7),
+        entries=("input_ids", "decoder_input_ids"),
+        refusal="over one sequence",
+    ),
+    "bart": Family(
+        "BartConfig",
+        "BartForConditionalGeneration",
+        {
+            "d_model": 48,
+            "encoder_layers": 2,
+            "decoder_layers": 2,
+            "encoder_attention_heads": 4,
+            "decoder_attention_heads": 4,
+            "encoder_ffn_dim": 96,
+            "decoder_ffn_dim": 96,
+            "max_position_embeddings": 64,
+        },
+        both,
+        lambda length: (4, 7),
+        entries=("input_ids", "decoder_input_ids"),
+        refusal="over one sequence",
+    ),
+    "clip": Family(
+        "CLIPConfig",
+        "CLIPModel",
+        {
+            "text_config": {**TOWER, "vocab_size": VOCABULARY, "eos_token_id": 2, "bos_token_id": 0},
+            "vision_config": VISION,
+            "projection_dim": 32,
+        },
+        pair,
+        lambda length: None,
+        output="logits_per_text",
+        entries=("input_ids", "pixel_values"),
+        refusal="over one sequence",
+    ),
+    "siglip": Family(
+        "SiglipConfig",
+        "SiglipModel",
+        {"text_config": {**TOWER, "vocab_size": VOCABULARY}, "vision_config": VISION},
+        pair,
+        lambda length: None,
+        output="logits_per_text",
+        entries=("input_ids", "pixel_values"),
+        refusal="over one sequence",
+        pads=False,  # it reads the last token, padding or not
+    ),
+    "lxmert": Family(
+        "LxmertConfig",
+        "LxmertForQuestionAnswering",
+        {
+            "hidden_size": 48,
+            "num_attention_heads": 4,
+            "intermediate_size": 96,
+            "l_layers": 2,
+            "x_layers": 1,
+            "r_layers": 1,
+            "visual_feat_dim": 20,
+            "num_qa_labels": 5,
+        },
+        lxmert,
+        first_class,
+        output="question_answering_score",
+        entries=("input_ids", "visual_feats", "visual_pos"),
+        refusal="over one sequence",
+    ),
+    "visual_bert": Family(
+        "VisualBertConfig",
+        "VisualBertForQuestionAnswering",
+        {**BERT, "visual_embedding_dim": 20, "num_labels": 5},
+        visual_bert,
+        first_class,
+        kept_after_text=6,
+        entries=("input_ids", "visual_embeds"),
+    ),
+    "detr": Family(
+        "DetrConfig",
+        "DetrForObjectDetection",
+        {
+            "d_model": 32,
+            "encoder_layers": 2,
+            "decoder_layers": 2,
+            "encoder_attention_heads": 4,
+            "decoder_attention_heads": 4,
+            "encoder_ffn_dim": 48,
+            "decoder_ffn_dim": 48,
+            "num_queries": 3,
+            "num_labels": 4,
+        },
+        detection,
+        lambda length: (1, 2),
+        entries=("pixel_values",),
+        refusal="over one sequence",
+        fixed=True,
+        pads=False,
+    ),
+}
+
+
+@cache
+def build(name: str) -> nn.Module:
+    """A family's model in float64 and evaluation mode."""
+    family = FAMILIES[name]
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = getattr(transformers, family.config)(**{"vocab_size": VOCABULARY, **family.sizes})
+        for name, value in family.settings.items():
+            setattr(config, name, value)
+        model = getattr(transformers, family.model)(config)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            nn.init.normal_(parameter, std=0.2)
+        else:
+            nn.init.normal_(parameter, mean=float(parameter.detach().mean()), std=0.1)
+    return model.double().eval()
+
+
+def inputs(name: str, batch: int, length: int = 9, seed: int = 0) -> Inputs:
+    """A random call of a family's model."""
+    given = FAMILIES[name].inputs(batch, length, torch.Generator().manual_seed(seed))
+    return {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in given.items()}
