@@ -150,10 +150,6 @@ class _Tracer:
     def attention(self, node: Node) -> State:
         q, k = node.operands[0], node.operands[1]
         assert q is not None and k is not None
-        for value in (q, k):
-            shared = value.rank == 4 and value.sample is not None and value.sample.factor != 1
-            if shared or (value.sample is not None and value.sample.axis != 0):
-                raise self.error(f"attention over whole sequences, got windows at {node.describe()}")
         states = [self.settled(self.at[v.index]) if v.carrying else (self.root(),) for v in (q, k)]
         if any(len(found) > 1 for found in states):
             raise self.error(f"queries and keys of one sequence each, got several at {node.describe()}")
@@ -187,7 +183,9 @@ class GenericAttention(Readout):
         """
         walk = (self.start_layer, self.normalise, self.read_tokens, self.count_padding)
         sites = graph.attention_sites()
-        if not any(key_rows(site).start < 0 for site in sites) and (graph.tokens.covering is not None or not sites):
+        among_learned = any(key_rows(site).start < 0 for site in sites)
+        alone = graph.tokens.covering is not None and not among_learned
+        if alone or not sites or any(not _whole(site) for site in sites):
             return RowWalk("gradient_x_attention", self.method, *walk)
         if walk != (0, False, "kept", False):
             raise OptionError(
@@ -196,6 +194,15 @@ class GenericAttention(Readout):
                 f" {walk[3]}"
             )
         return CoAttention(self.method, self.normalise_between, _Tracer(graph, self.method).run())
+
+
+def _whole(site: Node) -> bool:
+    """Whether a layer attends over whole sequences, not within windows of them."""
+    for value in site.operands[:2]:
+        sample = None if value is None else value.sample
+        if sample is not None and (sample.axis != 0 or (value.rank == 4 and sample.factor != 1)):  # type: ignore[union-attr]
+            return False
+    return site.kind == "attention"
 
 
 @dataclass(frozen=True, eq=False)

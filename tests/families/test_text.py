@@ -93,7 +93,9 @@ def leaves_at_embeddings(model: nn.Module, given: Inputs, entries: tuple[str, ..
 
     def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         for entry in entries:
-            if args[0].shape == given[entry].shape and torch.equal(args[0], given[entry]):
+            # Positions may be embedded from the ids' shape, once for all samples.
+            looked_up = args[0].shape == given[entry].shape == output.shape[:-1]
+            if looked_up and torch.equal(args[0], given[entry]):
                 leaves[entry] = output.detach().requires_grad_()
                 return leaves[entry]
         return output
