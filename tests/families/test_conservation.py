@@ -19,8 +19,8 @@ MODELS = ("bert", "gpt2", "llama", "bart", "lxmert", "detr")
 QUICK = {("bert", composite) for composite in ("chefer", "attnlrp", "reslrp", "libragrad", "alpha2_beta1")}
 ATTENTION = frozenset({"attention", "softmax"})
 LINEAR = frozenset({"linear", "conv", "matmul"})
-# Kinds of operations whose published rule keeps or makes relevance by itself. With softmax expanded to first order it is
-# the constant term; with alpha 2 and beta 1 units without z-; where the authors' code shares out x+ w+ and x- w- apart,
+# Kinds of operations whose published rule keeps or makes relevance by itself. With softmax expanded to first order it
+# is the constant term; with alpha 2 and beta 1 units without z-; where the authors' code shares out x+ w+ and x- w- apart,
 # each part hands on the whole; a plain gradient conserves nothing.
 BY_RULE: dict[str, frozenset[str]] = {
     **dict.fromkeys(("attnlrp", "reslrp", "pa_lrp", "epsilon", "gamma", "epsilon_plus"), ATTENTION),
