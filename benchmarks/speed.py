@@ -4,9 +4,9 @@
 
 In each round every contender runs once, in turn: the forward pass without gradients, forward and backward, relprop
 with each backend, and (where a checkout is given) the authors' code, one image after the other as it is only right at
-batch 1. Reported are medians of the paired ratios to that round's forward pass, so that a machine whose speed drifts
-does not decide. No time is written for a wrong answer: answers are
-compared first.
+batch 1. LXT, where it is installed, explains torchvision's vit_b_16, in a run of its own with the same rules of ours.
+Reported are medians of the paired ratios to that round's forward pass, so that a machine whose speed drifts
+does not decide. No time is written for a wrong answer: answers are compared first.
 """
 
 from __future__ import annotations
@@ -21,19 +21,23 @@ from typing import Any
 
 import timm
 import torch
-from torch import Tensor
+import torchvision
+from torch import Tensor, nn
 
 import relprop
+from benchmarks.numerics.lxt import Lxt, available, error_to
 from benchmarks.numerics.reference import Reference
 from benchmarks.numerics.rows import write_rows
 from relprop.rules.linear_map import native_bfloat16
 
+_LXT = "torchvision vit_b_16"
+HALF = ("relprop_medium", "relprop_bfloat16")  # their products are bfloat16, and so is the rate they are held to
 MODELS = ("vit_base_patch16_224", "vit_tiny_patch16_224")
 
 
-def matrix_rate(seconds: float = 1.0) -> float:
-    """Best rate of a float32 matrix product on this machine, in GFLOP/s."""
-    a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
+def matrix_rate(dtype: torch.dtype, seconds: float = 0.3) -> float:
+    """Best rate of a matrix product by the platform's library on this machine, in GFLOP/s."""
+    a, b = torch.randn(1024, 1024).to(dtype), torch.randn(1024, 1024).to(dtype)
     best, end = 0.0, time.perf_counter() + seconds
     while time.perf_counter() < end:
         start = time.perf_counter()
@@ -42,9 +46,8 @@ def matrix_rate(seconds: float = 1.0) -> float:
     return best
 
 
-def contenders(model: Any, images: Tensor, reference: Path | None) -> dict[str, Callable[[], Any]]:
-    """What is timed, by name. images: [B, 3, H, W]"""
-    targets = torch.full((len(images),), 5)
+def passes(model: Any, images: Tensor) -> dict[str, Callable[[], Any]]:
+    """The model's own passes, which everything is compared with."""
 
     def forward() -> None:
         with torch.no_grad():
@@ -54,7 +57,12 @@ def contenders(model: Any, images: Tensor, reference: Path | None) -> dict[str, 
         leaf = images.clone().requires_grad_()
         model(leaf)[:, 5].sum().backward()
 
-    found: dict[str, Callable[[], Any]] = {"forward": forward, "forward_backward": forward_backward}
+    return {"forward": forward, "forward_backward": forward_backward}
+
+
+def contenders(model: Any, images: Tensor, reference: Path | None) -> dict[str, Callable[[], Any]]:
+    """What is timed, by name. images: [B, 3, H, W]"""
+    targets, found = torch.full((len(images),), 5), passes(model, images)
     for name, options in {
         "relprop": {},
         **({"relprop_medium": {"precision": "medium"}} if native_bfloat16() else {}),
@@ -110,7 +118,46 @@ def measure(name: str, batch: int, rounds: int, reference: Path | None) -> list[
     compiled = time.perf_counter() - start
     flops = engine.program.flops()
     floor = (flops["forward"] + flops["reverse"]) / flops["forward"]
-    runs = contenders(model, images, reference)
+    rows = timed(contenders(model, images, reference), rounds)
+    gflop = batch * (flops["forward"] + flops["reverse"]) / 1e9
+    for row in rows:
+        if "relprop" in row["contender"]:
+            row.update(
+                gflop=round(gflop, 2),
+                counted_floor=round(floor, 3),
+                share_of_rate=round(1e3 * gflop / row["ms_median"] / row["matrix_gflop_per_s"], 3),
+            )
+        if row["contender"] == "relprop":
+            row.update(compile_s=round(compiled, 2), **{key: f"{error:.2e}" for key, error in errors.items()})
+    return [{"model": name, "batch": batch, **row} for row in rows]
+
+
+def measure_lxt(batch: int, rounds: int) -> list[dict[str, Any]]:
+    """Rows of torchvision's vit_b_16, by LXT and by the same rules."""
+    torch.manual_seed(0)
+    theirs = Lxt()
+    model = torchvision.models.vit_b_16(weights=None).eval()
+    nn.init.normal_(model.heads.head.weight, std=0.02)  # zeros as made, which leaves nothing to explain
+    images = torch.randn(batch, 3, 224, 224)
+    precise = copy.deepcopy(model).double()
+    ours = relprop.explain(precise, images[:1].double(), target=5, method="cp_lrp").relevance
+    error = error_to(ours, theirs.explain(precise, images[:1].double(), 5))
+    if not error < 1e-4:
+        raise SystemExit(f"{_LXT}: expected LXT's relevance within 1e-4, got {error}; nothing is timed")
+    runs = passes(model, images)
+    for method in ("cp_lrp", "attnlrp"):
+        engine = relprop.compile(model, (images,), method=method)
+        runs[f"relprop_{method}"] = lambda engine=engine: engine(images, target=5)
+    runs["lxt"] = lambda: theirs.explain(model, images, 5)
+    rows = timed(runs, rounds)
+    for row in rows:
+        if row["contender"] == "lxt":
+            row["error_float64_to_relprop"] = f"{error:.2e}"
+    return [{"model": _LXT, "batch": batch, **row} for row in rows]
+
+
+def timed(runs: dict[str, Callable[[], Any]], rounds: int) -> list[dict[str, Any]]:
+    """A row for every contender, each run once a round, in turn."""
     for run in runs.values():
         run()
     times: dict[str, list[float]] = {contender: [] for contender in runs}
@@ -119,14 +166,12 @@ def measure(name: str, batch: int, rounds: int, reference: Path | None) -> list[
             start = time.perf_counter()
             run()
             times[contender].append(time.perf_counter() - start)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for contender, seconds in times.items():
         ratios = sorted(t / f for t, f in zip(seconds, times["forward"], strict=True))
-        ordered, gflop, rate = sorted(seconds), batch * (flops["forward"] + flops["reverse"]) / 1e9, matrix_rate(0.3)
+        ordered = sorted(seconds)
         rows.append(
             {
-                "model": name,
-                "batch": batch,
                 "contender": contender,
                 "ms_median": round(1e3 * statistics.median(seconds), 2),
                 "ms_p20": round(1e3 * ordered[len(ordered) // 5], 2),
@@ -134,12 +179,7 @@ def measure(name: str, batch: int, rounds: int, reference: Path | None) -> list[
                 "ratio_to_forward": round(statistics.median(ratios), 3),
                 "ratio_p20": round(ratios[len(ratios) // 5], 3),
                 "ratio_p80": round(ratios[(4 * len(ratios)) // 5], 3),
-                "gflop": round(gflop, 2) if "relprop" in contender else "",
-                "counted_floor": round(floor, 3) if "relprop" in contender else "",
-                "compile_s": round(compiled, 2) if contender == "relprop" else "",
-                **{key: f"{error:.2e}" if contender == "relprop" else "" for key, error in errors.items()},
-                "matrix_gflop_per_s": round(rate, 1),
-                "share_of_rate": round(gflop / statistics.median(seconds) / rate, 3) if "relprop" in contender else "",
+                "matrix_gflop_per_s": round(matrix_rate(torch.bfloat16 if contender in HALF else torch.float32), 1),
                 "rounds": rounds,
             }
         )
@@ -156,15 +196,20 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "speed_cpu.csv")
     options = parser.parse_args()
     rows = []
-    for name in options.models:
+    asked = [*options.models, *([_LXT] if available() else [])]
+    for name in asked:
         for batch in options.batches:
-            found = measure(name, batch, options.rounds, options.reference)
+            lxt = name == _LXT
+            found = (
+                measure_lxt(batch, options.rounds) if lxt else measure(name, batch, options.rounds, options.reference)
+            )
             for row in found:
                 print(
                     f"{name} batch {batch} {row['contender']:<18} {row['ms_median']:>9} ms  x{row['ratio_to_forward']}"
                 )
             rows += found
-            write_rows(options.out, rows)
+            columns = dict.fromkeys(column for row in rows for column in row)
+            write_rows(options.out, [{column: row.get(column, "") for column in columns} for row in rows])
 
 
 if __name__ == "__main__":

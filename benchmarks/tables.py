@@ -33,6 +33,9 @@ def speed() -> str:
         "relprop_torch": "relprop, plain PyTorch rules",
         "forward_backward": "forward and backward",
         "reference": "the authors' code",
+        "relprop_cp_lrp": "relprop, `cp_lrp`",
+        "relprop_attnlrp": "relprop, `attnlrp`",
+        "lxt": "LXT (CP-LRP)",
     }
     rows = []
     found = read_rows(path)

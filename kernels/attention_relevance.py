@@ -27,7 +27,7 @@ from relprop.kernels.attention_tiles import (
     _attention_relevance_statistics_kernel,
 )
 from relprop.kernels.checks import Stabiliser, check, check_dtype, check_stabiliser, text, with_unit_stride
-from relprop.kernels.configurations import configuration
+from relprop.kernels.configurations import configuration, tabled_architecture
 from relprop.kernels.launch import (
     Configuration,
     architecture_of,
@@ -167,10 +167,13 @@ class _Attention:
         self.key_heads, self.nk, self.dv = k.shape[1], k.shape[2], v.shape[3]
         self.scale = self.d**-0.5 if scale is None else float(scale)
         self.mask, self.mask_kind = self._mask(mask)
+        signed, largest = self.qk == QK_RULES["alpha_beta"], max(self.d, self.dv)
+        if signed and largest > 128 and tabled_architecture(architecture_of(q.device)) == 86:
+            # Three-part operands do not fit into this architecture's shared memory.
+            precision = {"highest": "ieee", "tf32x3": "ieee"}.get(precision, precision)
         self.dots, self.streams = products(q.dtype, precision), share_products(products(q.dtype, precision))
         # float32 operands, and the largest heads, leave registers for one accumulator.
-        signed = self.qk == QK_RULES["alpha_beta"]
-        self.separate = max(self.d, self.dv) > (128 if self.dots.kind == "half" and not signed else 64)
+        self.separate = largest > (128 if self.dots.kind == "half" and not signed else 64)
         self.blocks = {
             "BLOCK_D": max(16, next_power_of_two(self.d)),
             "BLOCK_DV": max(16, next_power_of_two(self.dv)),

@@ -157,7 +157,12 @@ TABLE: dict[tuple[str, str, str], Rows] = {
     },
     ("attention_keys", "half", "d64"): {80: _tiles(32, 32, 8, 2), 90: _tiles(32, 64, 8, 2), 100: _tiles(32, 64, 8, 2)},
     ("attention_keys", "half", "d128"): {80: _tiles(32, 32, 8, 2), 90: _tiles(32, 32, 8, 2), 100: _tiles(64, 64, 8, 2)},
-    ("attention_keys", "half", "d256"): {80: _tiles(32, 64, 8, 2), 90: _tiles(16, 32, 8, 1), 100: _tiles(32, 64, 8, 2)},
+    ("attention_keys", "half", "d256"): {
+        80: _tiles(32, 64, 8, 2),
+        86: _tiles(16, 32, 8, 2),
+        90: _tiles(16, 32, 8, 1),
+        100: _tiles(32, 64, 8, 2),
+    },
     ("attention_keys_signed", "half", "d64"): {
         80: _tiles(32, 32, 4, 2),
         90: _tiles(16, 64, 8, 2),
@@ -180,6 +185,7 @@ TABLE: dict[tuple[str, str, str], Rows] = {
     },
     ("attention_values", "half", "d128"): {
         80: _tiles(64, 64, 8, 2),
+        86: _tiles(64, 32, 8, 2),
         90: _tiles(64, 64, 8, 2),
         100: _tiles(64, 64, 8, 2),
     },

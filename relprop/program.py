@@ -417,11 +417,10 @@ def _forward_steps(
     kept |= {value.index for value in requirements.latents.values()}
     kept |= {graph.output.index} | {v.index for v, _ in requirements.values}
     read_after = requirements.read_after or (graph.attention_sites()[-1:] if requirements.profile else ())
-    kept |= {
-        v.index for node in profile_nodes(graph, read_after) for v in node.operands if v is not None and not v.carrying
-    }
+    read = [v for node in profile_nodes(graph, read_after) for v in (*node.operands, *node.outputs)]
+    kept |= {v.index for v in read if v is not None and not v.carrying}
     if requirements.padding:
-        kept |= {mask.index for site in graph.attention_sites() if (mask := mask_of(site)) is not None}
+        kept |= {mask.value.index for site in graph.attention_sites() if (mask := mask_of(site)) is not None}
     outside = {v.index for v in graph.inputs.values()} | set(graph.parameters) | set(graph.constants)
     last: dict[int, int] = {}
     for i, node in enumerate(graph.nodes):

@@ -123,7 +123,7 @@ MOVEMENT = overloads(
     " transpose.int t movedim.int movedim.intlist swapaxes numpy_T mT slice.Tensor narrow select.int index.Tensor"
     " index_select gather unbind.int split.Tensor split_with_sizes split.sizes chunk cat concat stack expand expand_as"
     " repeat repeat_interleave.self_int roll flip pad constant_pad_nd pixel_shuffle pixel_unshuffle unfold im2col"
-    " masked_fill.Scalar topk"
+    " masked_fill.Scalar masked_scatter topk"
     " to.dtype to.device to.dtype_layout _to_copy contiguous clone alias view_as broadcast_to tile type_as view.dtype"
 )
 

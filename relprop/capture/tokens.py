@@ -64,16 +64,23 @@ def _mark_softmax_sites(graph: Graph) -> None:
         softmax = _climbed(node.operands[0], "softmax")
         if softmax is None or softmax.outputs[0].rank != 4 or softmax.args[1] not in (-1, 3):
             continue
-        scores = _climbed(softmax.operands[0], "matmul")
-        if scores is not None and all(v is not None and v.carrying for v in scores.operands[:2]):
+        if _has_scores(softmax.operands[0]):
             softmax.attributes["site"] = True
 
 
-def _climbed(value: Value | None, kind: str) -> Node | None:
-    """The node of a kind that a value comes from through operations on one carrying value."""
+def _has_scores(value: Value | None) -> bool:
+    """Whether a product of two activations is among the summands that a softmax takes; others say where tokens are."""
+    node = _climbed(value, "matmul", "add")
+    if node is None or node.kind == "matmul":
+        return node is not None and all(v is not None and v.carrying for v in node.operands[:2])
+    return any(_has_scores(v) for v in node.operands if v is not None and v.carrying)
+
+
+def _climbed(value: Value | None, *kinds: str) -> Node | None:
+    """The node of one of these kinds that a value comes from through operations on one carrying value."""
     while value is not None and value.producer is not None:
         node = value.producer
-        if node.kind == kind:
+        if node.kind in kinds:
             return node
         carrying = [v for v in node.operands if v is not None and v.carrying]
         if len(carrying) != 1 or node.kind not in (*PER_TOKEN, "movement"):
@@ -249,7 +256,7 @@ def _moved(node: Node, value: Value, axis: int | None) -> tuple[Value, int | Non
     source, target = node.operands[0], node.target
     if source is None or axis is None:
         return None
-    if target in (aten.to.dtype, aten.contiguous.default, aten.clone.default):
+    if target in (aten.to.dtype, aten.contiguous.default, aten.clone.default, aten.masked_fill.Scalar):
         return source, axis
     if target in (aten.cat.default, aten.concat.default):
         return _parts(node, value, axis)

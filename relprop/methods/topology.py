@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from relprop.graph import Graph, Node, Value, depends_on_input
 from relprop.rules import Call, make_rule
 from relprop.rules.base import unbroadcast
 from relprop.weights import Derive
+
+aten = torch.ops.aten
 
 GRADIENT = make_rule("any", "gradient")
 
@@ -71,9 +74,36 @@ def number_of_keys(site: Node, shapes: dict[int, torch.Size]) -> int:
     return int(shapes[keys.index][axis])
 
 
-def mask_of(site: Node) -> Value | None:
-    """What hides keys from queries, where it is an operand of its own."""
-    return site.operands[3] if site.kind == "attention" else None
+@dataclass(frozen=True)
+class Mask:
+    """What hides keys from queries: additive, or True where they see (`hides`: where they do not)."""
+
+    value: Value
+    hides: bool = False
+
+    def hidden(self, stored: Tensor) -> Tensor:
+        """True where a query does not see a key; additive masks hide by minus infinity, the lowest number, or -1e4."""
+        if stored.dtype == torch.bool:
+            return stored if self.hides else ~stored
+        return stored <= -1e4
+
+
+def mask_of(site: Node) -> Mask | None:
+    """What hides keys from queries, where it is an operand of its own or the last addition to the scores."""
+    if site.kind == "attention":
+        value = site.operands[3]
+        return None if value is None else Mask(value)
+    scores = site.operands[0]
+    while scores is not None and scores.producer is not None:
+        node = scores.producer
+        if node.target is aten.masked_fill.Scalar:
+            return Mask(node.args[1], hides=True)
+        if node.kind == "add" and node.role == "mask":
+            return Mask(next(v for v in node.operands if v is not None and not v.carrying))
+        if node.kind != "movement":
+            return None
+        scores = node.operands[0]
+    return None
 
 
 def padded_tokens(graph: Graph, tensors: dict[int, Any], shapes: dict[int, torch.Size], batch: int) -> Tensor | None:
@@ -81,12 +111,10 @@ def padded_tokens(graph: Graph, tensors: dict[int, Any], shapes: dict[int, torch
     found: Tensor | None = None
     for site in graph.attention_sites():
         mask, sample = mask_of(site), site.outputs[0].sample
-        stored = None if mask is None else tensors.get(mask.index)
-        if stored is None:
+        stored = None if mask is None else tensors.get(mask.value.index)
+        if mask is None or stored is None:
             return None
-        # Additive masks hide by minus infinity, the lowest number, or -10,000.
-        hidden = ~stored if stored.dtype == torch.bool else stored <= -1e4
-        keys = shapes[site.operands[1].index][-2]  # type: ignore[union-attr]
+        hidden, keys = mask.hidden(stored), number_of_keys(site, shapes)
         lead = hidden.shape[0] if hidden.ndim > 2 else 1
         if sample is not None and sample.factor > 1 and lead > 1:
             lead //= sample.factor
@@ -175,7 +203,7 @@ def profile_nodes(graph: Graph, sites: Sequence[Node]) -> list[Node]:
     reached = {value.index for site in sites for value in site.outputs}
     found = []
     for node in graph.nodes:
-        if any(value is not None and value.index in reached for value in node.operands):
+        if node.carrying and any(value is not None and value.index in reached for value in node.operands):
             reached |= {value.index for value in node.outputs}
             found.append(node)
     return found
@@ -239,6 +267,21 @@ def _read_after(
     return per_token / torch.where(total == 0, 1.0, total)
 
 
+def over_features(node: Node) -> bool:
+    """Whether a softmax runs over what a linear layer made of each token, as a router of experts does."""
+    value = node.operands[0]
+    if value is None or node.args[1] not in (-1, value.rank - 1):
+        return False
+    while value is not None and value.producer is not None:
+        above = value.producer
+        if above.kind == "linear":
+            return True
+        if above.kind not in ("add", "mul", "activation") and above.target is not aten.to.dtype:
+            return False
+        value = next((v for v in above.operands if v is not None and v.carrying), None)
+    return False
+
+
 def _unmixed(graph: Graph, node: Node, call: Call, parts: list[Tensor | None], given: list[Tensor]) -> Any:
     """A constant sent back through one operation."""
     carrying = [v is not None and v.carrying for v in node.operands]
@@ -249,6 +292,8 @@ def _unmixed(graph: Graph, node: Node, call: Call, parts: list[Tensor | None], g
         at = carrying.index(True)
         spread = given[0].mean(-2 if at else -1, keepdim=True).expand(len(given[0]), *call.shape(at))
         return (None, spread) if at else (spread, None)
+    if node.kind == "softmax" and over_features(node):
+        return (given[0].mean(-1, keepdim=True).expand(len(given[0]), *call.shape(0)),)
     if node.kind in ("norm", "activation"):
         return (given[0],)
     if node.kind == "matmul":

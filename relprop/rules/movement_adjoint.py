@@ -221,6 +221,17 @@ def _masked_fill(call: Call, relevance: Tensor) -> Relevances:
     return _one(call, unbroadcast(relevance.masked_fill(mask, 0.0), call.shape(0)))
 
 
+def _masked_scatter(call: Call, relevance: Tensor) -> Relevances:
+    """y takes the source's elements, in order, where the mask is set, and x elsewhere."""
+    mask = call.tensors[call.node.args[1].index].expand(call.shapes[call.node.outputs[0].index])
+    size = call.shape(2).numel()
+    order = torch.where(mask, mask.flatten().cumsum(0).reshape(mask.shape) - 1, size).flatten()
+    taken = relevance.new_zeros(len(relevance), size + 1)
+    taken.scatter_(1, order.expand(len(relevance), -1), relevance.flatten(1))
+    kept = unbroadcast(relevance.masked_fill(mask, 0.0), call.shape(0))
+    return kept, None, taken[:, :size].reshape(len(relevance), *call.shape(2))
+
+
 def _roll(call: Call, relevance: Tensor) -> Relevances:
     shifts, axes = call.node.args[1], (*call.node.args[2:], ())[0]
     if not axes:
@@ -250,6 +261,7 @@ _FORMS: dict[Callable[[Call, Any], Relevances], str] = {
     _expand: "expand expand_as broadcast_to",
     _same: "to.dtype to.device to.dtype_layout _to_copy contiguous clone alias type_as",
     _masked_fill: "masked_fill.Scalar",
+    _masked_scatter: "masked_scatter",
     _topk: "topk",
     _roll: "roll",
     _flip: "flip",

@@ -20,8 +20,8 @@ QUICK = {("bert", composite) for composite in ("chefer", "attnlrp", "reslrp", "l
 ATTENTION = frozenset({"attention", "softmax"})
 LINEAR = frozenset({"linear", "conv", "matmul"})
 # Kinds of operations whose published rule keeps or makes relevance by itself. With softmax expanded to first order it
-# is the constant term; with alpha 2 and beta 1 units without z-; where the authors' code shares out x+ w+ and x- w- apart,
-# each part hands on the whole; a plain gradient conserves nothing.
+# is the constant term; with alpha 2 and beta 1 units without z-; where the authors' code shares out x+ w+ and x- w-
+# apart, each part hands on the whole; a plain gradient conserves nothing.
 BY_RULE: dict[str, frozenset[str]] = {
     **dict.fromkeys(("attnlrp", "reslrp", "pa_lrp", "epsilon", "gamma", "epsilon_plus"), ATTENTION),
     **dict.fromkeys(("chefer", "chefer_stable", "chefer_bert", "cp_lrp", "libragrad"), frozenset()),

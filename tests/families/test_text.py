@@ -83,7 +83,8 @@ def test_walks(name: str, composite: str) -> None:
         found = explained(name, method, composite, given, LENGTH)
         assert found.relevance.shape == (2, len(found.token_kinds))
         assert torch.isfinite(found.relevance).all()
-        assert (found.relevance.abs().amax(1) > 0).all()
+        if composite != "gradient":  # its attention rule leaves no relevance at the maps
+            assert (found.relevance.abs().amax(1) > 0).all()
 
 
 @contextmanager
@@ -93,9 +94,8 @@ def leaves_at_embeddings(model: nn.Module, given: Inputs, entries: tuple[str, ..
 
     def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         for entry in entries:
-            # Positions may be embedded from the ids' shape, once for all samples.
-            looked_up = args[0].shape == given[entry].shape == output.shape[:-1]
-            if looked_up and torch.equal(args[0], given[entry]):
+            ids = given[entry]  # some position embeddings are called with them too, for their shape alone
+            if args[0].shape == ids.shape == output.shape[:-1] and torch.equal(args[0], ids):
                 leaves[entry] = output.detach().requires_grad_()
                 return leaves[entry]
         return output
@@ -199,4 +199,5 @@ def test_padding_leaves_no_trace(name: str) -> None:
                 found = found[:6]
             elif entry in ("input_ids", ""):  # other tokens follow the text
                 found = torch.cat([found[:6], found[LENGTH:]])
-            assert relative(found, expected[0]) < family.tolerance, (method, entry)
+            distance = float((found - expected[0]).norm())  # Grad-CAM's positive part may be empty
+            assert distance <= family.tolerance * float(expected.norm()), (method, entry)

@@ -151,6 +151,7 @@ FAMILIES: dict[str, Family] = {
         {**BERT, "num_hidden_layers": 3, "local_attention": 8, "pad_token_id": 0, "global_attn_every_n_layers": 3},
         encoder,
         first_class,
+        tolerance=1e-5,
     ),
     "gpt2": Family(
         "GPT2Config",
@@ -214,7 +215,7 @@ FAMILIES: dict[str, Family] = {
         both,
         lambda length: (4, 7),
         entries=("input_ids", "decoder_input_ids"),
-        refusal="over one sequence",
+        refusal="tokens of one sequence",
     ),
     "bart": Family(
         "BartConfig",
@@ -232,7 +233,7 @@ FAMILIES: dict[str, Family] = {
         both,
         lambda length: (4, 7),
         entries=("input_ids", "decoder_input_ids"),
-        refusal="over one sequence",
+        refusal="tokens of one sequence",
     ),
     "clip": Family(
         "CLIPConfig",
@@ -246,7 +247,7 @@ FAMILIES: dict[str, Family] = {
         lambda length: None,
         output="logits_per_text",
         entries=("input_ids", "pixel_values"),
-        refusal="over one sequence",
+        refusal="tokens of one sequence",
     ),
     "siglip": Family(
         "SiglipConfig",
@@ -256,7 +257,7 @@ FAMILIES: dict[str, Family] = {
         lambda length: None,
         output="logits_per_text",
         entries=("input_ids", "pixel_values"),
-        refusal="over one sequence",
+        refusal="tokens of one sequence",
         pads=False,  # it reads the last token, padding or not
     ),
     "lxmert": Family(
@@ -276,7 +277,7 @@ FAMILIES: dict[str, Family] = {
         first_class,
         output="question_answering_score",
         entries=("input_ids", "visual_feats", "visual_pos"),
-        refusal="over one sequence",
+        refusal="tokens of one sequence",
     ),
     "visual_bert": Family(
         "VisualBertConfig",
@@ -304,7 +305,6 @@ FAMILIES: dict[str, Family] = {
         detection,
         lambda length: (1, 2),
         entries=("pixel_values",),
-        refusal="over one sequence",
         fixed=True,
         pads=False,
     ),

@@ -76,6 +76,11 @@ CASES: dict[str, tuple[str, Callable[..., Any], tuple[tuple[int, ...], ...]]] = 
     "pixel-shuffle": ("pixel_shuffle", lambda x: F.pixel_shuffle(x, 2), ((8, 3, 3),)),
     "unfold": ("unfold", lambda x: x.unfold(1, 3, 2), ((7, 5),)),
     "im2col": ("im2col", lambda x: F.unfold(x, 3, padding=1, stride=2), ((2, 5, 5),)),
+    "masked-scatter": (
+        "masked_scatter",
+        lambda x, source, rows: x.masked_scatter((torch.arange(5) < rows[0])[None, :, None], source),
+        ((5, 7), (3, 7)),
+    ),
     "movedim": ("movedim", lambda x: x.movedim(1, -1), ((3, 5, 7),)),
 }
 
@@ -90,7 +95,7 @@ def movement_op(name: str) -> Op:
             return outputs
         return torch.cat([(i + 1.0) * out.flatten(1) for i, out in enumerate(outputs)], 1)
 
-    constants = {"rows": ROWS.clone()} if name in ("index-select", "index", "gather") else {}
+    constants = {"rows": ROWS.clone()} if name in ("index-select", "index", "gather", "masked-scatter") else {}
     inputs = [random(2, *shape) for shape in shapes]
     return Op(module_of(whole, len(shapes), **constants), *inputs, kind="movement", target=f".{target}.")
 
@@ -205,6 +210,12 @@ OVERLOADS: dict[str, list[tuple[Any, ...]]] = {
     "type_as": [(X, random(1))],
     "roll": [(X, [1, -2], [1, -1]), (X, [1], [3]), (X, [2])],
     "flip": [(X, [1, -1]), (X, [0])],
+    "masked_fill.Scalar": [(X, random(3, 1, 4, seed=1) > 0, -7.0), (random(3, 1, 1), random(2, 3, 1, 4) > 0, 0.0)],
+    "masked_scatter": [
+        (X, random(2, 3, 1, 1, seed=1) > 0, random(30)),
+        (random(3, 1, 4), random(2, 3, 1, 4) > 0, random(6, 4)),
+    ],
+    "topk": [(X, 2), (X, 3, 1), (X, 1, -2)],
 }
 
 
@@ -225,20 +236,24 @@ def test_closed_form_of_every_overload(name: str) -> None:
 
         def leaf(item: Any, leaves: list[Tensor] = leaves) -> Any:
             if isinstance(item, Tensor):
-                leaves.append(item.clone().requires_grad_())
+                leaves.append(item.clone().requires_grad_(item.is_floating_point()))
                 return leaves[-1]
             return [leaf(i) for i in item] if isinstance(item, list) else item
 
         outputs = target(*[leaf(item) for item in args])
         several = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
         call = call_by_hand("movement", target, args, [out.detach() for out in several])
-        relevance = tuple(random(3, *out.shape, seed=i) for i, out in enumerate(several))
+        carrying = [out for out in several if out.is_floating_point()]
+        relevance = tuple(random(3, *out.shape, seed=i) for i, out in enumerate(carrying))
+        wanted = [item for item in leaves if item.requires_grad]
         rows = [
-            torch.autograd.grad(several, leaves, [r[t] for r in relevance], retain_graph=True, allow_unused=True)
+            torch.autograd.grad(carrying, wanted, [r[t] for r in relevance], retain_graph=True, allow_unused=True)
             for t in range(3)
         ]
-        want = [None if row[0] is None else torch.stack(row) for row in zip(*rows, strict=True)]  # type: ignore[arg-type]
-        got = MovementAdjoint().propagate(call, relevance if len(several) > 1 else relevance[0])
+        found = [None if row[0] is None else torch.stack(row) for row in zip(*rows, strict=True)]  # type: ignore[arg-type]
+        want = [found.pop(0) if item.requires_grad else None for item in leaves]
+        arrived = relevance + (None,) * (len(several) - len(carrying))
+        got = MovementAdjoint().propagate(call, arrived if len(several) > 1 else relevance[0])
         assert_parts(got, tuple(want), 1e-15)
 
 

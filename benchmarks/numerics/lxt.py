@@ -1,0 +1,69 @@
+"""LXT (Achtibat et al., ICML 2024) where it is installed: torchvision's Vision Transformer with its patched classes.
+
+Tried with LXT 2.1 (which needs zennit) beside torchvision 0.29 and transformers 5.23.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_PATCHED = (nn.GELU, nn.LayerNorm, nn.MultiheadAttention)
+
+
+def available() -> bool:
+    """Whether LXT can be imported."""
+    return importlib.util.find_spec("lxt") is not None
+
+
+class Lxt:
+    """CP-LRP as LXT sets it up for torchvision's Vision Transformer.
+
+    LXT replaces methods of classes for the whole process; here they are in place during an explanation alone.
+    """
+
+    def __init__(self) -> None:
+        own = {kind: kind.forward for kind in _PATCHED}
+        _import_lxt().monkey_patch(importlib.import_module("torchvision.models.vision_transformer"))
+        self._methods = [(kind, own[kind], kind.forward) for kind in _PATCHED]
+        self._put(1)
+
+    def _put(self, which: int) -> None:
+        for kind, *methods in self._methods:
+            kind.forward = methods[which - 1]  # type: ignore[method-assign]
+
+    @contextmanager
+    def _in_place(self) -> Iterator[None]:
+        self._put(2)
+        try:
+            yield
+        finally:
+            self._put(1)
+
+    def explain(self, model: nn.Module, images: Tensor, target: int) -> Tensor:
+        """Relevance of each pixel. images: [B, 3, H, W] -> [B, H, W]"""
+        leaf = images.clone().requires_grad_()
+        with self._in_place():
+            model(leaf)[:, target].sum().backward()
+        assert leaf.grad is not None
+        return (leaf * leaf.grad).detach().sum(1)
+
+
+def _import_lxt() -> Any:
+    """Its modules for all models are imported at once; two names for its BERT are gone from transformers 5."""
+    if importlib.util.find_spec("transformers") is not None:
+        utils = importlib.import_module("transformers.pytorch_utils")
+        for name in ("find_pruneable_heads_and_indices", "prune_linear_layer"):
+            if not hasattr(utils, name):
+                setattr(utils, name, None)
+    return importlib.import_module("lxt.efficient")
+
+
+def error_to(relevance: Tensor, theirs: Tensor) -> float:
+    """Relative error of one answer, [B, H, W] both."""
+    return float(torch.linalg.vector_norm(relevance - theirs) / torch.linalg.vector_norm(theirs))
