@@ -11,6 +11,7 @@ from relprop.composites import Composite, Entry, composites, entry, find_composi
 from relprop.engine import Engine, compile, explain
 from relprop.errors import RelpropError
 from relprop.explanation import Explanation
+from relprop.generation import Generation, explain_generation
 from relprop.latents import Latent
 from relprop.ledger import Ledger, LedgerEntry
 from relprop.methods import methods
@@ -27,6 +28,7 @@ __all__ = [
     "Engine",
     "Entry",
     "Explanation",
+    "Generation",
     "Latent",
     "Ledger",
     "LedgerEntry",
@@ -42,6 +44,7 @@ __all__ = [
     "empty_cache",
     "entry",
     "explain",
+    "explain_generation",
     "find_composite",
     "methods",
     "register_composite",

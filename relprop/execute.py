@@ -11,12 +11,13 @@ from torch import Tensor
 
 from relprop.graph import Node, Value, substitute
 from relprop.latents import Latent, make_latent
-from relprop.ledger import Ledger, LedgerEntry, book
+from relprop.ledger import Ledger, LedgerEntry, book, cancellation
 from relprop.methods.base import Reader, Reading, RowReader
 from relprop.methods.sampled import SampledMap
-from relprop.methods.topology import explained_tokens, number_of_keys, padded_tokens, read_profile
+from relprop.methods.topology import explained_tokens, number_of_keys, padded_tokens, read_profile, tokens_read
 from relprop.program import JointStep, JointStream, Program, ReverseStep, StreamStep
 from relprop.rules import Absorbed, Call
+from relprop.rules.add_epsilon import summands
 from relprop.targets import Target
 from relprop.weights import Derive
 
@@ -224,7 +225,7 @@ class Sweep:
                 if value is not None and value.carrying and part is not None:
                     self._arrive(stream.stream, value, part)
             if booked is not None:
-                self._book(node, stream, arrived, passed, booked)
+                self._book(call, stream, arrived, passed, booked)
         if step.maps:
             self._read(step, call or self._call(node, ()))
 
@@ -268,8 +269,9 @@ class Sweep:
                 self.trace.maps[step.node.module, name] = found
         self.reader.visit(step.node, {name: call.maps[name] for name in step.maps}, self.reading)
 
-    def _book(self, node: Node, stream: StreamStep, arrived: Any, passed: Any, booked: Absorbed) -> None:
+    def _book(self, call: Call, stream: StreamStep, arrived: Any, passed: Any, booked: Absorbed) -> None:
         assert self.entries is not None
+        node = call.node
         outputs = arrived if isinstance(arrived, tuple) else (arrived,)
 
         def sums(values: Any, tensors: Any) -> list[tuple[Tensor, Tensor]]:
@@ -289,8 +291,17 @@ class Sweep:
                 sums(node.outputs, outputs),
                 sums(node.operands, passed),
                 booked.causes,
+                self._cancellation(call),
             )
         )
+
+    @staticmethod
+    def _cancellation(call: Call) -> Tensor | None:
+        node = call.node
+        kept = all(v is not None and v.index in call.tensors for v in node.operands)
+        if not (node.is_residual and kept):
+            return None
+        return cancellation(node.outputs[0], *summands(call))
 
 
 @dataclass
@@ -404,6 +415,8 @@ def _reading(program: Program, forward: Forward, output: Tensor, target: Target,
         if explained is None:
             flags = explained_tokens(graph, graph.attention_sites()[0], lambda i: forward.shapes[i])
             reading.explained_tokens = torch.tensor(flags, device=output.device) if flags else None
+    if program.requirements.read_after:
+        reading.read = tokens_read(graph, forward.tensors, forward.shapes, target.seed, program.requirements.read_after)
     if program.requirements.positions:
         reading.positions = []
     if program.requirements.padding:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from relprop.graph import Node
+from relprop.graph import Node, Value
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,8 @@ class LedgerEntry:
         absorbed: relevance kept, by cause: "bias", "epsilon", "constant" (class token, position embedding), "rule"
             (rules that do not conserve).
         amplification: sum |passed on| / sum |arriving|.
+        cancellation: of a residual add (sum |a| + sum |b|) / sum |a + b|, from 1 for branches that never oppose each
+            other; None elsewhere. [1, B]
     """
 
     step: str
@@ -31,6 +33,7 @@ class LedgerEntry:
     passed: Tensor
     absorbed: dict[str, Tensor]
     amplification: Tensor
+    cancellation: Tensor | None = None
 
     @property
     def rounding(self) -> Tensor:
@@ -70,6 +73,19 @@ class Ledger:
         """The steps that amplified most, where conditioning was lost."""
         return sorted(self.entries, key=lambda e: -float(e.amplification.max()))[:count]
 
+    def residual_sites(self) -> list[LedgerEntry]:
+        """The residual adds, from the input up."""
+        return [entry for entry in reversed(self.entries) if entry.cancellation is not None]
+
+    def conditioning(self) -> str:
+        """Where the pass is ill-conditioned: cancellation C and amplification A of every residual add, as a table."""
+        rows = [f"{'step':<28} {'C median':>10} {'C worst':>10} {'A median':>10} {'A worst':>10}  module"]
+        for e in self.residual_sites():
+            assert e.cancellation is not None
+            figures = [f(t).item() for t in (e.cancellation, e.amplification) for f in (torch.median, torch.max)]
+            rows.append(f"{e.step[:28]:<28} {' '.join(f'{x:>10.4g}' for x in figures)}  {e.module}")
+        return "\n".join(rows)
+
     def __str__(self) -> str:
         rows = [f"{'step':<28} {'rule':<26} {'arriving':>12} {'passed':>12} {'absorbed':>12} {'amplified':>10}  module"]
         for e in self.entries:
@@ -94,6 +110,7 @@ def book(
     arriving: list[tuple[Tensor, Tensor]],
     passed: list[tuple[Tensor, Tensor]],
     absorbed: dict[str, Tensor],
+    cancellation: Tensor | None = None,
 ) -> LedgerEntry:
     """An entry from (sum, sum of magnitudes) pairs [T, B] at the outputs and the inputs of a step."""
     total_in = sum((pair[0] for pair in arriving), torch.zeros(1, 1, dtype=torch.float64, device=arriving[0][0].device))
@@ -106,5 +123,20 @@ def book(
         causes["rule"] = causes.get("rule", torch.zeros_like(rest)) + rest
     amplification = torch.where(size_in > 0, size_out / torch.where(size_in > 0, size_in, 1.0), 0.0)
     return LedgerEntry(
-        node.name, node.kind, rule, node.module, total_in, total_out.expand_as(total_in), causes, amplification
+        node.name,
+        node.kind,
+        rule,
+        node.module,
+        total_in,
+        total_out.expand_as(total_in),
+        causes,
+        amplification,
+        cancellation,
     )
+
+
+def cancellation(value: Value, a: Tensor, b: Tensor) -> Tensor:
+    """(sum |a| + sum |b|) / sum |a + b| per sample, for the sum `value`. [1, B]"""
+    total = a + b
+    sizes = [value.per_sample(t.abs().expand_as(total)[None]).sum(-1, dtype=torch.float64) for t in (a, b, total)]
+    return (sizes[0] + sizes[1]) / torch.where(sizes[2] > 0, sizes[2], torch.inf)

@@ -10,7 +10,7 @@ import math
 import os
 import textwrap
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,9 @@ from PIL import Image
 from torch import Tensor
 
 from relprop.errors import MissingDependencyError, NonFiniteError, OptionError, OutputError, ShapeError
+from relprop.ledger import Ledger
 
-__all__ = ["enlarge", "normalise", "overlay", "panel", "require", "save_png"]
+__all__ = ["conditioning_picture", "enlarge", "normalise", "overlay", "panel", "require", "save_png"]
 
 UNSIGNED, SIGNED = "turbo", "bwr"
 
@@ -200,3 +201,36 @@ def save_png(image: Image.Image, path: str | Path) -> Path:
         reason = error.strerror or str(error)
         raise OutputError(f"{path}: expected to write a picture, got the fault: {reason}") from error
     return path
+
+
+def conditioning_picture(ledgers: Mapping[str, Ledger]) -> Image.Image:
+    """Cancellation and amplification of every residual add, site by site: which model is ill-conditioned, and where.
+
+    Args:
+        ledgers: by a name for the legend, such as the model's; each of a run with `ledger=True`.
+    """
+    require("matplotlib")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), dpi=_DPI, facecolor="white", layout="constrained")
+    axes = figure.subplots(1, 2)
+    for name, ledger in ledgers.items():
+        sites = ledger.residual_sites()
+        for plot, which in zip(axes, ("cancellation", "amplification"), strict=True):
+            values = [getattr(site, which).flatten() for site in sites]
+            line = plot.plot([float(v.median()) for v in values], marker="o", markersize=3, label=name)[0]
+            plot.fill_between(
+                range(len(values)),
+                [float(v.min()) for v in values],
+                [float(v.max()) for v in values],
+                color=line.get_color(),
+                alpha=0.2,
+                linewidth=0,
+            )
+    for plot, title in zip(axes, ("cancellation C", "amplification A"), strict=True):
+        plot.set(title=title, xlabel="residual add, from the input", yscale="log")
+    axes[0].legend()
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())

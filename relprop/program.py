@@ -281,7 +281,7 @@ def build_program(
         UnsupportedOpError: operations without a rule; all are named.
         UnsupportedTopologyError: the method does not apply to this structure.
     """
-    readout = method.make_readout(options)
+    readout = method.make_readout(options).resolve(graph)
     requirements = replace(readout.require(graph), latents=latent_values(graph, latents))
     streams: dict[str, dict[Node, Rule]] = {}
     gradient = make_rule("any", "gradient")
@@ -416,9 +416,9 @@ def _forward_steps(
     kept = {index for item in plan for index in _needed(*item)}
     kept |= {value.index for value in requirements.latents.values()}
     kept |= {graph.output.index} | {v.index for v, _ in requirements.values}
-    if requirements.profile:
-        read = [v for node in profile_nodes(graph) for v in (*node.operands, *node.outputs)]
-        kept |= {v.index for v in read if v is not None and not v.carrying}
+    read_after = requirements.read_after or (graph.attention_sites()[-1:] if requirements.profile else ())
+    read = [v for node in profile_nodes(graph, read_after) for v in (*node.operands, *node.outputs)]
+    kept |= {v.index for v in read if v is not None and not v.carrying}
     if requirements.padding:
         kept |= {mask.value.index for site in graph.attention_sites() if (mask := mask_of(site)) is not None}
     outside = {v.index for v in graph.inputs.values()} | set(graph.parameters) | set(graph.constants)

@@ -6,6 +6,7 @@ from functools import partial
 
 from relprop.methods.attention_maps import GradCam, LayerRow, RowWalk
 from relprop.methods.base import METHODS, Method, Reading, Requirements, find_method, methods, register_method
+from relprop.methods.generic_attention import GenericAttention
 from relprop.methods.input_maps import InputMap, PositionedMap
 from relprop.methods.sampled import IntegratedGradients, SmoothGrad
 
@@ -111,11 +112,12 @@ register_method(
 register_method(
     Method(
         "generic_attention",
-        "positive gradient x attention of every layer, walked through the layers; needs no relevance rules",
-        "Chefer, Gur and Wolf, ICCV 2021, eq. 5-6",
+        "positive gradient x attention of every layer, gathered through the layers and between sequences (two"
+        " modalities, encoder and decoder); needs no relevance rules",
+        "Chefer, Gur and Wolf, ICCV 2021, eq. 5-11",
         "chefer",
-        partial(RowWalk, "gradient_x_attention", "generic_attention"),
-        _WALK,
+        partial(GenericAttention, "generic_attention"),
+        {**_WALK, "normalise_between": True},
     )
 )
 register_method(

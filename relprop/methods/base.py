@@ -22,6 +22,7 @@ class Requirements:
         maps: per attention layer, which of its maps: "attention", "gradient", "relevance".
         values: streams at values: (value, "gradient" or "relevance").
         profile: whether the read-out asks which tokens the output reads.
+        read_after: attention layers for which the read-out asks how much of each query the output reads.
         positions: whether it asks for what positions keep.
         latents: values whose relevance is kept, by name.
         padding: whether it asks which tokens no query sees.
@@ -33,6 +34,7 @@ class Requirements:
     positions: bool = False
     latents: Mapping[str, Value] = field(default_factory=dict)
     padding: bool = False
+    read_after: tuple[Node, ...] = ()
 
 
 @dataclass
@@ -48,6 +50,7 @@ class Reading:
         streams: (value, stream name) -> tensor [T, *shape].
         inputs: value -> the tensor it had in the forward pass.
         positions: relevance that positions keep, each [T, B, N], where the read-out asks.
+        read: how much the output reads of the queries of attention layers, where the read-out asks. Each [T, B, Nq]
         backend: that the run's kernels come from.
     """
 
@@ -60,6 +63,7 @@ class Reading:
     streams: dict[tuple[Value, str], Tensor] = field(default_factory=dict)
     inputs: dict[Value, Tensor] = field(default_factory=dict)
     positions: list[Tensor] | None = None
+    read: dict[Node, Tensor] = field(default_factory=dict)
     backend: str = "torch"
 
 
@@ -107,6 +111,10 @@ class Readout:
     def row_edge(self, site: Node) -> str | None:
         """What E is made of, a name of `EDGES`, where its reader is a `RowReader` and needs no map of this layer."""
         return None
+
+    def resolve(self, graph: Graph) -> Readout:
+        """The read-out for a graph, where its kind depends on the graph's structure."""
+        return self
 
     def require(self, graph: Graph) -> Requirements:
         """Requirements for a graph.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -198,11 +198,15 @@ def patch_grid(
     return None
 
 
-def profile_nodes(graph: Graph) -> list[Node]:
-    """The operations between the last attention layer and the output, output last."""
-    sites = graph.attention_sites()
-    at = graph.nodes.index(sites[-1])
-    return [node for node in graph.nodes[at + 1 :] if node.carrying]
+def profile_nodes(graph: Graph, sites: Sequence[Node]) -> list[Node]:
+    """The operations between attention layers and the output, output last."""
+    reached = {value.index for site in sites for value in site.outputs}
+    found = []
+    for node in graph.nodes:
+        if node.carrying and any(value is not None and value.index in reached for value in node.operands):
+            reached |= {value.index for value in node.outputs}
+            found.append(node)
+    return found
 
 
 def read_profile(graph: Graph, tensors: dict[int, Any], shapes: dict[int, torch.Size], seed: Tensor) -> Tensor:
@@ -219,17 +223,35 @@ def read_profile(graph: Graph, tensors: dict[int, Any], shapes: dict[int, torch.
         UnsupportedTopologyError: tokens are mixed after the last attention layer in a way that is no pool.
     """
     site = graph.attention_sites()[-1]
-    output = site.outputs[0]
-    batch = seed.shape[1]
     assert graph.tokens.covering is not None
     length = number_of_keys(graph.tokens.covering, shapes) + graph.tokens.extra
     rows = query_rows(site)
     if len(range(*rows.indices(length))) == 1:
-        profile = seed.new_zeros(1, batch, length)
+        profile = seed.new_zeros(1, seed.shape[1], length)
         profile[..., rows] = 1.0
         return profile
+    (read,) = tokens_read(graph, tensors, shapes, seed, (site,)).values()
+    profile = seed.new_zeros(len(seed), seed.shape[1], length)
+    profile[..., rows] = read
+    return profile
+
+
+def tokens_read(
+    graph: Graph, tensors: dict[int, Any], shapes: dict[int, torch.Size], seed: Tensor, sites: Sequence[Node]
+) -> dict[Node, Tensor]:
+    """How much the seeded outputs read of each query of some last attention layers, see `read_profile`.
+
+    Returns:
+        for each layer, adding up to 1 where anything is read. [T, B, Nq]
+    """
+    return {site: _read_after(site, graph, tensors, shapes, seed) for site in sites}
+
+
+def _read_after(
+    site: Node, graph: Graph, tensors: dict[int, Any], shapes: dict[int, torch.Size], seed: Tensor
+) -> Tensor:
     streams = {graph.output.index: (seed != 0).to(seed.dtype)}
-    for node in reversed(profile_nodes(graph)):
+    for node in reversed(profile_nodes(graph, (site,))):
         parts = [streams.pop(v.index, None) for v in node.outputs]
         given = [part for part in parts if part is not None]
         if not given:
@@ -239,11 +261,10 @@ def read_profile(graph: Graph, tensors: dict[int, Any], shapes: dict[int, torch.
         for value, part in zip(node.operands, _unmixed(graph, node, call, parts, given), strict=False):
             if value is not None and value.carrying and part is not None:
                 streams[value.index] = streams[value.index] + part if value.index in streams else part
-    arrived = streams[output.index]
-    per_token = arrived.reshape(len(seed), batch, -1, *arrived.shape[-2:]).mean((2, 4))
-    profile = seed.new_zeros(len(seed), batch, length)
-    profile[..., rows] = per_token / per_token.sum(-1, keepdim=True)
-    return profile
+    arrived = streams[site.outputs[0].index]
+    per_token = arrived.reshape(len(seed), seed.shape[1], -1, *arrived.shape[-2:]).mean((2, 4))
+    total = per_token.sum(-1, keepdim=True)
+    return per_token / torch.where(total == 0, 1.0, total)
 
 
 def over_features(node: Node) -> bool:
@@ -276,7 +297,10 @@ def _unmixed(graph: Graph, node: Node, call: Call, parts: list[Tensor | None], g
     if node.kind in ("norm", "activation"):
         return (given[0],)
     if node.kind == "matmul":
-        return given[0].mean(-1, keepdim=True).expand(len(given[0]), *call.shape(0)), None
+        rows = given[0].mean(-1, keepdim=True).expand(len(given[0]), *call.shape(0))
+        if given[0].ndim > 3:
+            return rows, None
+        return rows, given[0].mean(-2, keepdim=True).expand(len(given[0]), *call.shape(1))  # samples with samples
     if node.kind == "fanout":
         return (sum(given[1:], given[0]),)
     constants = [v for v in node.operands if v is not None and not v.carrying]

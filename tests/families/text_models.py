@@ -206,7 +206,7 @@ FAMILIES: dict[str, Family] = {
         "GPT-2",
         "GPT2Config",
         "GPT2LMHeadModel",
-        {"n_embd": 48, "n_layer": 2, "n_head": 4, "bos_token_id": 0, "eos_token_id": 0},
+        {"n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 64, "bos_token_id": 0, "eos_token_id": 0},
         decoder,
         last_token,
     ),

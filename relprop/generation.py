@@ -1,0 +1,237 @@
+"""Which tokens made a language model write each of its tokens: one row of relevance per generated token.
+
+All targets of a chunk share one forward pass. A chunk sees the sequence up to its last target alone, and its logits are
+computed where they are asked for, if the model's forward takes `logits_to_keep`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from relprop import memory
+from relprop.composites import Composite
+from relprop.engine import Engine, compile
+from relprop.errors import OptionError, ShapeError, UnsupportedTopologyError
+from relprop.explanation import Explanation
+
+WINDOW = 16  # targets that share a pass at most, where their number is chosen by memory
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Relevance of every earlier token for every generated one; zero for the token itself and all after it.
+
+    Attributes:
+        relevance: of the prompt's and the generated tokens; for an encoder-decoder of the decoder's. [B, G, P + G]
+        source: of the encoder's tokens, None for a decoder alone. [B, G, S]
+        ids: prompt and generated tokens, for an encoder-decoder those of the decoder. [B, P + G]
+        logits: of the generated tokens, which is what is explained. [B, G]
+        written: whether a token was generated, not filled in after the sample's end; rows of others are 0. [B, G]
+        targets_at_a_time: targets that shared a pass.
+        memory: bytes that a pass was predicted to take beside the weights; None where nothing was predicted.
+    """
+
+    relevance: Tensor
+    source: Tensor | None
+    ids: Tensor
+    logits: Tensor
+    written: Tensor
+    targets_at_a_time: int
+    memory: int | None = None
+
+    @property
+    def prompt_length(self) -> int:
+        """Tokens before the first generated one."""
+        return self.ids.shape[1] - self.relevance.shape[1]
+
+
+def explain_generation(
+    model: nn.Module,
+    input_ids: Tensor,
+    generated_ids: Any,
+    *,
+    attention_mask: Tensor | None = None,
+    method: str = "attnlrp",
+    composite: str | Composite | None = None,
+    method_options: Mapping[str, Any] | None = None,
+    backend: str = "auto",
+    precision: str = "highest",
+    targets_at_a_time: int | str = "auto",
+    memory_limit: int | None = None,
+    **kwargs: Any,
+) -> Generation:
+    """Explain every token that a decoder or an encoder-decoder of transformers generated.
+
+    Args:
+        model: in evaluation mode; its forward takes `input_ids`, and `decoder_input_ids` if it has an encoder.
+        input_ids: the prompt, or the encoder's tokens. [B, P] or [B, S]
+        generated_ids: what `model.generate` returned. [B, P + G], for an encoder-decoder [B, 1 + G]
+        attention_mask: of `input_ids`, 0 for padding, which decoders have on the left. [B, P] or [B, S]
+        method, composite, method_options, backend, precision: as `relprop.compile` takes them.
+        targets_at_a_time: how many targets share a pass; "auto" takes as many as fit into the memory, up to 16.
+        memory_limit: bytes that a pass may take beside the weights; by default most of the free memory.
+        kwargs: other arguments of the model.
+    Raises:
+        ShapeError: the generated tokens do not start with the prompt. OptionError: targets_at_a_time.
+    """
+    ids = getattr(generated_ids, "sequences", generated_ids)
+    writing = _Writing(model, input_ids, ids, attention_mask, kwargs)
+    if targets_at_a_time != "auto" and (isinstance(targets_at_a_time, bool) or not isinstance(targets_at_a_time, int)):
+        raise OptionError(f"targets_at_a_time: expected 'auto' or a positive int, got {targets_at_a_time!r}")
+    most = WINDOW if targets_at_a_time == "auto" else int(targets_at_a_time)
+    if most < 1:
+        raise OptionError(f"targets_at_a_time: expected 'auto' or a positive int, got {targets_at_a_time!r}")
+
+    def engine(window: int) -> Engine:
+        return compile(
+            model,
+            (),
+            writing.inputs(writing.count, window),
+            method=method,
+            composite=composite,
+            method_options=method_options,
+            backend=backend,
+            precision=precision,
+        )
+
+    window = min(most, writing.count)
+    chosen, predicted = engine(window), None
+    if targets_at_a_time == "auto" and writing.count >= max(memory.PROBES):
+        forecast = memory.measure(lambda count: writing.last(chosen, window, count))
+        budget = memory_limit or int(memory.SHARE * memory.available(ids.device))
+        fitting = memory.largest_batch(forecast.peak, budget, window)
+        predicted = forecast.peak(fitting)
+        if fitting < window:
+            window, chosen = fitting, engine(fitting)
+    return writing.gathered(chosen, window, predicted)
+
+
+class _Writing:
+    """A model with what it wrote.
+
+    Args:
+        given: `input_ids`. [B, P] or [B, S]
+        ids: all that the decoder reads and writes. [B, P + G]
+    """
+
+    def __init__(
+        self, model: nn.Module, given: Tensor, ids: Tensor, mask: Tensor | None, others: Mapping[str, Any]
+    ) -> None:
+        self.takes = inspect.signature(model.forward).parameters
+        self.encodes = "decoder_input_ids" in self.takes
+        self.given, self.ids, self.mask, self.others = given, ids, mask, others
+        if given.ndim != 2 or ids.ndim != 2 or len(given) != len(ids):
+            raise ShapeError(
+                f"input_ids and generated_ids: expected shapes [B, N] of one batch, got {list(given.shape)} and"
+                f" {list(ids.shape)}"
+            )
+        self.prompt = 1 if self.encodes else given.shape[1]
+        self.count = ids.shape[1] - self.prompt
+        if self.count < 1 or not (self.encodes or torch.equal(ids[:, : self.prompt], given)):
+            raise ShapeError(
+                f"generated_ids: expected the prompt's {self.prompt} tokens and at least one generated after them, got"
+                f" {list(ids.shape)} that start otherwise"
+            )
+        self.ends = self._ends(model)
+
+    @staticmethod
+    def _ends(model: nn.Module) -> list[int]:
+        """Ids of tokens that end a text."""
+        settings = getattr(model, "generation_config", None) or getattr(model, "config", None)
+        found = getattr(settings, "eos_token_id", None)
+        return [found] if isinstance(found, int) else list(found or ())
+
+    @property
+    def windowed(self) -> bool:
+        """Whether the model leaves out logits that nobody asks for."""
+        return "logits_to_keep" in self.takes
+
+    def inputs(self, stop: int, window: int) -> dict[str, Any]:
+        """The call in which the model writes generated tokens up to `stop`."""
+        read = self.ids[:, : self.prompt + stop - 1]
+        found = dict(self.others)
+        if self.encodes:
+            found |= {"input_ids": self.given, "decoder_input_ids": read}
+        else:
+            found["input_ids"] = read
+        if self.mask is not None:
+            found["attention_mask"] = self.mask if self.encodes else self._longer(self.mask, read.shape[1])
+        if self.mask is not None and not self.encodes and "position_ids" in self.takes:
+            found.setdefault("position_ids", (found["attention_mask"].cumsum(-1) - 1).clamp(min=0))
+        if "use_cache" in self.takes:
+            found.setdefault("use_cache", False)
+        if self.windowed:
+            found["logits_to_keep"] = window
+        return found
+
+    @staticmethod
+    def _longer(mask: Tensor, length: int) -> Tensor:
+        """Generated tokens are seen."""
+        return torch.cat([mask, mask.new_ones(len(mask), length - mask.shape[1])], 1)
+
+    def explained(self, engine: Engine, window: int, start: int, stop: int) -> Explanation:
+        """Generated tokens from `start` to `stop` in one pass, by the logits of a window that ends there."""
+        places = torch.arange(start, stop)
+        first = self.prompt + stop - 1 - window if self.windowed else 0
+        rows = (self.prompt - 1 + places - first).expand(len(self.ids), -1)
+        written = self.ids[:, self.prompt + start : self.prompt + stop].cpu()
+        return engine(**self.inputs(stop, window), target=torch.stack([rows, written], -1))
+
+    def last(self, engine: Engine, window: int, count: int) -> None:
+        """Explain as many of the last tokens."""
+        self.explained(engine, window, self.count - count, self.count)
+
+    def gathered(self, engine: Engine, window: int, predicted: int | None) -> Generation:
+        """All generated tokens, chunk by chunk."""
+        relevance: Tensor | None = None
+        source: list[Tensor] = []
+        logits: list[Tensor] = []
+        for start in range(0, self.count, window):
+            stop = min(start + window, self.count)
+            found = self.explained(engine, window, start, stop)
+            own = self.own(found)
+            if relevance is None:
+                relevance = own.new_zeros(len(self.ids), self.count, self.ids.shape[1])
+            relevance[:, start:stop, : own.shape[-1]] = own
+            if self.encodes:
+                source.append(found.relevances["input_ids"])
+            assert found.target is not None
+            index = found.target.to(found.logits.device)
+            samples = torch.arange(len(self.ids), device=index.device).unsqueeze(-1)
+            logits.append(found.logits[samples, index[..., 0], index[..., 1]])
+        assert relevance is not None
+        written = self.written()
+        shown = written.unsqueeze(-1)
+        return Generation(
+            relevance * shown,
+            torch.cat(source, 1) * shown if source else None,
+            self.ids,
+            torch.cat(logits, 1),
+            written,
+            window,
+            predicted,
+        )
+
+    def own(self, found: Explanation) -> Tensor:
+        """Relevance of the tokens that the decoder reads. [B, T, N]"""
+        name = "decoder_input_ids" if self.encodes else "input_ids"
+        if found.relevances and name not in found.relevances:
+            raise UnsupportedTopologyError(
+                f"{name}: expected a model that embeds them by its largest vocabulary, got relevance of"
+                f" {', '.join(found.relevances)}"
+            )
+        return found.relevances.get(name, found.relevance)
+
+    def written(self) -> Tensor:
+        """Up to and with a sample's first end. [B, G]"""
+        generated = self.ids[:, self.prompt :]
+        ended = torch.zeros_like(generated, dtype=torch.bool)
+        for end in self.ends:
+            ended |= generated == end
+        return ended.cumsum(-1) - ended.to(torch.int64) == 0

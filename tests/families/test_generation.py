@@ -1,0 +1,151 @@
+"""One row of relevance per generated token: stock decoders and encoder-decoders, against one token at a time."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import relprop
+from relprop import memory
+from relprop.errors import OptionError, ShapeError
+from relprop.native.tensors import fresh_results
+from tests.engine.models import relative
+from tests.families.test_text import leaves_at_embeddings
+from tests.families.text_models import FAMILIES, build, ids
+
+pytestmark = [pytest.mark.filterwarnings("ignore")]
+
+NEW = 6
+DECODERS = ("gpt2", "llama")
+MODELS = (*DECODERS, "t5", "bart")
+QUICK = ("gpt2", "bart")
+
+
+def models(names: tuple[str, ...] = MODELS) -> list[Any]:
+    return [pytest.param(name, marks=() if name in QUICK else pytest.mark.full) for name in names]
+
+
+@cache
+def written(name: str, prompt: int = 5) -> tuple[nn.Module, Tensor, Tensor]:
+    """A model, its prompt or source, and what it writes."""
+    model = build(name)
+    given = ids(2, prompt, torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        return model, given, model.generate(given, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False)
+
+
+def call(name: str, given: Tensor, read: Tensor) -> dict[str, Any]:
+    """The model's arguments where the decoder has read so far."""
+    if name in DECODERS:
+        return {"input_ids": read, "use_cache": False}
+    return {"input_ids": given, "decoder_input_ids": read, "use_cache": False}
+
+
+@pytest.mark.parametrize("method", ["attnlrp", "generic_attention"])
+@pytest.mark.parametrize("name", models())
+def test_rows_are_explanations_of_one_token(name: str, method: str) -> None:
+    """Each row is what `explain` gives for that token with nothing after it."""
+    model, given, found = written(name)
+    start = 1 if name not in DECODERS else given.shape[1]
+    made = {
+        size: relprop.explain_generation(model, given, found, method=method, targets_at_a_time=size)
+        for size in (1, 4, "auto")
+    }
+    for place in range(start, found.shape[1]):
+        read = found[:, :place]
+        alone = relprop.explain(
+            model,
+            method=method,
+            target=torch.stack([torch.tensor([place - 1, int(token)]) for token in found[:, place]])[:, None],
+            **call(name, given, read),
+        )
+        expected = alone.relevances.get("input_ids" if name in DECODERS else "decoder_input_ids", alone.relevance)
+        for size, generation in made.items():
+            assert generation.prompt_length == start
+            row = generation.relevance[:, place - start]
+            assert relative(row[:, :place], expected[:, 0]) < max(1e-9, FAMILIES[name].tolerance), (size, place)
+            assert not row[:, place:].any()
+            if generation.source is not None:
+                of_source = generation.source[:, place - start]
+                assert relative(of_source, alone.relevances["input_ids"][:, 0]) < 1e-9
+            scores = alone.logits[torch.arange(2), place - 1, found[:, place]]
+            assert relative(generation.logits[:, place - start], scores) < 1e-9
+    assert (made[4].source is None) == (name in DECODERS)
+
+
+@pytest.mark.parametrize("name", models())
+def test_gradients_are_autograds(name: str) -> None:
+    model, given, found = written(name)
+    generation = relprop.explain_generation(model, given, found, method="gradient_x_input", targets_at_a_time=NEW)
+    start = generation.prompt_length
+    entries = ("input_ids",) if name in DECODERS else ("input_ids", "decoder_input_ids")
+    made = call(name, given, found)
+    with leaves_at_embeddings(model, made, entries) as leaves:
+        logits = model(**made).logits
+        for place in range(start, found.shape[1]):
+            score = logits[torch.arange(2), place - 1, found[:, place]].sum()
+            for entry, leaf in leaves.items():
+                (gradient,) = torch.autograd.grad(score, leaf, retain_graph=True)
+                expected = (gradient * leaf).sum(-1).detach()
+                rows = generation.relevance if entry == entries[-1] else generation.source
+                assert rows is not None
+                row = rows[:, place - start]
+                assert relative(row, expected) < max(1e-9, FAMILIES[name].tolerance)
+
+
+@pytest.mark.parametrize("name", models(DECODERS))
+def test_padded_prompts(name: str) -> None:
+    """A shorter prompt, padded on the left: what it would be alone, and nothing for the padding."""
+    model, given, _ = written(name)
+    mask = torch.ones_like(given)
+    mask[0, :2] = 0
+    with torch.no_grad():
+        found = model.generate(given, attention_mask=mask, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False)
+    together = relprop.explain_generation(model, given, found, attention_mask=mask, targets_at_a_time=4)
+    alone = relprop.explain_generation(model, given[:1, 2:], found[:1, 2:], targets_at_a_time=4)
+    assert not together.relevance[0, :, :2].any()
+    assert relative(together.relevance[:1, :, 2:], alone.relevance) < max(1e-9, FAMILIES[name].tolerance)
+
+
+def test_rows_after_the_end_are_empty() -> None:
+    model, given, found = written("gpt2")
+    ended = found.clone()
+    ended[0, 7:] = 0
+    generation = relprop.explain_generation(model, given, ended, targets_at_a_time=3)
+    assert generation.written.tolist() == [[True] * 3 + [False] * 3, [True] * 6]
+    assert not generation.relevance[0, 3:].any()
+    whole = relprop.explain_generation(model, given, found, targets_at_a_time=3)
+    assert relative(generation.relevance[0, :2], whole.relevance[0, :2]) < 1e-12
+
+
+def test_memory_is_predicted_and_bounded() -> None:
+    model, given, found = written("gpt2", 40)
+    whole = relprop.explain_generation(model, given, found)
+    assert whole.targets_at_a_time == NEW and whole.memory is not None
+    bounded = relprop.explain_generation(model, given, found, memory_limit=whole.memory * 2 // 3)
+    assert bounded.targets_at_a_time < NEW and bounded.memory is not None
+    assert bounded.memory <= whole.memory * 2 // 3
+    assert relative(bounded.relevance, whole.relevance) < 1e-9
+    for generation in (whole, bounded):
+        relprop.explain_generation(model, given, found, targets_at_a_time=generation.targets_at_a_time)
+        with fresh_results(), memory.Allocations() as counted:
+            relprop.explain_generation(model, given, found, targets_at_a_time=generation.targets_at_a_time)
+        assert generation.memory is not None
+        assert max(counted.history) < 1.1 * generation.memory + 8 * generation.relevance.numel()
+
+
+def test_bad_input() -> None:
+    model, given, found = written("gpt2")
+    with pytest.raises(ShapeError, match="expected the prompt's 5 tokens and at least one generated after them"):
+        relprop.explain_generation(model, given, given)
+    with pytest.raises(ShapeError, match="start otherwise"):
+        relprop.explain_generation(model, given + 1, found)
+    with pytest.raises(ShapeError, match="expected shapes"):
+        relprop.explain_generation(model, given[:1], found)
+    for wrong in (0, "all", 1.5, True):
+        with pytest.raises(OptionError, match="targets_at_a_time: expected 'auto' or a positive int, got"):
+            relprop.explain_generation(model, given, found, targets_at_a_time=wrong)  # type: ignore[arg-type]
