@@ -5,6 +5,7 @@ explanation = relprop.explain(model, images, target=class_index)
 explanation.relevance   # [B, N], one value per token
 """
 
+from relprop import compat
 from relprop.backends import backends
 from relprop.composites import Composite, Entry, composites, entry, find_composite, register_composite
 from relprop.engine import Engine, compile, explain
@@ -36,6 +37,7 @@ __all__ = [
     "Rule",
     "Stabiliser",
     "backends",
+    "compat",
     "compile",
     "composites",
     "contrast",

@@ -157,7 +157,7 @@ def _plan(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outpu
     named = bind_arguments(model, args, kwargs)
     leaves, spec = pytree.tree_flatten(named)
     inputs = tuple(_signature(leaf) for leaf in leaves)
-    key = (str(spec), inputs, output if not callable(output) else id(output), _structure(model))
+    key = (str(spec), inputs, output if not callable(output) else id(output), fingerprint(model))
     plans = _CACHE.plans.setdefault(model, {})
     if key not in plans:
         plans[key] = _Plan(capture(model, args, kwargs, output))
@@ -171,7 +171,7 @@ def _signature(leaf: Any) -> Any:
     return (leaf.dtype, str(leaf.device), leaf.ndim, tuple(leaf.shape[free:]))
 
 
-def _structure(model: nn.Module) -> int:
+def fingerprint(model: nn.Module) -> int:
     """A fingerprint of what a capture depends on: modules, plain attributes, parameter shapes and dtypes."""
     parts: list[Any] = []
     for name, module in model.named_modules():

@@ -13,7 +13,6 @@ from relprop.graph import Node, Value, substitute
 from relprop.latents import Latent, make_latent
 from relprop.ledger import Ledger, LedgerEntry, book, cancellation
 from relprop.methods.base import Reader, Reading, RowReader
-from relprop.methods.input_maps import over_channels
 from relprop.methods.sampled import SampledMap
 from relprop.methods.topology import explained_tokens, number_of_keys, padded_tokens, read_profile, tokens_read
 from relprop.program import JointStep, JointStream, Program, ReverseStep, StreamStep
@@ -396,7 +395,7 @@ def run_sampled(
         part = torch.einsum("tk...,k->t...", per_point, scale)
         total = part if total is None else total + part
     assert total is not None
-    return over_channels(readout.combine(x.to(total.dtype), total))
+    return readout.over_channels(readout.combine(x.to(total.dtype), total))
 
 
 def _replacing(value: Value, tensor: Tensor) -> Callable[[Value, Tensor], Tensor]:

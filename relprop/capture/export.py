@@ -197,12 +197,14 @@ def capture(
         if spec.shape and spec.shape[0] is None
         for symbol in _symbols(nodes[spec.placeholder].meta["val"].shape[0])
     )
-    if not symbols:
-        size = next(t.shape[0] for t in pytree.tree_leaves(example) if isinstance(t, Tensor) and t.ndim)
+    size = next(t.shape[0] for t in pytree.tree_leaves(example) if isinstance(t, Tensor) and t.ndim)
+    stuck = [spec.path for spec in inputs if spec.dtype.is_floating_point and spec.shape[1:] and spec.shape[0] == size]
+    if stuck or not symbols:
         fixed = first_fixed(graph, size)
         place = f", first in {fixed.target} at {module_path(fixed)} {source_line(fixed)}" if fixed is not None else ""
+        which = f"the batch size of {', '.join(stuck)}" if stuck and symbols else "its batch size"
         raise CaptureError(
-            f"{type(model).__name__} fixes its batch size: expected a forward that accepts any batch, got one that is"
+            f"{type(model).__name__} fixes {which}: expected a forward that accepts any batch, got one that is"
             f" specialised to that of the example{place}; take it from x.shape[0], not from len(x), a loop over samples"
             " or a number"
         )
@@ -226,7 +228,7 @@ def _input_specs(
         if placeholder is None:
             raise CaptureError(f"input {path} is a tensor that the exported graph does not take as one")
         shape = nodes[placeholder].meta["val"].shape
-        free = tuple(None if isinstance(size, torch.SymInt) else int(size) for size in shape)
+        free = tuple(None if _symbols(size) else int(size) for size in shape)
         pretty = path.removeprefix("['").replace("']", "", 1)
         specs.append(InputSpec(pretty, placeholder, free, leaf.dtype, leaf.device, tuple(map(str, shape))))
     return tuple(specs)

@@ -54,11 +54,14 @@ def model_line(error: BaseException) -> str:
 
 
 def first_fixed(graph: fx.Graph, batch: int) -> fx.Node | None:
-    """The first operation that holds the example's batch size as a number."""
+    """The first operation that takes samples apart, else the first that holds the example's batch size as a number."""
 
     def holds(argument: Any) -> bool:
         if isinstance(argument, (list, tuple)):
             return any(holds(item) for item in argument)
         return argument == batch and isinstance(argument, int) and not isinstance(argument, bool)
 
-    return next((n for n in graph.nodes if n.op == "call_function" and holds(n.args)), None)
+    calls = [n for n in graph.nodes if n.op == "call_function"]
+    apart = (n for n in calls if n.target is torch.ops.aten.unbind.int and (*n.args, 0)[1] == 0)
+    apart = (n for n in apart if n.args[0].meta["val"].shape[0] == batch)
+    return next(apart, None) or next((n for n in calls if holds(n.args)), None)

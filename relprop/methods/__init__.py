@@ -12,6 +12,8 @@ from relprop.methods.sampled import IntegratedGradients, SmoothGrad
 
 _CHEFER = "Chefer et al., CVPR 2021"
 _WALK = {"start_layer": 0, "normalise": False, "read_tokens": "kept", "count_padding": False}
+_CHANNELS = {"channels": "summed"}
+_INPUT = {**_CHANNELS, "rows": "read"}
 
 register_method(
     Method(
@@ -41,7 +43,7 @@ register_method(
         f"{_CHEFER}, code (full)",
         "chefer",
         partial(InputMap, "relevance", "full"),
-        {"at": "input"},
+        {"at": "input", **_INPUT},
         output="input",
     )
 )
@@ -125,6 +127,7 @@ register_method(
         "Shrikumar et al. 2016",
         "chefer",
         partial(InputMap, "gradient", "gradient_x_input"),
+        _INPUT,
         output="input",
     )
 )
@@ -136,7 +139,7 @@ register_method(
         "Sundararajan et al., ICML 2017",
         "chefer",
         partial(IntegratedGradients, "gradient", "integrated_gradients"),
-        {"steps": 32, "baseline": 0.0, "batch": 8},
+        {"steps": 32, "baseline": 0.0, "batch": 8, **_CHANNELS},
         output="input",
     )
 )
@@ -147,7 +150,7 @@ register_method(
         "Smilkov et al. 2017",
         "chefer",
         partial(SmoothGrad, "gradient", "smoothgrad"),
-        {"samples": 32, "noise": 0.15, "seed": 0, "times_input": False, "batch": 8},
+        {"samples": 32, "noise": 0.15, "seed": 0, "times_input": False, "batch": 8, **_CHANNELS},
         output="input",
     )
 )
@@ -158,7 +161,7 @@ for _name, _summary, _source in (
     ("libragrad", "input times the gradient balanced by pruning and scaling", "Mehri et al., CVPR 2025"),
 ):
     register_method(
-        Method(_name, _summary, _source, _name, partial(InputMap, "relevance", _name), output="input"),
+        Method(_name, _summary, _source, _name, partial(InputMap, "relevance", _name), _INPUT, output="input"),
     )
 register_method(
     Method(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -21,47 +22,64 @@ class InputMap(Readout):
         method: for messages.
         at: "input", or "tokens" for the sequence that the first attention layer reads, where position embeddings and
             class tokens still have their share.
+        channels: "summed", or "kept" for an answer of the input's own shape.
+        rows: "read" leaves out rows that the output does not read; "all" computes them, for latents of whole modules.
     """
 
     stream: str
     method: str
     at: str = "input"
+    channels: str = "summed"
+    rows: str = "read"
+
+    @property
+    def all_rows(self) -> bool:
+        """Where rows are asked for that the output does not read."""
+        return self.rows == "all"
 
     def require(self, graph: Graph) -> Requirements:
         """The stream at every explained input."""
         if self.at not in ("input", "tokens"):
             raise OptionError(f"at: expected 'input' or 'tokens', got {self.at!r}")
+        if self.channels not in ("summed", "kept"):
+            raise OptionError(f"channels: expected 'summed' or 'kept', got {self.channels!r}")
+        if self.rows not in ("read", "all"):
+            raise OptionError(f"rows: expected 'read' or 'all', got {self.rows!r}")
         if self.at == "tokens":
             return Requirements(values=((first_tokens(graph, self.method), self.stream),))
         return Requirements(values=tuple((value, self.stream) for _, value in entries(graph)))
 
     def reader(self) -> Reader:
         """A reader at the inputs."""
-        return _AtInput(self.stream)
+        return _AtInput(self.stream, self.over_channels)
+
+    def over_channels(self, found: Tensor) -> Tensor:
+        """The answer of a stream at an input."""
+        return over_channels(found) if self.channels == "summed" else found
 
 
 class _AtInput(Reader):
-    def __init__(self, stream: str) -> None:
-        self.stream = stream
+    def __init__(self, stream: str, summed: Callable[[Tensor], Tensor]) -> None:
+        self.stream, self.summed = stream, summed
 
     def finish(self, reading: Reading) -> Tensor:
         first = next(value for value, name in reading.streams if name == self.stream)
-        return self._summed(reading, first)
+        return self._read(reading, first)
 
     def by_input(self, graph: Graph, reading: Reading) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         for name, value in entries(graph):
             if (value, self.stream) in reading.streams:
-                part = self._summed(reading, value)
+                part = self._read(reading, value)
                 found[name] = found[name] + part if name in found else part
         return found
 
-    def _summed(self, reading: Reading, value: Value) -> Tensor:
-        """The stream at one input, summed over channels."""
+    def _read(self, reading: Reading, value: Value) -> Tensor:
+        """The stream at one input."""
         found = reading.streams[value, self.stream]
         if self.stream == "gradient":
             found = found * reading.inputs[value].to(found.dtype)
-        return over_channels(found)
+        return self.summed(found)
 
 
 def over_channels(found: Tensor) -> Tensor:
@@ -96,7 +114,7 @@ class PositionedMap(InputMap):
 
 class _WithPositions(_AtInput):
     def __init__(self, stream: str, positions: str) -> None:
-        super().__init__(stream)
+        super().__init__(stream, over_channels)
         self.positions = positions
 
     def finish(self, reading: Reading) -> Tensor:

@@ -290,3 +290,15 @@ def alpha2_beta1(z: Tensor, bias: Tensor | None, relevance: Tensor) -> Tensor:
     assert bias is not None
     against = z.clamp(max=0)
     return 2 * z_plus(z, bias, relevance) - divided(against, against.sum(-1) + bias.clamp(max=0), relevance)
+
+
+@pytest.mark.parametrize("method", ["full", "gradient_x_input", "attnlrp", "integrated_gradients", "smoothgrad"])
+def test_channels_kept(method: str) -> None:
+    """The answer in the input's shape adds up to the summed one; two targets have an axis of their own."""
+    model, x = vit().double(), torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    target = torch.tensor([[1, 2], [3, 4]])
+    kept = relprop.explain(model, x, target=target, method=method, method_options={"channels": "kept"}).relevance
+    assert kept.shape == (2, 2, 3, 32, 32)
+    assert relative(kept.sum(2), relprop.explain(model, x, target=target, method=method).relevance) < 1e-12
+    with pytest.raises(OptionError, match="channels: expected 'summed' or 'kept', got 'all'"):
+        relprop.explain(model, x, method=method, method_options={"channels": "all"})

@@ -18,6 +18,15 @@ EVERY = "all"
 
 
 @dataclass(frozen=True)
+class Row:
+    """One row of the README's table."""
+
+    title: str
+    stock: str
+    methods: str
+
+
+@dataclass(frozen=True)
 class Family:
     """One stock class, built small with random weights: one row of the README's table, one set of tests.
 
@@ -46,6 +55,11 @@ class Family:
     full: Callable[[], tuple[nn.Module, Callable[[int], Inputs]]] | None = None
     output: str | int | Callable[..., Any] | None = None
     target: Any = 1
+
+    @property
+    def row(self) -> Row:
+        """Of the README's table."""
+        return Row(self.title, self.stock, self.methods)
 
 
 def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -76,17 +90,19 @@ def images(size: int, name: str = "x") -> Callable[[int], Inputs]:
     return make
 
 
-def families() -> list[Family]:
-    """Every tested family, in the order of the README's table."""
+def rows() -> dict[str, Row]:
+    """The row of every tested family by its name, in the order of the README's table."""
+    from tests.families.text_models import FAMILIES
     from tests.families.vision_models import VISION
 
-    return [*VISION]
+    text = {name: family.row for name, family in FAMILIES.items()}
+    return {**{family.name: family.row for family in VISION}, **text}
 
 
 def models_table() -> str:
     """The README's table: one row per family."""
-    rows = [[family.title, f"`{family.stock}`", family.methods] for family in families()]
-    return table(["model", "stock class", "methods"], rows)
+    cells = [[row.title, f"`{row.stock}`", row.methods] for row in rows().values()]
+    return table(["model", "stock class", "methods"], cells)
 
 
 def rendered(text: str) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import relprop
 from relprop.engine import Engine
-from relprop.errors import UnsupportedOpError, UnsupportedTopologyError
+from relprop.errors import CaptureError, UnsupportedOpError, UnsupportedTopologyError
 from relprop.explanation import Explanation
 from tests.engine.models import relative
 from tests.families.text_models import FAMILIES, Inputs, build, inputs
@@ -26,7 +26,7 @@ WALKS = ("transformer_attribution", "attention_rollout", "relevance_rollout")
 LENGTH = 9
 
 
-def families(*columns: tuple[str, ...], only: Any = lambda family: True) -> list[Any]:
+def families(*columns: tuple[str, ...], only: Any = lambda family: not family.uncaptured) -> list[Any]:
     """Every family, crossed with the columns; all but the quick ones are marked `full`."""
     rows: list[tuple[Any, ...]] = [(name,) for name, family in FAMILIES.items() if only(family)]
     for column in columns:
@@ -85,6 +85,12 @@ def test_walks(name: str, composite: str) -> None:
         assert torch.isfinite(found.relevance).all()
         if composite != "gradient":  # its attention rule leaves no relevance at the maps
             assert (found.relevance.abs().amax(1) > 0).all()
+
+
+@pytest.mark.parametrize("name", families(only=lambda family: family.uncaptured))
+def test_refusal_says_why(name: str) -> None:
+    with pytest.raises(CaptureError, match=FAMILIES[name].uncaptured):
+        engine(name, "full")
 
 
 @contextmanager
@@ -179,7 +185,7 @@ def test_batch_and_length_are_free(name: str) -> None:
                 assert relative(together[entry][i : i + 1], found) < family.tolerance, (method, entry)
 
 
-@pytest.mark.parametrize("name", families(only=lambda family: family.pads))
+@pytest.mark.parametrize("name", families(only=lambda family: family.pads and not family.uncaptured))
 def test_padding_leaves_no_trace(name: str) -> None:
     family = FAMILIES[name]
     short = inputs(name, 1, 6, seed=2)

@@ -12,7 +12,10 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from tests.families.catalogue import EVERY, Row
+
 VOCABULARY = 100
+IMAGE_TOKEN = VOCABULARY - 1
 Inputs = dict[str, Any]
 
 
@@ -21,6 +24,7 @@ class Family:
     """One stock class.
 
     Attributes:
+        title: first cell of its row in the README.
         config, model: class names in transformers.
         sizes: arguments of the config.
         inputs: (batch, length, generator) -> the model's arguments.
@@ -28,14 +32,19 @@ class Family:
         output: which output is explained, None for the logits.
         entries: explained inputs by their names in the explanation.
         refusal: where methods that walk through attention layers do not apply, words of the refusal.
+        why: the same for the README.
         fixed: the captured length is the only one.
         pads: whether text may be padded and masked.
         kept_after_text: how many tokens of another kind follow the text in the sequence.
         mixes_samples: all tokens of a batch share one axis somewhere, where nothing is known per sample.
         quick: whether it is among the few of `make test`.
         tolerance: relative, in float64; looser where the model itself computes in float32.
+        settings: attributes of the config that its constructor does not take.
+        uncaptured: where torch.export cannot capture the class, words of the refusal.
+        full: arguments of the config for the published size, for benchmarks/families.py.
     """
 
+    title: str
     config: str
     model: str
     sizes: dict[str, Any]
@@ -44,6 +53,7 @@ class Family:
     output: str | None = None
     entries: tuple[str, ...] = ("input_ids",)
     refusal: str = ""
+    why: str = "two sequences of tokens"
     fixed: bool = False
     pads: bool = True
     kept_after_text: int = 0
@@ -51,6 +61,16 @@ class Family:
     quick: bool = False
     tolerance: float = 1e-9
     settings: dict[str, Any] = field(default_factory=dict)
+    uncaptured: str = ""
+    full: dict[str, Any] | None = None
+
+    @property
+    def row(self) -> Row:
+        """Of the README's table."""
+        methods = f"`full`, `gradient_x_input`; {self.why}" if self.refusal else EVERY
+        if self.uncaptured:
+            methods = f"refused: {self.why}"
+        return Row(self.title, f"transformers.{self.model}", methods)
 
 
 def ids(batch: int, length: int, generator: torch.Generator) -> Tensor:
@@ -101,6 +121,30 @@ def visual_bert(batch: int, length: int, generator: torch.Generator) -> Inputs:
     }
 
 
+def picture_and_text(batch: int, length: int, generator: torch.Generator) -> Inputs:
+    """Four image tokens, one per patch, before the text."""
+    given = decoder(batch, length, generator)
+    given["input_ids"].clamp_(max=IMAGE_TOKEN - 1)[:, :4] = IMAGE_TOKEN
+    return {**given, "pixel_values": images(batch, generator, 16)}
+
+
+def prefix(batch: int, length: int, generator: torch.Generator) -> Inputs:
+    """PaliGemma sees all of a prefix from all of it."""
+    given = picture_and_text(batch, length, generator)
+    return {**given, "token_type_ids": torch.zeros_like(given["input_ids"])}
+
+
+def patches_and_text(batch: int, length: int, generator: torch.Generator) -> Inputs:
+    """Qwen2-VL takes the patches of all images in one row, 2 x 2 of them to a token."""
+    given = picture_and_text(batch, length, generator)
+    return {
+        **given,
+        "pixel_values": torch.randn(batch * 16, 3 * 2 * 8 * 8, generator=generator),
+        "image_grid_thw": torch.tensor([[1, 4, 4]] * batch),
+        "mm_token_type_ids": (given["input_ids"] == IMAGE_TOKEN).long(),
+    }
+
+
 def detection(batch: int, length: int, generator: torch.Generator) -> Inputs:
     return {"pixel_values": images(batch, generator, 64)}
 
@@ -117,11 +161,14 @@ BERT = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "in
 LLAMA = {**BERT, "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 TOWER = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
 VISION = {**TOWER, "image_size": 32, "patch_size": 8}
+PICTURE = {**TOWER, "image_size": 16, "patch_size": 8}
+DECODER = {**TOWER, "vocab_size": VOCABULARY, "num_key_value_heads": 2}
 
 FAMILIES: dict[str, Family] = {
-    "bert": Family("BertConfig", "BertForSequenceClassification", BERT, encoder, first_class, quick=True),
-    "roberta": Family("RobertaConfig", "RobertaForSequenceClassification", BERT, encoder, first_class),
+    "bert": Family("BERT", "BertConfig", "BertForSequenceClassification", BERT, encoder, first_class, quick=True),
+    "roberta": Family("RoBERTa", "RobertaConfig", "RobertaForSequenceClassification", BERT, encoder, first_class),
     "distilbert": Family(
+        "DistilBERT",
         "DistilBertConfig",
         "DistilBertForSequenceClassification",
         {"dim": 48, "n_layers": 2, "n_heads": 4, "hidden_dim": 96},
@@ -129,6 +176,7 @@ FAMILIES: dict[str, Family] = {
         first_class,
     ),
     "deberta_v3": Family(
+        "DeBERTa v3 (disentangled attention)",
         "DebertaV2Config",
         "DebertaV2ForSequenceClassification",
         {
@@ -146,6 +194,7 @@ FAMILIES: dict[str, Family] = {
         first_class,
     ),
     "modernbert": Family(
+        "ModernBERT (RoPE, local attention)",
         "ModernBertConfig",
         "ModernBertForSequenceClassification",
         {**BERT, "num_hidden_layers": 3, "local_attention": 8, "pad_token_id": 0, "global_attn_every_n_layers": 3},
@@ -154,18 +203,28 @@ FAMILIES: dict[str, Family] = {
         tolerance=1e-5,
     ),
     "gpt2": Family(
+        "GPT-2",
         "GPT2Config",
         "GPT2LMHeadModel",
         {"n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 64, "bos_token_id": 0, "eos_token_id": 0},
         decoder,
         last_token,
     ),
-    "llama": Family("LlamaConfig", "LlamaForCausalLM", LLAMA, decoder, last_token, tolerance=1e-5),
+    "llama": Family("Llama", "LlamaConfig", "LlamaForCausalLM", LLAMA, decoder, last_token, tolerance=1e-5),
     "mistral": Family(
-        "MistralConfig", "MistralForCausalLM", {**LLAMA, "sliding_window": 4}, decoder, last_token, tolerance=1e-5
+        "Mistral (sliding window)",
+        "MistralConfig",
+        "MistralForCausalLM",
+        {**LLAMA, "sliding_window": 4},
+        decoder,
+        last_token,
+        tolerance=1e-5,
     ),
-    "qwen3": Family("Qwen3Config", "Qwen3ForCausalLM", {**LLAMA, "head_dim": 12}, decoder, last_token, tolerance=1e-5),
+    "qwen3": Family(
+        "Qwen3", "Qwen3Config", "Qwen3ForCausalLM", {**LLAMA, "head_dim": 12}, decoder, last_token, tolerance=1e-5
+    ),
     "gemma3": Family(
+        "Gemma 3 (soft-capping, sliding window)",
         "Gemma3TextConfig",
         "Gemma3ForCausalLM",
         {
@@ -182,6 +241,7 @@ FAMILIES: dict[str, Family] = {
         tolerance=1e-5,
     ),
     "mixtral": Family(
+        "Mixtral (experts as `batched_mm`)",
         "MixtralConfig",
         "MixtralForCausalLM",
         {**LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2},
@@ -192,6 +252,7 @@ FAMILIES: dict[str, Family] = {
         mixes_samples=True,
     ),
     "qwen3_moe": Family(
+        "Qwen3-MoE (experts as `batched_mm`)",
         "Qwen3MoeConfig",
         "Qwen3MoeForCausalLM",
         {
@@ -209,6 +270,7 @@ FAMILIES: dict[str, Family] = {
         mixes_samples=True,
     ),
     "t5": Family(
+        "T5",
         "T5Config",
         "T5ForConditionalGeneration",
         {"d_model": 48, "d_kv": 12, "d_ff": 96, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0},
@@ -218,6 +280,7 @@ FAMILIES: dict[str, Family] = {
         refusal="tokens of one sequence",
     ),
     "bart": Family(
+        "BART",
         "BartConfig",
         "BartForConditionalGeneration",
         {
@@ -236,6 +299,7 @@ FAMILIES: dict[str, Family] = {
         refusal="tokens of one sequence",
     ),
     "clip": Family(
+        "CLIP, image and text",
         "CLIPConfig",
         "CLIPModel",
         {
@@ -249,7 +313,8 @@ FAMILIES: dict[str, Family] = {
         entries=("input_ids", "pixel_values"),
         refusal="tokens of one sequence",
     ),
-    "siglip": Family(
+    "siglip_pair": Family(
+        "SigLIP, image and text",
         "SiglipConfig",
         "SiglipModel",
         {"text_config": {**TOWER, "vocab_size": VOCABULARY}, "vision_config": VISION},
@@ -261,6 +326,7 @@ FAMILIES: dict[str, Family] = {
         pads=False,  # it reads the last token, padding or not
     ),
     "lxmert": Family(
+        "LXMERT (VQA)",
         "LxmertConfig",
         "LxmertForQuestionAnswering",
         {
@@ -280,6 +346,7 @@ FAMILIES: dict[str, Family] = {
         refusal="tokens of one sequence",
     ),
     "visual_bert": Family(
+        "VisualBERT (VQA)",
         "VisualBertConfig",
         "VisualBertForQuestionAnswering",
         {**BERT, "visual_embedding_dim": 20, "num_labels": 5},
@@ -288,7 +355,76 @@ FAMILIES: dict[str, Family] = {
         kept_after_text=6,
         entries=("input_ids", "visual_embeds"),
     ),
+    "paligemma": Family(
+        "PaliGemma (image tokens in a text)",
+        "PaliGemmaConfig",
+        "PaliGemmaForConditionalGeneration",
+        {
+            "vision_config": {**PICTURE, "model_type": "siglip_vision_model", "projection_dim": 48},
+            "text_config": {**DECODER, "head_dim": 12, "model_type": "gemma"},
+            "image_token_index": IMAGE_TOKEN,
+            "projection_dim": 48,
+        },
+        prefix,
+        last_token,
+        entries=("input_ids", "pixel_values"),
+        refusal="tokens of one sequence",
+        tolerance=1e-5,
+    ),
+    "vipllava": Family(
+        "ViP-LLaVA (image tokens in a text)",
+        "VipLlavaConfig",
+        "VipLlavaForConditionalGeneration",
+        {
+            "vision_config": {**PICTURE, "model_type": "clip_vision_model"},
+            "text_config": {**DECODER, "model_type": "llama"},
+            "image_token_index": IMAGE_TOKEN,
+            "vision_feature_layers": [-1, -2],
+        },
+        picture_and_text,
+        last_token,
+        entries=("input_ids", "pixel_values"),
+        refusal="tokens of one sequence",
+        tolerance=1e-5,
+    ),
+    "llava": Family(
+        "LLaVA",
+        "LlavaConfig",
+        "LlavaForConditionalGeneration",
+        {
+            "vision_config": {**PICTURE, "model_type": "clip_vision_model"},
+            "text_config": {**DECODER, "model_type": "llama"},
+            "image_token_index": IMAGE_TOKEN,
+            "vision_feature_layer": -1,
+        },
+        picture_and_text,
+        last_token,
+        uncaptured=r"fixes the batch size of pixel_values.*aten.unbind.int.*modeling_llava.py",
+        why="a loop over images fixes their number (`unbind`)",
+    ),
+    "qwen2_vl": Family(
+        "Qwen2-VL",
+        "Qwen2VLConfig",
+        "Qwen2VLForConditionalGeneration",
+        {
+            "vision_config": {
+                "depth": 2,
+                "embed_dim": 48,
+                "hidden_size": 48,
+                "num_heads": 4,
+                "mlp_ratio": 2,
+                "patch_size": 8,
+            },
+            "text_config": {**DECODER, "rope_parameters": {"rope_type": "default", "mrope_section": [2, 2, 2]}},
+            "image_token_id": IMAGE_TOKEN,
+        },
+        patches_and_text,
+        last_token,
+        uncaptured="a branch or a size depends on the values of a tensor",
+        why="its windows are cut at values of `image_grid_thw`",
+    ),
     "detr": Family(
+        "DETR, per query",
         "DetrConfig",
         "DetrForObjectDetection",
         {
@@ -311,23 +447,28 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-@cache
-def build(name: str) -> nn.Module:
-    """A family's model in float64 and evaluation mode."""
-    family = FAMILIES[name]
-    torch.manual_seed(0)
+def made(family: Family, sizes: dict[str, Any]) -> nn.Module:
+    """A stock model of these sizes with its own initial weights, in evaluation mode."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        config = getattr(transformers, family.config)(**{"vocab_size": VOCABULARY, **family.sizes})
+        config = getattr(transformers, family.config)(**sizes)
         for name, value in family.settings.items():
             setattr(config, name, value)
-        model = getattr(transformers, family.model)(config)
+        return getattr(transformers, family.model)(config).eval()
+
+
+@cache
+def build(name: str) -> nn.Module:
+    """A family's small model in float64 with weights that use every branch."""
+    family = FAMILIES[name]
+    torch.manual_seed(0)
+    model = made(family, {"vocab_size": VOCABULARY, **family.sizes})
     for parameter in model.parameters():
         if parameter.ndim > 1:
             nn.init.normal_(parameter, std=0.2)
         else:
             nn.init.normal_(parameter, mean=float(parameter.detach().mean()), std=0.1)
-    return model.double().eval()
+    return model.double()
 
 
 def inputs(name: str, batch: int, length: int = 9, seed: int = 0) -> Inputs:

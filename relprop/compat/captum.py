@@ -1,0 +1,225 @@
+"""Captum's conventions: attributions in the shape of the inputs, tuples in and out, every form of a target.
+
+from relprop.compat.captum import LRP
+attributions, delta = LRP(model).attribute(images, target=5, return_convergence_delta=True)
+
+`LRP` and `LayerLRP` stand in for Captum's classes, on Transformers too; `Relevance` and `LayerRelevance` take any
+method of relprop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+from torch import Tensor, nn
+
+from relprop.capture.export import bind_arguments
+from relprop.compat.engines import Engines, needed
+from relprop.composites import Composite, find_composite
+from relprop.errors import OptionError, TargetError
+from relprop.explanation import Explanation
+from relprop.methods import find_method
+
+needed("captum.attr", by="relprop.compat.captum")
+
+from captum._utils.common import _select_targets  # noqa: E402
+from captum.attr import Attribution, LayerAttribution  # noqa: E402
+
+__all__ = ["LRP", "LayerLRP", "LayerRelevance", "Relevance"]
+
+Inputs: TypeAlias = "Tensor | tuple[Tensor, ...]"
+
+
+class Relevance(Attribution):  # type: ignore[misc]
+    """Any method of relprop as a Captum attribution.
+
+    Args:
+        forward_func: the model, a module in evaluation mode.
+        method: a name of `relprop.methods()`. Methods that answer per token give an image's map at the image's size,
+            spread evenly over its channels.
+        composite, method_options, backend, precision: as `relprop.compile` takes them.
+    """
+
+    def __init__(
+        self,
+        forward_func: nn.Module,
+        method: str = "attnlrp",
+        composite: str | Composite | None = None,
+        method_options: Mapping[str, Any] | None = None,
+        *,
+        backend: str = "auto",
+        precision: str = "highest",
+    ) -> None:
+        super().__init__(forward_func)
+        self.method, self.composite = find_method(method), composite
+        self.options = dict(method_options or {})
+        self._engines = Engines(forward_func, backend=backend, precision=precision)
+        self.model = forward_func
+
+    @property
+    def multiplies_by_inputs(self) -> bool:
+        """Relevance is of the input itself, not of a change of it."""
+        return True
+
+    def has_convergence_delta(self) -> bool:
+        """Whether relevance is meant to add up to the score."""
+        composite = find_composite(self.composite or self.method.composite)
+        return self.method.output == "input" and self._conserves(composite)
+
+    def _conserves(self, composite: Composite) -> bool:
+        return composite.seed == "score" and self.method.name != "gradient_x_input"
+
+    def compute_convergence_delta(self, attributions: Inputs, output: Tensor) -> Tensor:
+        """The score less the sum of the attributions, as Captum's LRP has it. [B]"""
+        given = attributions if isinstance(attributions, tuple) else (attributions,)
+        return output.flatten() - sum(part.reshape(len(part), -1).sum(1) for part in given)
+
+    def attribute(
+        self,
+        inputs: Inputs,
+        target: Any = None,
+        additional_forward_args: Any = None,
+        return_convergence_delta: bool = False,
+        verbose: bool = False,
+    ) -> Any:
+        """Attributions of the inputs' shape; for token ids one value per token.
+
+        Args:
+            inputs: tensors that the model is called with, in order.
+            target: None for one score per sample, an int, a tuple of ints, a list of either or a tensor, as in Captum.
+            additional_forward_args: the arguments after the inputs.
+            return_convergence_delta: also return the score less the sum of attributions. [B]
+            verbose: print the program.
+        Raises:
+            AssertionError, IndexError: targets as Captum raises them. OptionError: a convergence delta of a method
+            whose relevance does not add up to the score.
+        """
+        found, args = self._explain(inputs, target, additional_forward_args, (), verbose)
+        given = inputs if isinstance(inputs, tuple) else (inputs,)
+        names = list(bind_arguments(self.model, args, {}))
+        parts = tuple(self._of_input(found, name, tensor) for name, tensor in zip(names, given, strict=False))
+        attributions = parts if isinstance(inputs, tuple) else parts[0]
+        return self._with_delta(attributions, parts, found, target, return_convergence_delta)
+
+    def attribute_future(self, *args: Any, **kwargs: Any) -> None:
+        """Not there, as for most of Captum's classes."""
+        raise NotImplementedError(f"attribute_future is not implemented for {type(self).__name__}")
+
+    def _explain(
+        self, inputs: Inputs, target: Any, additional: Any, latents: tuple[str, ...], verbose: bool
+    ) -> tuple[Explanation, tuple[Any, ...]]:
+        given = inputs if isinstance(inputs, tuple) else (inputs,)
+        more = () if additional is None else additional if isinstance(additional, tuple) else (additional,)
+        options = dict(self.options)
+        if "channels" in self.method.options:
+            options["channels"] = "kept"
+        if latents and "rows" in self.method.options:
+            options["rows"] = "all"
+        args = (*given, *more)
+        engine = self._engines(
+            args, method=self.method.name, composite=self.composite, options=options, latents=latents
+        )
+        if verbose:
+            print(engine.program)
+        return engine(*args, target=_score(target)), args
+
+    def _of_input(self, found: Explanation, name: str, tensor: Tensor) -> Tensor:
+        if self.method.output == "tokens":
+            if tensor.ndim != 4:
+                return found.relevance
+            return (found.image_map() / tensor.shape[1]).unsqueeze(1).expand(tensor.shape)
+        if name not in found.relevances:
+            known = ", ".join(sorted(found.relevances))
+            raise OptionError(f"inputs: expected those that carry relevance ({known}), got {name}")
+        part = found.relevances[name]
+        return part.sum(-1) if part.ndim > tensor.ndim else part  # a token's embedding adds up to its id
+
+    def _with_delta(
+        self, attributions: Any, parts: tuple[Tensor, ...], found: Explanation, target: Any, wanted: bool
+    ) -> Any:
+        if not wanted:
+            return attributions
+        if not self.has_convergence_delta():
+            raise OptionError(
+                f"return_convergence_delta: expected a method whose relevance adds up to the score, got"
+                f" {self.method.name} with composite {find_composite(self.composite or self.method.composite).name}"
+            )
+        return attributions, self.compute_convergence_delta(parts, _score(target)(found.logits))
+
+
+class LayerRelevance(LayerAttribution, Relevance):  # type: ignore[misc]
+    """Relevance at the output of one layer, or of each of several.
+
+    Args:
+        forward_func, method, composite, method_options, backend, precision: as for `Relevance`.
+        layer: a module of the model, or a list of modules.
+    """
+
+    def __init__(self, forward_func: nn.Module, layer: nn.Module | Sequence[nn.Module], *args: Any, **kw: Any) -> None:
+        LayerAttribution.__init__(self, forward_func, layer)
+        Relevance.__init__(self, forward_func, *args, **kw)
+        self.layer = layer
+
+    def attribute(  # type: ignore[override]
+        self,
+        inputs: Inputs,
+        target: Any = None,
+        additional_forward_args: Any = None,
+        return_convergence_delta: bool = False,
+        attribute_to_layer_input: bool = False,
+        verbose: bool = False,
+    ) -> Any:
+        """Relevance in the shape of the layer's output; a list of them for a list of layers.
+
+        Raises:
+            OptionError: the layer is none of the model's, or its input was asked for.
+        """
+        if attribute_to_layer_input:
+            raise OptionError("attribute_to_layer_input: expected False, got True; name the layer before it instead")
+        several = not isinstance(self.layer, nn.Module)
+        layers = list(self.layer) if several else [self.layer]  # type: ignore[arg-type]
+        paths = tuple(_path(self.model, layer) for layer in layers)
+        found, _ = self._explain(inputs, target, additional_forward_args, paths, verbose)
+        parts = [found.at(path).relevance for path in paths]
+        deltas = [self._with_delta(p, (p,), found, target, return_convergence_delta) for p in parts]
+        if not return_convergence_delta:
+            return parts if several else parts[0]
+        return (parts, [delta for _, delta in deltas]) if several else deltas[0]
+
+
+class LRP(Relevance):
+    """Captum's `LRP`: its default rules (epsilon, without an epsilon to speak of), and AttnLRP's for attention."""
+
+    def __init__(self, model: nn.Module, **options: Any) -> None:
+        super().__init__(model, "attnlrp", **options)
+
+
+class LayerLRP(LayerRelevance):
+    """Captum's `LayerLRP`, as `LRP` above."""
+
+    def __init__(self, model: nn.Module, layer: nn.Module | Sequence[nn.Module], **options: Any) -> None:
+        super().__init__(model, layer, "attnlrp", **options)
+
+
+def _score(target: Any) -> Callable[[Tensor], Tensor]:
+    """From the model's output to one score per sample, chosen and checked by Captum's own code. [B]"""
+
+    def score(output: Tensor) -> Tensor:
+        if isinstance(target, Tensor) and target.is_floating_point():
+            raise TargetError(f"target: expected integers, got {target.dtype}")
+        found = _select_targets(output, target)
+        if found.ndim and found[0].numel() != 1:
+            raise AssertionError(
+                "Target not provided when necessary, cannot take gradient with respect to multiple outputs."
+            )
+        return found.reshape(output.shape[0])
+
+    return score
+
+
+def _path(model: nn.Module, layer: Any) -> str:
+    for path, module in model.named_modules():
+        if module is layer and path:
+            return path
+    raise OptionError(f"layer: expected a module inside {type(model).__name__}, got {type(layer).__name__}")

@@ -1,0 +1,252 @@
+"""The interfaces of Chefer, Gur and Wolf's code (CVPR and ICCV 2021), on stock timm and Hugging Face models.
+
+from relprop.compat.chefer import LRP
+LRP(model).generate_LRP(image, method="transformer_attribution", index=243)   # [1, patches]
+
+Shapes are the original's for one sample; a larger batch has its axis in front, and each sample's answer is what it
+would be alone. `index` is None for the largest output, a class, or one class per sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from relprop.compat.engines import Engines
+from relprop.composites import Composite
+from relprop.errors import OptionError, ShapeError, TargetError, unknown_name
+from relprop.explanation import Explanation
+
+__all__ = ["LRP", "Baselines", "ClassIndexError", "Generator", "LayerIndexError", "generate_relevance"]
+
+# Names of `generate_LRP`: the method, and which of its arguments are options there.
+_METHODS: dict[str, tuple[str, str | None]] = {
+    "transformer_attribution": ("transformer_attribution", "start_layer"),
+    "grad": ("transformer_attribution", "start_layer"),
+    "rollout": ("relevance_rollout", "start_layer"),
+    "full": ("full", None),
+    "last_layer": ("last_layer", "is_ablation"),
+    "second_layer": ("second_layer", "is_ablation"),
+    "last_layer_attn": ("last_layer_attention", None),
+}
+_WITHOUT_BATCH = ("last_layer", "second_layer", "last_layer_attention")
+
+
+class ClassIndexError(TargetError, IndexError):
+    """A class index is out of range, where the original's indexing failed too."""
+
+
+class LayerIndexError(OptionError, IndexError):
+    """A start layer is out of range, where the original's indexing failed too."""
+
+
+class LRP:
+    """`baselines/ViT/ViT_explanation_generator.py: LRP`.
+
+    Args:
+        model: an image classifier; it is put into evaluation mode and not changed otherwise.
+        composite: rules; "chefer_original" are those of the authors' earlier file (ViT_orig_LRP).
+        backend, precision: as `relprop.compile` takes them.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        composite: str | Composite = "chefer",
+        *,
+        backend: str = "auto",
+        precision: str = "highest",
+    ) -> None:
+        self._engines = Engines(model, backend=backend, precision=precision)
+        self.model, self.composite = model.eval(), composite
+
+    def generate_LRP(
+        self,
+        input: Tensor,
+        index: Any = None,
+        method: str = "transformer_attribution",
+        is_ablation: bool = False,
+        start_layer: int = 0,
+    ) -> Tensor:
+        """Relevance of patches [B, N], class token left out; for "full" of pixels [B, H, W].
+
+        One layer's row ("last_layer", "second_layer", "last_layer_attn") is [N] for one sample.
+
+        Raises:
+            UnknownNameError: the original returned None for a method it did not know.
+            ClassIndexError, TargetError: the index. LayerIndexError: the start layer.
+        """
+        if method not in _METHODS:
+            raise unknown_name("method", method, _METHODS)
+        name, option = _METHODS[method]
+        options: dict[str, Any] = {}
+        if option == "start_layer":
+            options = {"start_layer": start_layer}
+        elif option == "is_ablation":
+            options = {"gradient_weighted": bool(is_ablation)}
+        found = _explain(self._engines, (input,), {}, index, name, self.composite, options)
+        if name == "full":
+            return found.relevance
+        return _alone(_patches(found), name in _WITHOUT_BATCH)
+
+
+class Baselines:
+    """`baselines/ViT/ViT_explanation_generator.py: Baselines`. Arguments as those of `LRP`."""
+
+    def __init__(self, model: nn.Module, *, backend: str = "auto", precision: str = "highest") -> None:
+        self._engines = Engines(model, backend=backend, precision=precision)
+        self.model = model.eval()
+
+    def generate_cam_attn(self, input: Tensor, index: Any = None) -> Tensor:
+        """Grad-CAM on the last attention map, in [0, 1]. [h, w], or [B, h, w] for several samples
+
+        A constant map is zero, where the original divides zero by zero.
+        """
+        found = _explain(self._engines, (input,), {}, index, "attention_gradcam", None, {})
+        return _alone(found.patches, True)
+
+    def generate_rollout(self, input: Tensor, start_layer: int = 0) -> Tensor:
+        """Attention rollout. [B, N]"""
+        options = {"start_layer": start_layer}
+        return _patches(_explain(self._engines, (input,), {}, None, "attention_rollout", None, options))
+
+
+def generate_relevance(model: nn.Module, input: Tensor, index: Any = None) -> Tensor:
+    """The ICCV 2021 code's relevance of patches for a Vision Transformer. [N], or [B, N] for several samples"""
+    return _alone(_patches(_explain(Engines(model.eval()), (input,), {}, index, "generic_attention", None, {})), True)
+
+
+class Generator:
+    """`BERT_explainability/modules/BERT/ExplanationGenerator.py: Generator`. All answers are [B, N].
+
+    Args:
+        model: a text classifier with a class token in front, called with `input_ids` and `attention_mask`; it is put
+            into evaluation mode and not changed otherwise.
+        composite: rules of the methods that propagate relevance.
+        backend, precision: as `relprop.compile` takes them.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        composite: str | Composite = "chefer_bert",
+        *,
+        backend: str = "auto",
+        precision: str = "highest",
+    ) -> None:
+        self._engines = Engines(model, backend=backend, precision=precision)
+        self.model, self.composite = model.eval(), composite
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
+        """The model's own answer."""
+        return self.model(input_ids, attention_mask)
+
+    def generate_LRP(
+        self, input_ids: Tensor, attention_mask: Tensor, index: Any = None, start_layer: int = 11
+    ) -> Tensor:
+        """The paper's method. The class token shows the smallest value, as in the original.
+
+        Raises:
+            LayerIndexError: the start layer, which is BERT-base's last one unless it is given.
+        """
+        options = {"start_layer": start_layer, "normalise": True, "read_tokens": "minimum", "count_padding": True}
+        return self._row(input_ids, attention_mask, index, "transformer_attribution", options)
+
+    def generate_LRP_last_layer(self, input_ids: Tensor, attention_mask: Tensor, index: Any = None) -> Tensor:
+        """Relevance of the last attention map."""
+        return _first_zero(self._row(input_ids, attention_mask, index, "last_layer", {}))
+
+    def generate_full_lrp(self, input_ids: Tensor, attention_mask: Tensor, index: Any = None) -> Tensor:
+        """Relevance of each token's embedding."""
+        return _first_zero(self._row(input_ids, attention_mask, index, "full", {"at": "tokens"}))
+
+    def generate_attn_last_layer(self, input_ids: Tensor, attention_mask: Tensor, index: Any = None) -> Tensor:
+        """The last attention map itself; the index is not looked at."""
+        return _first_zero(self._row(input_ids, attention_mask, None, "last_layer_attention", {}))
+
+    def generate_rollout(
+        self, input_ids: Tensor, attention_mask: Tensor, start_layer: int = 0, index: Any = None
+    ) -> Tensor:
+        """Attention rollout, rows not normalised; the index is not looked at."""
+        options = {"start_layer": start_layer, "read_tokens": "zero"}
+        return self._row(input_ids, attention_mask, None, "attention_rollout", options)
+
+    def generate_attn_gradcam(self, input_ids: Tensor, attention_mask: Tensor, index: Any = None) -> Tensor:
+        """Grad-CAM on the last attention map; a constant one is zero, where the original divides zero by zero."""
+        options = {"over": "matrix", "count_padding": True}
+        return _first_zero(self._row(input_ids, attention_mask, index, "attention_gradcam", options))
+
+    def _row(self, ids: Tensor, mask: Tensor, index: Any, method: str, options: dict[str, Any]) -> Tensor:
+        given = {"input_ids": ids, "attention_mask": mask}
+        return _explain(self._engines, (), given, index, method, self.composite, options).relevance
+
+
+def _explain(
+    engines: Engines,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    index: Any,
+    method: str,
+    composite: str | Composite | None,
+    options: dict[str, Any],
+) -> Explanation:
+    try:
+        engine = engines(args, kwargs, method=method, composite=composite, options=options)
+    except OptionError as error:
+        if "start_layer" in options:
+            raise LayerIndexError(str(error)) from error
+        raise
+    return engine(*args, target=_class_score(index), **kwargs)
+
+
+def _class_score(index: Any) -> Callable[[Tensor], Tensor]:
+    """A target: one class per sample."""
+
+    def score(output: Tensor) -> Tensor:
+        return output.gather(1, _classes(index, output)[:, None])[:, 0]
+
+    return score
+
+
+def _classes(index: Any, output: Tensor) -> Tensor:
+    """One class for each sample of an output [B, C]. [B]"""
+    if output.ndim != 2:
+        raise ShapeError(f"model: expected logits [B, classes], got {list(output.shape)}")
+    batch, classes = output.shape
+    if index is None:
+        return output.argmax(-1)
+    wanted = f"index: expected None, a class or one class for each sample, shape [{batch}]"
+    try:
+        found = torch.as_tensor(index, device=output.device)
+    except (TypeError, ValueError, RuntimeError):
+        raise TargetError(f"{wanted}, got {type(index).__name__}") from None
+    if found.dtype.is_floating_point or found.dtype in (torch.bool, torch.complex64, torch.complex128):
+        raise TargetError(f"{wanted}, got {found.dtype}")
+    if found.ndim and tuple(found.shape) != (batch,):
+        raise TargetError(
+            f"{wanted}, got shape {list(found.shape)}; several classes of one sample would be explained as one sum"
+        )
+    found = found.long().expand(batch)
+    if bool(((found < -classes) | (found >= classes)).any()):
+        raise ClassIndexError(f"index: expected classes of an output with {classes}, got {found.tolist()}")
+    return found % classes
+
+
+def _patches(found: Explanation) -> Tensor:
+    """Relevance without class and register tokens. [B, N]"""
+    kept = [kind not in ("class", "register") for kind in found.token_kinds]
+    return found.relevance[..., torch.tensor(kept, device=found.relevance.device)]
+
+
+def _alone(found: Tensor, without_batch: bool) -> Tensor:
+    """A batch of one loses its axis where the original has none."""
+    return found[0] if without_batch and len(found) == 1 else found
+
+
+def _first_zero(row: Tensor) -> Tensor:
+    """The class token shows nothing."""
+    row[:, 0] = 0
+    return row

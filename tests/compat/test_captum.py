@@ -1,0 +1,191 @@
+"""Captum's conventions, and its own classes on the same models."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import relprop
+from relprop.errors import MissingDependencyError, ModelStateError, OptionError, TargetError
+from tests.engine.models import relative, vit
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+class ImageClassifier(nn.Module):
+    """As in the examples of Captum's documentation: images [N, 3, 32, 32] to [N, 10]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv1, self.relu = nn.Conv2d(3, 4, 3, stride=2), nn.ReLU()
+        self.lin1, self.lin2 = nn.Linear(900, 30), nn.Linear(30, 10)
+        self.relu2 = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lin2(self.relu2(self.lin1(self.relu(self.conv1(x)).flatten(1))))
+
+
+class TwoInputs(nn.Module):
+    """Two explained inputs, a third one that is not, and an output with two axes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.a, self.b, self.out = nn.Linear(6, 8), nn.Linear(5, 8), nn.Linear(8, 12)
+
+    def forward(self, a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
+        return self.out(torch.relu(self.a(a) * scale + self.b(b))).unflatten(1, (4, 3))
+
+
+@pytest.fixture
+def ours() -> Any:
+    pytest.importorskip("captum")
+    from relprop.compat import captum
+
+    return captum
+
+
+def test_example_of_the_documentation(ours: Any) -> None:
+    """Of captum.attr.LRP and LayerLRP, with only the import changed; their numbers are Captum's."""
+    import captum.attr
+
+    LRP, LayerLRP = ours.LRP, ours.LayerLRP
+    net = ImageClassifier().double().eval()
+    lrp = LRP(net)
+    input = torch.randn(3, 3, 32, 32, dtype=torch.float64)
+    attribution = lrp.attribute(input, target=5)
+    assert attribution.shape == input.shape
+    assert relative(attribution, captum.attr.LRP(net).attribute(input, target=5)) < 1e-6
+    layer_lrp = LayerLRP(net, net.conv1)
+    attribution = layer_lrp.attribute(input, target=5)
+    assert relative(attribution, captum.attr.LayerLRP(net, net.conv1).attribute(input, target=5)) < 1e-6
+    both = LayerLRP(net, [net.conv1, net.lin1]).attribute(input, target=5, return_convergence_delta=True)
+    theirs = captum.attr.LayerLRP(net, [net.conv1, net.lin1])
+    expected = theirs.attribute(input, target=5, return_convergence_delta=True)
+    for found, wanted in zip((*both[0], *both[1]), (*expected[0], *expected[1]), strict=True):
+        assert relative(found, wanted) < 1e-6
+
+
+def test_convergence_delta(ours: Any) -> None:
+    import captum.attr
+
+    net, x = ImageClassifier().double().eval(), torch.randn(3, 3, 32, 32, dtype=torch.float64)
+    lrp = ours.LRP(net)
+    assert lrp.has_convergence_delta() and lrp.multiplies_by_inputs
+    attribution, delta = lrp.attribute(x, target=[1, 2, 3], return_convergence_delta=True)
+    _, expected = captum.attr.LRP(net).attribute(x, target=[1, 2, 3], return_convergence_delta=True)
+    assert delta.shape == (3,)
+    assert relative(delta, expected) < 1e-6
+    score = net(x)[torch.arange(3), torch.tensor([1, 2, 3])]
+    assert torch.allclose(delta, lrp.compute_convergence_delta(attribution, score))
+    walked = ours.Relevance(vit(), "transformer_attribution")
+    assert not walked.has_convergence_delta()
+    with pytest.raises(OptionError, match="return_convergence_delta: expected a method whose relevance adds up"):
+        walked.attribute(torch.randn(1, 3, 32, 32), target=1, return_convergence_delta=True)
+
+
+@pytest.mark.parametrize(
+    "target", [5, torch.tensor(5), torch.tensor([5]), [1, 2, 3], torch.tensor([1, 2, 3]), -1, (4,), [(1,), (2,), (3,)]]
+)
+def test_targets_of_a_classifier(ours: Any, target: Any) -> None:
+    import captum.attr
+
+    net, x = ImageClassifier().double().eval(), torch.randn(3, 3, 32, 32, dtype=torch.float64)
+    found = ours.Relevance(net, "gradient_x_input").attribute(x, target=target)
+    assert relative(found, captum.attr.InputXGradient(net).attribute(x, target=target)) < 1e-9
+
+
+@pytest.mark.parametrize("target", [(2, 1), [(0, 1), (3, 2)]])
+def test_tuples_in_and_out(ours: Any, target: Any) -> None:
+    import captum.attr
+
+    net = TwoInputs().double().eval()
+    inputs = (torch.randn(2, 6, dtype=torch.float64), torch.randn(2, 5, dtype=torch.float64))
+    for more in (None, 2.0, (2.0,)):
+        found = ours.Relevance(net, "gradient_x_input").attribute(inputs, target, more)
+        expected = captum.attr.InputXGradient(net).attribute(inputs, target, more)
+        assert isinstance(found, tuple)
+        for got, wanted in zip(found, expected, strict=True):
+            assert got.shape == wanted.shape
+            assert relative(got, wanted) < 1e-9
+    single = ours.LRP(net).attribute(inputs, target=target, return_convergence_delta=True)
+    assert [part.shape for part in single[0]] == [part.shape for part in inputs]
+    assert isinstance(ours.LRP(ImageClassifier().eval()).attribute((torch.randn(1, 3, 32, 32),), target=1), tuple)
+
+
+def test_integrated_gradients(ours: Any) -> None:
+    import captum.attr
+
+    net, x = vit().double(), torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    found = ours.Relevance(net, "integrated_gradients", method_options={"steps": 20}).attribute(x, target=1)
+    assert relative(found, captum.attr.IntegratedGradients(net).attribute(x, target=1, n_steps=20)) < 1e-6
+
+
+def test_transformer(ours: Any) -> None:
+    """Where Captum's LRP has no rules; layers come whole, also above the last attention layer."""
+    net, x = vit().double(), torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    found, delta = ours.LRP(net).attribute(x, target=3, return_convergence_delta=True)
+    expected = relprop.explain(net, x, target=3, method="attnlrp")
+    assert relative(found.sum(1), expected.relevance) < 1e-9
+    assert torch.allclose(delta, expected.logits[:, 3] - found.sum((1, 2, 3)))
+    walked = ours.Relevance(net, "transformer_attribution").attribute(x, target=3)
+    assert relative(walked.sum(1), relprop.explain(net, x, target=3).image_map()) < 1e-6
+    blocks = [net.blocks[0], net.blocks[2].mlp, net.norm]  # type: ignore[index, union-attr]
+    for layer, part in zip(blocks, ours.LayerLRP(net, blocks).attribute(x, target=3), strict=True):
+        kept = []
+        handle = layer.register_forward_hook(lambda _, __, output, kept=kept: kept.append(output))
+        net(x)
+        handle.remove()
+        assert part.shape == kept[0].shape
+    assert float(part[:, 1:].abs().max()) == 0.0
+
+
+def test_token_ids(ours: Any) -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=30, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24
+    )
+    model = transformers.BertForSequenceClassification(config).eval()
+    ids, mask = torch.randint(0, 30, (2, 7)), torch.ones(2, 7, dtype=torch.long)
+    found = ours.LRP(model).attribute(ids, target=1, additional_forward_args=(mask,))
+    assert found.shape == ids.shape
+    assert torch.allclose(found, relprop.explain(model, ids, mask, target=1, method="attnlrp").relevance)
+
+
+def test_bad_input_is_captums(ours: Any) -> None:
+    """Captum's errors where it has some, an error where it is silent."""
+    import captum.attr
+
+    net, x = ImageClassifier().eval(), torch.randn(3, 3, 32, 32)
+    for bad in (None, [1, 2], torch.tensor([1, 2]), 10, (1, 1)):
+        with pytest.raises(Exception) as theirs:
+            captum.attr.InputXGradient(net).attribute(x, target=bad)
+        with pytest.raises(type(theirs.value)):
+            ours.LRP(net).attribute(x, target=bad)
+    with pytest.raises(TargetError, match="expected integers, got torch.float32"):
+        ours.LRP(net).attribute(x, target=torch.tensor([1.0, 2.0, 3.0]))
+    with pytest.raises(OptionError, match="model: expected a torch.nn.Module, got function"):
+        ours.LRP(lambda x: x)
+    with pytest.raises(OptionError, match="layer: expected a module inside ImageClassifier, got ReLU"):
+        ours.LayerLRP(net, nn.ReLU()).attribute(x, target=1)
+    with pytest.raises(OptionError, match="attribute_to_layer_input: expected False"):
+        ours.LayerLRP(net, net.conv1).attribute(x, target=1, attribute_to_layer_input=True)
+    with pytest.raises(ModelStateError, match="evaluation mode"):
+        ours.LRP(ImageClassifier()).attribute(x, target=1)
+    with pytest.raises(NotImplementedError):
+        ours.LRP(net).attribute_future()
+
+
+def test_without_captum(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "captum", None)
+    monkeypatch.delitem(sys.modules, "captum.attr", raising=False)
+    monkeypatch.delitem(sys.modules, "relprop.compat.captum", raising=False)
+    monkeypatch.delitem(vars(relprop.compat), "captum", raising=False)
+    with pytest.raises(MissingDependencyError, match="expected the package 'captum'.*pip install captum"):
+        relprop.compat.captum  # noqa: B018
