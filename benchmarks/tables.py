@@ -89,10 +89,8 @@ def similarity() -> str:
     deleted = sorted({int(row["deleted_words"]) for row in found})
     head = ["method", *(f"{count} word{'s' * (count > 1)} deleted" for count in deleted)]
     named = [[", ".join(f"`{part}`" for part in name.split(", ")), *cells] for name, cells in rows.items()]
-    return (
-        f"{table(head, named)}\n\n{found[0]['pairs']} pairs of sentences, cosine similarity lost, mean ± standard error;"
-        " `benchmarks/results/sentence_similarity.csv`."
-    )
+    where = f"{found[0]['pairs']} pairs of sentences, cosine similarity lost, mean ± standard error"
+    return f"{table(head, named)}\n\n{where}; `benchmarks/results/sentence_similarity.csv`."
 
 
 def generation() -> str:
