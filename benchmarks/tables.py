@@ -77,7 +77,49 @@ def localisation() -> str:
     return f"{table(head, rows)}\n\n{count}, mean ± standard error; `benchmarks/results/localisation.csv`."
 
 
-TABLES: dict[str, Callable[[], str]] = {"speed": speed, "localisation": localisation}
+def similarity() -> str:
+    """How much similarity two sentences lose with the words that a method names."""
+    path = RESULTS / "sentence_similarity.csv"
+    if not path.exists():
+        return NOT_YET
+    rows: dict[str, list[str]] = {}
+    for row in (found := read_rows(path)):
+        lost = f"{float(row['similarity_lost']):.3f} ± {float(row['standard_error']):.3f}"
+        rows.setdefault(row["method"], []).append(lost)
+    deleted = sorted({int(row["deleted_words"]) for row in found})
+    head = ["method", *(f"{count} word{'s' * (count > 1)} deleted" for count in deleted)]
+    named = [[", ".join(f"`{part}`" for part in name.split(", ")), *cells] for name, cells in rows.items()]
+    where = f"{found[0]['pairs']} pairs of sentences, cosine similarity lost, mean ± standard error"
+    return f"{table(head, named)}\n\n{where}; `benchmarks/results/sentence_similarity.csv`."
+
+
+def generation() -> str:
+    """Seconds and memory of explaining all generated tokens."""
+    path = RESULTS / "generation.csv"
+    if not path.exists():
+        return NOT_YET
+    found = read_rows(path)
+    rows = [
+        [
+            f"{row['prompt']} + {row['generated']}",
+            row["way"],
+            f"{float(row['seconds']):.1f}",
+            f"{float(row['peak_mb']):.0f}",
+            f"{float(row['predicted_mb']):.0f}" if row["predicted_mb"] else "-",
+        ]
+        for row in found
+    ]
+    where = f"{found[0]['device']}, {found[0]['threads']} threads, float32, torch {found[0]['torch']}"
+    head = ["prompt + generated", "way", "s", "peak MB", "predicted MB"]
+    return f"{table(head, rows)}\n\n{where}; `benchmarks/results/generation.csv`."
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "speed": speed,
+    "localisation": localisation,
+    "similarity": similarity,
+    "generation": generation,
+}
 
 
 def rendered(text: str) -> str:

@@ -21,7 +21,8 @@ class Explanation:
     Attributes:
         relevance: over tokens, class token and registers included: [B, N], or [B, T, N] for T targets; for methods
             that reach the input one value per pixel [B, H, W] or per input token [B, N], of the first explained input.
-        relevances: the same by input name; methods that reach the input answer for every explained one.
+        relevances: the same by input name; methods that reach the input answer for every explained one, and so does
+            `generic_attention` between sequences, over the tokens that an input becomes.
         logits: the model's output. [B, ...]
         target: indices explained, None for a callable. [B], [B, T], ...
         method, composite: names.

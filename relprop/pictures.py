@@ -22,7 +22,7 @@ from torch import Tensor
 from relprop.errors import MissingDependencyError, NonFiniteError, OptionError, OutputError, ShapeError
 from relprop.ledger import Ledger
 
-__all__ = ["conditioning_picture", "enlarge", "normalise", "overlay", "panel", "require", "save_png"]
+__all__ = ["conditioning_picture", "enlarge", "normalise", "overlay", "panel", "require", "save_png", "token_matrix"]
 
 UNSIGNED, SIGNED = "turbo", "bwr"
 
@@ -231,6 +231,38 @@ def conditioning_picture(ledgers: Mapping[str, Ledger]) -> Image.Image:
     for plot, title in zip(axes, ("cancellation C", "amplification A"), strict=True):
         plot.set(title=title, xlabel="residual add, from the input", yscale="log")
     axes[0].legend()
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
+
+
+def token_matrix(relevance: Tensor | NDArray[Any], rows: Sequence[str], columns: Sequence[str]) -> Image.Image:
+    """What a model wrote against what it had read: one sample of `Generation.relevance` or its source.
+
+    Args:
+        relevance: [G, N]
+        rows, columns: texts of the generated tokens and of those that they are explained by.
+    Raises:
+        ShapeError: as many rows or columns as texts are expected.
+    """
+    values = np.asarray(relevance.detach().cpu() if isinstance(relevance, Tensor) else relevance, dtype=np.float64)
+    if values.shape != (len(rows), len(columns)):
+        raise ShapeError(
+            f"token_matrix: expected relevance [{len(rows)}, {len(columns)}] for as many texts, got"
+            f" {list(values.shape)}"
+        )
+    require("matplotlib")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    size = (2 + 0.22 * len(columns), 1.4 + 0.22 * len(rows))
+    figure = Figure(figsize=size, dpi=_DPI, facecolor="white", layout="constrained")
+    axes = figure.subplots()
+    largest = float(np.abs(values).max()) or 1.0
+    drawn = axes.imshow(values, cmap=SIGNED, vmin=-largest, vmax=largest, aspect="auto")
+    axes.set_xticks(range(len(columns)), [text.strip() or repr(text) for text in columns], rotation=90, fontsize=7)
+    axes.set_yticks(range(len(rows)), [text.strip() or repr(text) for text in rows], fontsize=7)
+    figure.colorbar(drawn, ax=axes)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())

@@ -138,6 +138,19 @@ def test_memory_is_predicted_and_bounded() -> None:
         assert max(counted.history) < 1.1 * generation.memory + 8 * generation.relevance.numel()
 
 
+def test_picture() -> None:
+    pytest.importorskip("matplotlib")
+    from relprop.pictures import token_matrix
+
+    model, given, found = written("gpt2")
+    relevance = relprop.explain_generation(model, given, found, targets_at_a_time=NEW).relevance[0]
+    texts = [f"t{token}" for token in found[0].tolist()]
+    drawn = token_matrix(relevance, texts[5:], texts)
+    assert drawn.width > drawn.height > 100 and len(drawn.getcolors(1 << 20)) > 50
+    with pytest.raises(ShapeError, match=r"token_matrix: expected relevance \[6, 5\] for as many texts, got \[6, 11\]"):
+        token_matrix(relevance, texts[5:], texts[:5])
+
+
 def test_bad_input() -> None:
     model, given, found = written("gpt2")
     with pytest.raises(ShapeError, match="expected the prompt's 5 tokens and at least one generated after them"):
