@@ -433,6 +433,7 @@ FAMILIES: dict[str, Family] = {
             "decoder_ffn_dim": 48,
             "num_queries": 3,
             "num_labels": 4,
+            "use_pretrained_backbone": False,
         },
         detection,
         lambda length: (1, 2),
