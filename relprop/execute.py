@@ -296,13 +296,12 @@ class Sweep:
             )
         )
 
-    @staticmethod
-    def _cancellation(call: Call) -> Tensor | None:
+    def _cancellation(self, call: Call) -> Tensor | None:
         node = call.node
         kept = all(v is not None and v.index in call.tensors for v in node.operands)
         if not (node.is_residual and kept):
             return None
-        return cancellation(node.outputs[0], *summands(call))
+        return cancellation(node.outputs[0], *summands(call), self.reading.batch)
 
 
 @dataclass
