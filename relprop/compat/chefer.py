@@ -9,18 +9,29 @@ would be alone. `index` is None for the largest output, a class, or one class pe
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from relprop.compat.chefer_index import ClassIndexError, LayerIndexError, alone, class_score
+from relprop.compat.chefer_multimodal import DetrGenerator, GeneratorOurs, interpret
 from relprop.compat.engines import Engines
 from relprop.composites import Composite
-from relprop.errors import OptionError, ShapeError, TargetError, unknown_name
+from relprop.errors import OptionError, unknown_name
 from relprop.explanation import Explanation
 
-__all__ = ["LRP", "Baselines", "ClassIndexError", "Generator", "LayerIndexError", "generate_relevance"]
+__all__ = [
+    "LRP",
+    "Baselines",
+    "ClassIndexError",
+    "DetrGenerator",
+    "Generator",
+    "GeneratorOurs",
+    "LayerIndexError",
+    "generate_relevance",
+    "interpret",
+]
 
 # Names of `generate_LRP`: the method, and which of its arguments are options there.
 _METHODS: dict[str, tuple[str, str | None]] = {
@@ -33,14 +44,6 @@ _METHODS: dict[str, tuple[str, str | None]] = {
     "last_layer_attn": ("last_layer_attention", None),
 }
 _WITHOUT_BATCH = ("last_layer", "second_layer", "last_layer_attention")
-
-
-class ClassIndexError(TargetError, IndexError):
-    """A class index is out of range, where the original's indexing failed too."""
-
-
-class LayerIndexError(OptionError, IndexError):
-    """A start layer is out of range, where the original's indexing failed too."""
 
 
 class LRP:
@@ -90,7 +93,7 @@ class LRP:
         found = _explain(self._engines, (input,), {}, index, name, self.composite, options)
         if name == "full":
             return found.relevance
-        return _alone(_patches(found), name in _WITHOUT_BATCH)
+        return alone(_patches(found), name in _WITHOUT_BATCH)
 
 
 class Baselines:
@@ -106,7 +109,7 @@ class Baselines:
         A constant map is zero, where the original divides zero by zero.
         """
         found = _explain(self._engines, (input,), {}, index, "attention_gradcam", None, {})
-        return _alone(found.patches, True)
+        return alone(found.patches, True)
 
     def generate_rollout(self, input: Tensor, start_layer: int = 0) -> Tensor:
         """Attention rollout. [B, N]"""
@@ -116,7 +119,7 @@ class Baselines:
 
 def generate_relevance(model: nn.Module, input: Tensor, index: Any = None) -> Tensor:
     """The ICCV 2021 code's relevance of patches for a Vision Transformer. [N], or [B, N] for several samples"""
-    return _alone(_patches(_explain(Engines(model.eval()), (input,), {}, index, "generic_attention", None, {})), True)
+    return alone(_patches(_explain(Engines(model.eval()), (input,), {}, index, "generic_attention", None, {})), True)
 
 
 class Generator:
@@ -199,51 +202,13 @@ def _explain(
         if "start_layer" in options:
             raise LayerIndexError(str(error)) from error
         raise
-    return engine(*args, target=_class_score(index), **kwargs)
-
-
-def _class_score(index: Any) -> Callable[[Tensor], Tensor]:
-    """A target: one class per sample."""
-
-    def score(output: Tensor) -> Tensor:
-        return output.gather(1, _classes(index, output)[:, None])[:, 0]
-
-    return score
-
-
-def _classes(index: Any, output: Tensor) -> Tensor:
-    """One class for each sample of an output [B, C]. [B]"""
-    if output.ndim != 2:
-        raise ShapeError(f"model: expected logits [B, classes], got {list(output.shape)}")
-    batch, classes = output.shape
-    if index is None:
-        return output.argmax(-1)
-    wanted = f"index: expected None, a class or one class for each sample, shape [{batch}]"
-    try:
-        found = torch.as_tensor(index, device=output.device)
-    except (TypeError, ValueError, RuntimeError):
-        raise TargetError(f"{wanted}, got {type(index).__name__}") from None
-    if found.dtype.is_floating_point or found.dtype in (torch.bool, torch.complex64, torch.complex128):
-        raise TargetError(f"{wanted}, got {found.dtype}")
-    if found.ndim and tuple(found.shape) != (batch,):
-        raise TargetError(
-            f"{wanted}, got shape {list(found.shape)}; several classes of one sample would be explained as one sum"
-        )
-    found = found.long().expand(batch)
-    if bool(((found < -classes) | (found >= classes)).any()):
-        raise ClassIndexError(f"index: expected classes of an output with {classes}, got {found.tolist()}")
-    return found % classes
+    return engine(*args, target=class_score(index), **kwargs)
 
 
 def _patches(found: Explanation) -> Tensor:
     """Relevance without class and register tokens. [B, N]"""
     kept = [kind not in ("class", "register") for kind in found.token_kinds]
     return found.relevance[..., torch.tensor(kept, device=found.relevance.device)]
-
-
-def _alone(found: Tensor, without_batch: bool) -> Tensor:
-    """A batch of one loses its axis where the original has none."""
-    return found[0] if without_batch and len(found) == 1 else found
 
 
 def _first_zero(row: Tensor) -> Tensor:

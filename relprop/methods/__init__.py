@@ -117,7 +117,7 @@ register_method(
         "Chefer, Gur and Wolf, ICCV 2021, eq. 5-11",
         "chefer",
         partial(GenericAttention, "generic_attention"),
-        {**_WALK, "normalise_between": True},
+        {**_WALK, "normalise_between": True, "self_between": True, "edge": "gradient_x_attention", "rows": "read"},
     )
 )
 register_method(

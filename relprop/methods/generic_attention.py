@@ -167,6 +167,10 @@ class GenericAttention(Readout):
         start_layer, normalise, read_tokens, count_padding: of the row walk, where all layers attend within one
             sequence.
         normalise_between: where sequences meet, the residual-free parts of R_ss and R_qq are divided by their row sums.
+        self_between: where they meet, relevance within each of them counts (eq. 10); without it E alone.
+        edge: what E is made of, a name of `EDGES`.
+        rows: "read" for the row that the output reads, "all" for the matrix of every token of its sequence, where
+            layers attend between several.
     """
 
     method: str
@@ -175,6 +179,14 @@ class GenericAttention(Readout):
     read_tokens: str = "kept"
     count_padding: bool = False
     normalise_between: bool = True
+    self_between: bool = True
+    edge: str = "gradient_x_attention"
+    rows: str = "read"
+
+    @property
+    def all_rows(self) -> bool:
+        """Where whole matrices are asked for."""
+        return self.rows == "all"
 
     def resolve(self, graph: Graph) -> Readout:
         """A row walk where all layers attend within one sequence, the matrices of all states elsewhere.
@@ -182,18 +194,27 @@ class GenericAttention(Readout):
         Learned queries are a sequence of their own where they attend to each other.
         """
         walk = (self.start_layer, self.normalise, self.read_tokens, self.count_padding)
+        if self.edge not in EDGES:
+            raise OptionError(f"edge: expected one of {', '.join(EDGES)}, got {self.edge!r}")
+        if self.rows not in ("read", "all"):
+            raise OptionError(f"rows: expected 'read' or 'all', got {self.rows!r}")
         sites = graph.attention_sites()
         among_learned = any(key_rows(site).start < 0 for site in sites)
         alone = graph.tokens.covering is not None and not among_learned
         if alone or not sites or any(not _whole(site) for site in sites):
-            return RowWalk("gradient_x_attention", self.method, *walk)
+            if self.all_rows:
+                raise OptionError(
+                    f"rows: expected 'read' for method {self.method} where layers attend within one sequence, got 'all'"
+                )
+            return RowWalk(self.edge, self.method, *walk)
         if walk != (0, False, "kept", False):
             raise OptionError(
-                f"method_options of {self.method}: expected only normalise_between where layers attend between several"
+                f"method_options of {self.method}: expected none of the row walk's where layers attend between several"
                 f" sequences, got start_layer {walk[0]}, normalise {walk[1]}, read_tokens {walk[2]!r}, count_padding"
                 f" {walk[3]}"
             )
-        return CoAttention(self.method, self.normalise_between, _Tracer(graph, self.method).run())
+        topology = _Tracer(graph, self.method).run()
+        return CoAttention(self.method, self.normalise_between, topology, self.self_between, self.edge, self.rows)
 
 
 def _whole(site: Node) -> bool:
@@ -212,26 +233,34 @@ class CoAttention(Readout):
     method: str
     normalise: bool
     topology: Topology
+    self_between: bool = True
+    edge: str = "gradient_x_attention"
+    rows: str = "read"
+
+    @property
+    def all_rows(self) -> bool:
+        """Where whole matrices are asked for."""
+        return self.rows == "all"
 
     def require(self, graph: Graph) -> Requirements:
-        """Attention and gradient of every layer that the output depends on."""
-        maps = {update.of.site: EDGES["gradient_x_attention"] for update in self.topology.updates}
+        """What E is made of, of every layer that the output depends on."""
+        maps = {update.of.site: EDGES[self.edge] for update in self.topology.updates}
         return Requirements(maps, read_after=tuple(self.topology.final))
 
     def reader(self) -> Reader:
         """A reader of whole maps."""
-        return _States(self.topology, self.normalise)
+        return _States(self)
 
 
 class _States(Reader):
-    def __init__(self, topology: Topology, normalise: bool) -> None:
-        self.topology, self.normalise = topology, normalise
+    def __init__(self, readout: CoAttention) -> None:
+        self.readout, self.topology, self.normalise = readout, readout.topology, readout.normalise
         self.edges: dict[Node, Tensor] = {}
         self.matrices: dict[int, dict[int, Tensor]] = {}  # state -> root -> [T or 1, B or 1, N, N of the root]
         self.maps: dict[str, Tensor] = {}
 
     def visit(self, site: Node, maps: Maps, reading: Reading) -> None:
-        self.edges[site] = edge_matrix("gradient_x_attention", site, maps, reading.backend)
+        self.edges[site] = edge_matrix(self.readout.edge, site, maps, reading.backend)
 
     def finish(self, reading: Reading) -> Tensor:
         for update in self.topology.updates:
@@ -239,7 +268,9 @@ class _States(Reader):
         found: dict[str, Tensor] = {}
         for site, state in self.topology.final.items():
             for root, matrix in self.matrices[state].items():
-                row = (reading.read[site].unsqueeze(-2) @ matrix[..., self.topology.rows(site), :]).squeeze(-2)
+                row = matrix
+                if not self.readout.all_rows:
+                    row = (reading.read[site].unsqueeze(-2) @ matrix[..., self.topology.rows(site), :]).squeeze(-2)
                 for name in self.topology.roots[root]:
                     found[name] = found[name] + row if name in found else row
         self.maps = {name: found[name] for name in self.topology.inputs if name in found}
@@ -267,6 +298,9 @@ class _States(Reader):
         for root, matrix in keys.items():
             if same or root != theirs or root == ours:
                 gained[root] = edge @ matrix  # eq. 6, 7 and 11
+                continue
+            if not self.readout.self_between:
+                gained[root] = edge
                 continue
             inner = edge @ self.bar(matrix)  # eq. 10
             gained[root] = inner if ours not in queries else self.bar(queries[ours])[..., rows, rows].mT @ inner

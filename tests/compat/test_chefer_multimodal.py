@@ -1,0 +1,163 @@
+"""The ICCV 2021 interfaces for two modalities: their numbers from the golden data, their callers' lines, bad input."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import relprop
+from relprop.compat.chefer import ClassIndexError, DetrGenerator, GeneratorOurs, LayerIndexError, interpret
+from relprop.errors import OptionError, TargetError, UnsupportedTopologyError
+from tests.engine.models import GOLDEN, relative
+
+transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+CASES = {c["case"]: c for c in json.loads((GOLDEN / "manifest_multimodal.json").read_text())["cases"]}
+
+
+@cache
+def golden(case: str) -> tuple[nn.Module, dict[str, Tensor]]:
+    """A golden case's model in float64, and its tensors."""
+    tensors, sizes = load_file(GOLDEN / f"{case}.safetensors"), dict(CASES[case]["model_args"])
+    kind = CASES[case]["model_class"].removeprefix("transformers.")
+    if "backbone_args" in CASES[case]:
+        sizes["backbone_config"] = transformers.ResNetConfig(**CASES[case]["backbone_args"])
+    model = getattr(transformers, kind)(getattr(transformers, kind).config_class(**sizes))
+    model.load_state_dict({k.removeprefix("weights/"): v for k, v in tensors.items() if k.startswith("weights/")})
+    tensors = {k: v.double() if v.is_floating_point() else v for k, v in tensors.items()}
+    return model.double().eval(), tensors
+
+
+@pytest.mark.parametrize(("name", "start"), [("default", -1), ("start0", 0), ("start1", 1)])
+def test_clip(name: str, start: int) -> None:
+    """As the notebook calls it."""
+    model, tensors = golden("clip_A_seed0")
+    img, text = tensors["inputs/pixel_values"], tensors["inputs/input_ids"]
+    R_text, R_image = interpret(
+        model=model, image=img, texts=text, device="cpu", start_layer=start, start_layer_text=start
+    )
+    assert relative(R_text, tensors[f"expected/clip/interpret_{name}/text_relevance"]) < 1e-6
+    assert relative(R_image, tensors[f"expected/clip/interpret_{name}/image_relevance"]) < 1e-6
+    alone = interpret(img, text[1:2], model, "cpu", start, start)
+    assert relative(alone[0][0], R_text[1]) < 1e-9
+    assert relative(alone[1][0], R_image[1]) < 1e-9
+
+
+LXMERT: dict[str, dict[str, Any]] = {
+    "generate_ours": {"use_lrp": False},
+    "generate_ours_no_normalization": {"use_lrp": False, "normalize_self_attention": False},
+    "generate_ours_no_self_in_rule_10": {"use_lrp": False, "apply_self_in_rule_10": False},
+    "generate_ours_use_lrp": {},
+}
+
+
+def lxmert() -> tuple[nn.Module, dict[str, Tensor], dict[str, Tensor]]:
+    model, tensors = golden("lxmert_A_seed0")
+    names = ("input_ids", "attention_mask", "visual_feats", "visual_pos")
+    return model, {name: tensors[f"inputs/{name}"] for name in names}, tensors
+
+
+@pytest.mark.parametrize("name", sorted(LXMERT))
+def test_lxmert(name: str) -> None:
+    model, given, tensors = lxmert()
+    generator = GeneratorOurs(model)
+    for t in range(2):
+        targets = tensors["inputs/targets"][:, t]
+        together = generator.generate_ours(given, targets, **LXMERT[name])
+        for i in range(3):
+            one = {key: value[i : i + 1] for key, value in given.items()}
+            alone = generator.generate_ours(one, int(targets[i]), **LXMERT[name])
+            for found, both, part in zip(alone, together, ("R_t_t", "R_t_i"), strict=True):
+                expected = tensors[f"expected/lxmert/{name}/{part}"][i, t]
+                assert found.shape == expected.shape
+                assert torch.isfinite(found).all()
+                if torch.isfinite(expected).all():  # padding makes the original divide zero by zero
+                    assert relative(found, expected) < 1e-6
+                    assert relative(both[i], expected) < 1e-6
+
+
+def test_lxmert_through_a_wrapper_as_in_the_original() -> None:
+    """An object with `model` and `forward(input)`, as the notebook's own."""
+    model, given, _ = lxmert()
+
+    class ModelUsage:
+        def __init__(self) -> None:
+            self.model = model
+
+        def forward(self, input: tuple[int, str]) -> Any:
+            row, self.question = input
+            self.output = self.model(**{key: value[row : row + 1] for key, value in given.items()}, return_dict=True)
+            return self.output
+
+    lrp = GeneratorOurs(ModelUsage())
+    R_t_t, R_t_i = lrp.generate_ours((1, "what is this?"), use_lrp=False, normalize_self_attention=True)
+    one = {key: value[1:2] for key, value in given.items()}
+    expected = GeneratorOurs(model).generate_ours(one, use_lrp=False)
+    assert torch.equal(R_t_t, expected[0])
+    assert torch.equal(R_t_i, expected[1])
+    assert not model._forward_pre_hooks
+    row = relprop.explain(model, method="generic_attention", output="question_answering_score", **one)
+    assert relative(R_t_i[0], row.relevances["visual_feats"][0]) < 1e-9
+
+
+DETR: dict[str, dict[str, Any]] = {
+    "generate_ours": {},
+    "generate_ours_no_normalization": {"normalize_self_attention": False},
+    "generate_ours_no_self_in_rule_10": {"apply_self_in_rule_10": False},
+}
+
+
+@pytest.mark.parametrize("name", sorted(DETR))
+def test_detr(name: str) -> None:
+    model, tensors = golden("detr_A_seed0")
+    x, generator = tensors["inputs/pixel_values"], DetrGenerator(model)
+    for i in range(2):
+        for t, (query, index) in enumerate(tensors["inputs/targets"][i].tolist()):
+            expected = tensors[f"expected/detr/{name}"][i, t]
+            found = generator.generate_ours(x[i : i + 1], query, index, use_lrp=False, **DETR[name])
+            assert found.shape == (1, 1, 12)
+            assert relative(found[0, 0], expected) < 1e-6
+            both = generator.generate_ours(x, torch.tensor([query]), index, use_lrp=False, **DETR[name])
+            assert both.shape == (1, 2, 1, 12)
+            assert relative(both[0, i, 0], expected) < 1e-6
+    best = int(model(x[:1]).logits[0, 2, :-1].argmax())
+    assert torch.equal(
+        generator.generate_ours(x[:1], 2, use_lrp=False), generator.generate_ours(x[:1], 2, best, use_lrp=False)
+    )
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_bad_input() -> None:
+    model, tensors = golden("clip_A_seed0")
+    img, text = tensors["inputs/pixel_values"], tensors["inputs/input_ids"]
+    with pytest.raises(LayerIndexError, match="start_layer_text: expected -1 or one of 3 attention layers, got 3"):
+        interpret(img, text, model, start_layer_text=3)
+    model, tensors = golden("detr_A_seed0")
+    x, generator = tensors["inputs/pixel_values"], DetrGenerator(model)
+    with pytest.raises(OptionError, match="use_lrp: expected False, got True"):
+        generator.generate_ours(x, 0)
+    with pytest.raises(TargetError, match="target_index: expected one of 7 queries, got 7"):
+        generator.generate_ours(x, 7, use_lrp=False)
+    with pytest.raises(ClassIndexError, match="expected classes of an output with 6"):
+        generator.generate_ours(x, 0, 6, use_lrp=False)
+    model, given, _ = lxmert()
+    with pytest.raises(OptionError, match="input: expected the model's keyword arguments, got list"):
+        GeneratorOurs(model).generate_ours([1, 2])
+    with pytest.raises(TargetError, match="one class for each sample"):
+        GeneratorOurs(model).generate_ours(given, torch.tensor([1, 2]))
+    with pytest.raises(OptionError, match="edge: expected one of"):
+        relprop.explain(model, method="generic_attention", method_options={"edge": "relevant"}, **given)
+
+
+def test_towers() -> None:
+    with pytest.raises(UnsupportedTopologyError, match="expected a model with attention in vision_model"):
+        from relprop.compat.chefer_multimodal import _towers
+
+        _towers(["encoder.layers.0"])
