@@ -102,7 +102,8 @@ def leaves_at_embeddings(model: nn.Module, given: Inputs, entries: tuple[str, ..
     def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         for entry in entries:
             ids = given[entry]  # some position embeddings are called with them too, for their shape alone
-            if args[0].shape == ids.shape == output.shape[:-1] and torch.equal(args[0], ids):
+            fits = args[0].shape == ids.shape == output.shape[:-1]
+            if entry not in leaves and fits and torch.equal(args[0], ids):
                 leaves[entry] = output.detach().requires_grad_()
                 return leaves[entry]
         return output
