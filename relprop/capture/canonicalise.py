@@ -338,9 +338,10 @@ def _climb_scores(step: fx.Node) -> _Scores | None:
 
 
 def _splits_batch(before: fx.Node, after: fx.Node) -> bool:
-    """Whether a view of scores [..., Nq, Nk] keeps the last three axes (heads, queries, keys)."""
+    """Whether a view of scores [B, ..., Nq, Nk] only takes the first axis apart, or puts it together again."""
     a, b = before.meta["val"].shape, after.meta["val"].shape
-    return min(len(a), len(b)) > 3 and all(statically_known_true(x == y) for x, y in zip(a[-3:], b[-3:], strict=True))
+    kept = min(len(a), len(b)) - 1
+    return kept > 1 and all(statically_known_true(x == y) for x, y in zip(a[-kept:], b[-kept:], strict=True))
 
 
 def _per_head(factor: Any, rank: int) -> bool:

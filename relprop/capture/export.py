@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -133,6 +134,32 @@ def _stock_attention() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
+@contextlib.contextmanager
+def _broadcast_masks() -> Iterator[None]:
+    """Let transformers build masks by broadcasting positions, not by nested vmaps, which an export cannot hold."""
+    masking: Any = sys.modules.get("transformers.masking_utils")
+    own = {name: getattr(masking, name, None) for name in ("_vmap_for_bhqkv", "TransformGetItemToIndex")}
+    if None in own.values():
+        yield
+        return
+
+    def broadcast(mask: Callable[..., Tensor], bh_indices: bool = True) -> Callable[..., Tensor]:
+        def of_positions(b: Any, h: Any, q: Tensor, k: Tensor) -> Tensor:
+            if not bh_indices:
+                return mask(b, h, q[:, None], k).expand(q.shape[0], k.shape[0])
+            found = mask(b[:, None, None, None], h[:, None, None], q[:, None], k)
+            return found.expand(b.shape[0], h.shape[0], q.shape[0], k.shape[0])
+
+        return of_positions
+
+    masking._vmap_for_bhqkv, masking.TransformGetItemToIndex = broadcast, contextlib.nullcontext
+    try:
+        yield
+    finally:
+        for name, value in own.items():
+            setattr(masking, name, value)
+
+
 class _Wrapped(nn.Module):
     """Calls the model with its arguments by name, so that torch.export sees one flat keyword call."""
 
@@ -163,7 +190,7 @@ def capture(
     example = pytree.tree_unflatten(_doubled(leaves, batch), in_spec)
     dynamic = pytree.tree_unflatten(free, in_spec)
     # One lock for all captures: the tracer's global state is not meant for threads.
-    with _EXPORT_LOCK, _stock_attention(), torch.enable_grad():
+    with _EXPORT_LOCK, _stock_attention(), _broadcast_masks(), torch.enable_grad():
         try:
             exported = torch.export.export(_Wrapped(model), (example,), dynamic_shapes=(dynamic,), strict=False)
         except Exception as error:

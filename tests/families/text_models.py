@@ -40,6 +40,7 @@ class Family:
         tolerance: relative, in float64; looser where the model itself computes in float32.
         settings: attributes of the config that its constructor does not take.
         uncaptured: where torch.export cannot capture the class, words of the refusal.
+        before_5: the same for transformers 4, or "skipped".
         full: arguments of the config for the published size, for benchmarks/families.py.
     """
 
@@ -60,6 +61,7 @@ class Family:
     tolerance: float = 1e-9
     settings: dict[str, Any] = field(default_factory=dict)
     uncaptured: str = ""
+    before_5: str = ""
     full: dict[str, Any] | None = None
 
     @property
@@ -162,6 +164,8 @@ VISION = {**TOWER, "image_size": 32, "patch_size": 8}
 PICTURE = {**TOWER, "image_size": 16, "patch_size": 8}
 DECODER = {**TOWER, "vocab_size": VOCABULARY, "num_key_value_heads": 2}
 
+VALUES = "a branch or a size depends on the values of a tensor"
+
 FAMILIES: dict[str, Family] = {
     "bert": Family("BERT", "BertConfig", "BertForSequenceClassification", BERT, encoder, first_class, quick=True),
     "roberta": Family("RoBERTa", "RobertaConfig", "RobertaForSequenceClassification", BERT, encoder, first_class),
@@ -247,6 +251,7 @@ FAMILIES: dict[str, Family] = {
         last_token,
         tolerance=1e-5,
         settings={"_experts_implementation": "batched_mm"},
+        before_5=VALUES,
     ),
     "qwen3_moe": Family(
         "Qwen3-MoE (experts as `batched_mm`)",
@@ -264,6 +269,7 @@ FAMILIES: dict[str, Family] = {
         last_token,
         tolerance=1e-5,
         settings={"_experts_implementation": "batched_mm"},
+        before_5=VALUES,
     ),
     "t5": Family(
         "T5",
@@ -273,7 +279,8 @@ FAMILIES: dict[str, Family] = {
         both,
         lambda length: (4, 7),
         entries=("input_ids", "decoder_input_ids"),
-        refusal="tokens of one sequence",
+        refusal="tokens of one sequence|none that torch.export shows as attention",
+        tolerance=1e-5,
     ),
     "bart": Family(
         "BART",
@@ -307,6 +314,7 @@ FAMILIES: dict[str, Family] = {
         lambda length: None,
         output="logits_per_text",
         entries=("input_ids", "pixel_values"),
+        before_5="skipped",  # its mask overflows in float64
         refusal="tokens of one sequence",
     ),
     "siglip_pair": Family(
@@ -366,6 +374,7 @@ FAMILIES: dict[str, Family] = {
         entries=("input_ids", "pixel_values"),
         refusal="tokens of one sequence",
         tolerance=1e-5,
+        before_5=VALUES,
     ),
     "vipllava": Family(
         "ViP-LLaVA (image tokens in a text)",
@@ -382,6 +391,7 @@ FAMILIES: dict[str, Family] = {
         entries=("input_ids", "pixel_values"),
         refusal="tokens of one sequence",
         tolerance=1e-5,
+        before_5=VALUES,
     ),
     "llava": Family(
         "LLaVA",
@@ -396,6 +406,7 @@ FAMILIES: dict[str, Family] = {
         picture_and_text,
         last_token,
         uncaptured=r"fixes the batch size of pixel_values.*aten.unbind.int.*modeling_llava.py",
+        before_5=VALUES,
         why="a loop over images fixes their number (`unbind`)",
     ),
     "qwen2_vl": Family(
@@ -416,7 +427,7 @@ FAMILIES: dict[str, Family] = {
         },
         patches_and_text,
         last_token,
-        uncaptured="a branch or a size depends on the values of a tensor",
+        uncaptured=VALUES,
         why="its windows are cut at values of `image_grid_thw`",
     ),
     "detr": Family(
@@ -442,6 +453,13 @@ FAMILIES: dict[str, Family] = {
         pads=False,
     ),
 }
+
+
+def refused(name: str) -> str:
+    """Words of the refusal to capture a family under this transformers, or "skipped"."""
+    family = FAMILIES[name]
+    old = int(transformers.__version__.split(".")[0]) < 5
+    return (old and family.before_5) or family.uncaptured
 
 
 def made(family: Family, sizes: dict[str, Any]) -> nn.Module:
