@@ -36,7 +36,6 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "transformer_attribution, chefer_stable": ("transformer_attribution", {"composite": "chefer_stable"}),
     "generic_attention": ("generic_attention", {}),
     "gradient_x_input": ("gradient_x_input", {}),
-    "integrated_gradients": ("integrated_gradients", {"method_options": {"steps": 16}}),
     "raw_attention": ("raw_attention", {}),
 }
 
@@ -153,10 +152,10 @@ def main() -> None:
     study = Study(model_folder(parser.parse_args().model))
     pairs = study.pairs()
     generator = np.random.default_rng(SEED)
-    orders = {
-        name: [np.argsort(-words) for words in study.word_relevance(method, options, pairs)]
-        for name, (method, options) in METHODS.items()
-    }
+    orders = {}
+    for name, (method, options) in METHODS.items():
+        orders[name] = [np.argsort(-words) for words in study.word_relevance(method, options, pairs)]
+        print(f"{name}: explained", flush=True)
     orders["random"] = [generator.permutation(len(a.split())) for a, _ in pairs]
     chance = {k: study.drops(pairs, orders["random"], k) for k in DELETED}
     rows = []
