@@ -16,6 +16,7 @@ from relprop.latents import Latent
 from relprop.ledger import Ledger, LedgerEntry
 from relprop.methods import methods
 from relprop.native import empty_cache
+from relprop.pipelines import pipeline
 from relprop.program import Program
 from relprop.rules import Call, Rule, Stabiliser, register_rule
 from relprop.targets import contrast
@@ -47,6 +48,7 @@ __all__ = [
     "explain_generation",
     "find_composite",
     "methods",
+    "pipeline",
     "register_composite",
     "register_rule",
 ]

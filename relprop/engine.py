@@ -212,7 +212,10 @@ def _placement(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     tensors = [*model.parameters(), *model.buffers()]
     devices = {t.device for t in tensors}
     if len(devices) > 1:
-        raise DeviceError(f"model: expected all weights on one device, got {', '.join(sorted(map(str, devices)))}")
+        raise DeviceError(
+            f"model: expected all weights on one device, got {', '.join(sorted(map(str, devices)))}; load a model that"
+            ' device_map spreads or offloads with device_map={"": device}, or move it with model.to(device)'
+        )
     given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     device = devices.pop() if devices else (given[0].device if given else torch.device("cpu"))
     for tensor in given:

@@ -137,12 +137,13 @@ class Sweep:
         self._collect()
         if self.entries is None:
             return None
-        total = output.per_sample(relevance).sum(-1, dtype=torch.float64)
+        batch = self.reading.batch
+        total = output.per_sample(relevance, batch).sum(-1, dtype=torch.float64)
         frontier = torch.zeros_like(total)
         for value in self.program.frontier.get("relevance", ()):
             arrived = self.streams["relevance"].get(value.index)
             if arrived is not None:
-                frontier = frontier + value.per_sample(arrived).sum(-1, dtype=torch.float64)
+                frontier = frontier + value.per_sample(arrived, batch).sum(-1, dtype=torch.float64)
         return Ledger(total, frontier, self.entries)
 
     def latents(self, several: bool) -> dict[str, Latent]:
@@ -239,7 +240,7 @@ class Sweep:
             self.derive,
             precision=self.precision,
         )
-        call.positions = self.reading.positions
+        call.positions, call.samples = self.reading.positions, self.reading.batch
         return call
 
     def _take(self, stream: StreamStep, node: Node) -> Any:
@@ -279,7 +280,7 @@ class Sweep:
                 (flat.sum(-1, dtype=torch.float64), flat.abs().sum(-1, dtype=torch.float64))
                 for value, tensor in zip(values, tensors, strict=False)
                 if tensor is not None and value is not None and value.carrying
-                for flat in (value.per_sample(tensor),)
+                for flat in (value.per_sample(tensor, self.reading.batch),)
             ]
 
         rule = stream.rule
@@ -295,13 +296,12 @@ class Sweep:
             )
         )
 
-    @staticmethod
-    def _cancellation(call: Call) -> Tensor | None:
+    def _cancellation(self, call: Call) -> Tensor | None:
         node = call.node
         kept = all(v is not None and v.index in call.tensors for v in node.operands)
         if not (node.is_residual and kept):
             return None
-        return cancellation(node.outputs[0], *summands(call))
+        return cancellation(node.outputs[0], *summands(call), self.reading.batch)
 
 
 @dataclass

@@ -14,10 +14,13 @@ from relprop.errors import UnsupportedTopologyError
 
 @dataclass(frozen=True)
 class SampleAxis:
-    """Where a value keeps its samples: `axis` has size batch * factor, samples outermost."""
+    """Where a value keeps its samples: `axis` has size batch * factor, samples outermost.
+
+    The factor is None where it depends on the call, as in a list of all tokens of a batch.
+    """
 
     axis: int
-    factor: int
+    factor: int | None
 
 
 @dataclass(eq=False, repr=False)
@@ -43,20 +46,23 @@ class Value:
     def describe(self) -> str:
         return f"[{', '.join(str(s) for s in self.shape)}]"
 
-    def per_sample(self, tensor: Tensor) -> Tensor:
+    def per_sample(self, tensor: Tensor, batch: int | None) -> Tensor:
         """Bring a stream's tensor [T, *shape] to [T, B, rest].
 
+        Args:
+            batch: how many samples; where it is not at hand, only axes of a known factor can be cut.
         Raises:
-            UnsupportedTopologyError: samples are mixed along one axis, as in a list of all tokens of a batch.
+            UnsupportedTopologyError: samples lie scattered along one axis, as in tokens sorted by expert.
         """
-        if self.sample is None:
+        if self.sample is None or (batch is None and self.sample.factor is None):
             place = self.producer.describe() if self.producer is not None else "an input"
             raise UnsupportedTopologyError(
                 f"sums per sample: expected samples on an axis of their own, got {self.name} {self.describe()} of"
                 f" {place}"
             )
         lead = tensor.movedim(self.sample.axis + 1, 1)
-        return lead.reshape(lead.shape[0], lead.shape[1] // self.sample.factor, -1)
+        factor = self.sample.factor
+        return lead.reshape(lead.shape[0], batch if factor is None else lead.shape[1] // factor, -1)
 
 
 @dataclass(eq=False, repr=False)

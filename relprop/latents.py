@@ -94,7 +94,7 @@ def make_latent(value: Value, activation: Tensor, stream: Tensor, gradient_form:
     nonzero = torch.where(activation == 0, 1.0, activation)
     coefficient = stream if gradient_form else torch.where(activation == 0, 0.0, stream / nonzero)
     factor = value.sample.factor if value.sample is not None and value.sample.axis == 0 else 1
-    if factor > 1:  # heads that share the batch axis
+    if factor is not None and factor > 1:  # heads that share the batch axis
         activation = activation.unflatten(0, (-1, factor))
         relevance, coefficient = (t.unflatten(1, (-1, factor)) for t in (relevance, coefficient))
     relevance, coefficient = (t.transpose(0, 1) if several else t[0] for t in (relevance, coefficient))

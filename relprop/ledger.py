@@ -135,8 +135,10 @@ def book(
     )
 
 
-def cancellation(value: Value, a: Tensor, b: Tensor) -> Tensor:
+def cancellation(value: Value, a: Tensor, b: Tensor, batch: int) -> Tensor:
     """(sum |a| + sum |b|) / sum |a + b| per sample, for the sum `value`. [1, B]"""
     total = a + b
-    sizes = [value.per_sample(t.abs().expand_as(total)[None]).sum(-1, dtype=torch.float64) for t in (a, b, total)]
+    sizes = [
+        value.per_sample(t.abs().expand_as(total)[None], batch).sum(-1, dtype=torch.float64) for t in (a, b, total)
+    ]
     return (sizes[0] + sizes[1]) / torch.where(sizes[2] > 0, sizes[2], torch.inf)

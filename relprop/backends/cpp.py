@@ -67,7 +67,7 @@ def kernel_reasons(node: Node, rule: Rule) -> list[str]:
             reasons.append("the kernel has no bias share and one denominator")
     if isinstance(rule, AddNormalised):
         sample = node.outputs[0].sample
-        if sample is None or sample.axis != 0:
+        if sample is None or sample.axis != 0 or sample.factor is None:
             reasons.append("the kernel wants samples on the first axis")
         reasons += elementwise.add_reasons(node)
     if isinstance(rule, FanoutEpsilon) and rule.stabiliser.is_exact:

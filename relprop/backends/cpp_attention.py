@@ -99,7 +99,7 @@ def through_layer(
     gradient, relevance = streams.get("gradient"), streams.get("relevance")
     rule: Any = AttentionComposed() if relevance is None else relevance.rule
     sample = node.outputs[0].sample
-    heads = 1 if sample is None or sample.axis != 0 else sample.factor
+    heads = 1 if sample is None or sample.axis != 0 else call.factor(node.outputs[0])
     joined = layer[0].ndim == 3
     mask = _mask(call)
 

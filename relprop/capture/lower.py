@@ -71,11 +71,14 @@ class _Lowering:
         for axis, size in enumerate(shape):
             expr = size.node.expr if isinstance(size, torch.SymInt) else None
             if expr is not None and expr.free_symbols & symbols:
-                factor = expr.subs({s: 1 for s in expr.free_symbols & symbols})
-                found.append(SampleAxis(axis, int(factor) if factor.is_Integer else 0))
+                (batch, *others) = expr.free_symbols & symbols
+                factor = expr / batch
+                if others or batch in factor.free_symbols:
+                    return None  # not a multiple of the batch size
+                found.append(SampleAxis(axis, int(factor) if factor.is_Integer else None))
         # Scores of all samples with all samples belong to those of the first axis.
         whole = len(found) == 2 and all(axis.factor == 1 for axis in found) and len(shape) == 2
-        return found[0] if (len(found) == 1 or whole) and found[0].factor else None
+        return found[0] if len(found) == 1 or whole else None
 
     def run(self) -> None:
         inputs: dict[str, Value] = {}
@@ -143,13 +146,36 @@ class _Lowering:
 
 
 def _check_samples(node: Node) -> None:
-    """A view that merges samples with an axis in front of them scatters each: nothing can then be summed per sample."""
+    """What scatters samples along an axis that they share: nothing can then be summed per sample.
+
+    A view may merge samples with an axis in front of them; rows of a merged axis may be picked, sorted or put together.
+    """
     before, after = node.operands[0] if node.operands else None, node.outputs[0]
+    for out in node.outputs:
+        merged = out.sample is not None and out.sample.factor is None
+        if merged and (_reorders(node, out) or any(v is not None and _scattered(v) for v in node.operands)):
+            out.sample = None
     if node.target not in ops.RESHAPES or before is None or before.sample is None or after.sample is None:
         return
     lead = [math.prod(v.shape[: v.sample.axis]) for v in (before, after) if v.sample is not None]
     if not statically_known_true(lead[0] == lead[1]):
         after.sample = None
+
+
+def _scattered(value: Value) -> bool:
+    return value.carrying and value.sample is None
+
+
+def _reorders(node: Node, out: Value) -> bool:
+    """Whether a movement can change the order of rows along a merged axis."""
+    if node.kind != "movement" or node.target in ops.ORDERED:
+        return False
+    assert out.sample is not None
+    parts = [v for v in node.operands if v is not None and v.carrying]
+    joined = node.target in (aten.cat.default, aten.concat.default)
+    return not joined or any(
+        v.sample != out.sample or v.shape[out.sample.axis] != out.shape[out.sample.axis] for v in parts
+    )
 
 
 def _plain(structure: Any) -> Any:

@@ -53,7 +53,7 @@ def _aliases(node: fx.Node) -> set[fx.Node]:
         found.add(at)
         stack += [user for user in at.users if user.target in ops.MOVEMENT]
         if at.target in ops.MOVEMENT:
-            stack += at.all_input_nodes
+            stack += [n for n in at.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
     return found
 
 

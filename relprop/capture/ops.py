@@ -131,6 +131,14 @@ RESHAPES = overloads(
     "view reshape flatten.using_ints unflatten.int _unsafe_view view_as squeeze squeeze.dim squeeze.dims"
 )
 
+# Movements that leave the rows of an axis in order, also where each is repeated.
+ORDERED = RESHAPES | overloads(
+    "unsqueeze permute transpose.int t movedim.int movedim.intlist swapaxes numpy_T mT unbind.int split.Tensor"
+    " split_with_sizes split.sizes chunk stack expand expand_as broadcast_to repeat_interleave.self_int slice.Tensor"
+    " narrow select.int masked_fill.Scalar topk to.dtype to.device to.dtype_layout _to_copy contiguous clone alias"
+    " type_as"
+)
+
 _KIND_NAMES = {
     "linear": "linear",
     "conv": "conv1d conv2d conv2d.padding conv3d convolution",

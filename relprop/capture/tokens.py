@@ -109,8 +109,9 @@ def _reason_against(site: Node) -> str:
         return "its keys do not depend on the input"
     if keys.sample is None or keys.sample.axis != 0 or keys.rank > 4:
         return f"samples are not on the first axis of its keys {keys.describe()}"
-    if keys.rank == 4 and keys.sample.factor != 1:
-        return f"it attends within {keys.sample.factor} windows of each sample"
+    factor = keys.sample.factor
+    if factor is None or (keys.rank == 4 and factor != 1):
+        return f"it attends within {'several' if factor is None else factor} windows of each sample"
     return ""
 
 

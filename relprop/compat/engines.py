@@ -38,12 +38,14 @@ class Engines:
         composite: str | Composite | None = None,
         options: Mapping[str, Any] | None = None,
         latents: tuple[str, ...] = (),
+        output: str | None = None,
     ) -> Engine:
         """The engine of a method for this kind of input; arguments as `relprop.compile` takes them."""
         kwargs = dict(kwargs or {})
         given = (*args, *kwargs.items())
         kinds = tuple(_kind(value) for value in given)
-        key = (method, composite, tuple(sorted((options or {}).items())), latents, kinds, fingerprint(self.model))
+        chosen = (method, composite, tuple(sorted((options or {}).items())), latents, output)
+        key = (chosen, kinds, fingerprint(self.model))
         if key not in self._engines:
             self._engines[key] = compile(
                 self.model,
@@ -53,6 +55,7 @@ class Engines:
                 composite=composite,
                 method_options=options,
                 latents=latents,
+                output=output,
                 **self._settings,  # type: ignore[arg-type]
             )
         return self._engines[key]

@@ -49,7 +49,7 @@ def by_head(site: Node, maps: Tensor) -> Tensor:
         return maps
     sample = site.outputs[0].sample
     assert sample is not None
-    return maps.reshape(maps.shape[0], -1, sample.factor, *maps.shape[-2:])
+    return maps.reshape(maps.shape[0], -1, sample.factor or 1, *maps.shape[-2:])
 
 
 def query_rows(site: Node) -> slice:
@@ -116,8 +116,9 @@ def padded_tokens(graph: Graph, tensors: dict[int, Any], shapes: dict[int, torch
             return None
         hidden, keys = mask.hidden(stored), number_of_keys(site, shapes)
         lead = hidden.shape[0] if hidden.ndim > 2 else 1
-        if sample is not None and sample.factor > 1 and lead > 1:
-            lead //= sample.factor
+        factor = 1 if sample is None else sample.factor or 1
+        if factor > 1 and lead > 1:
+            lead //= factor
         hidden = hidden.reshape(lead, -1, hidden.shape[-1]).all(1).expand(batch, keys)
         found = hidden if found is None else found & hidden
     return found

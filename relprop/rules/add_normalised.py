@@ -38,7 +38,7 @@ class AddNormalised(Rule):
         value = call.node.outputs[0]
         s = self.stabiliser.share(relevance, a + b)
         a, b = a * s, b * s
-        total, sum_a, sum_b = (value.per_sample(t).sum(-1) for t in (relevance, a, b))
+        total, sum_a, sum_b = (call.per_sample(value, t).sum(-1) for t in (relevance, a, b))
         size = sum_a.abs() + sum_b.abs()
         share = self.stabiliser.share
         scale_a = share(share(sum_a.abs(), size) * total, sum_a)
@@ -56,4 +56,4 @@ def spread(per_sample: Tensor, call: Call) -> Tensor:
     assert value.sample is not None
     shape = [1] * (value.rank + 1)
     shape[0], shape[value.sample.axis + 1] = per_sample.shape[0], -1
-    return per_sample.repeat_interleave(value.sample.factor, dim=1).reshape(shape)
+    return per_sample.repeat_interleave(call.factor(value), dim=1).reshape(shape)

@@ -42,6 +42,7 @@ class Call:
         "node",
         "positions",
         "precision",
+        "samples",
         "shapes",
         "tensors",
         "wanted",
@@ -68,6 +69,7 @@ class Call:
         self.precision = precision
         self.memo: dict[Any, Any] = {}  # shared by the streams of this step
         self.maps: dict[str, Tensor] = {}  # attention maps, for the read-out
+        self.samples: int | None = None  # the batch size, for axes that merge samples with something else
         self.positions: list[Tensor] | None = None  # relevance that positions keep, each [T, B, N], where one asks
 
     def operand(self, position: int) -> Tensor | None:
@@ -116,7 +118,20 @@ class Call:
         """Book relevance that stays here. amount: [T, *shape of value], the node's output by default."""
         if self.absorbed is not None:
             value = value or self.node.outputs[0]
-            self.absorbed.add(cause, value.per_sample(amount).sum(-1, dtype=torch.float64))
+            self.absorbed.add(cause, self.per_sample(value, amount).sum(-1, dtype=torch.float64))
+
+    def per_sample(self, value: Value, stream: Tensor) -> Tensor:
+        """[T, *shape of value] -> [T, B, rest]."""
+        return value.per_sample(stream, self.samples)
+
+    def factor(self, value: Value) -> int:
+        """How many entries of a value's sample axis belong to one sample."""
+        sample = value.sample
+        assert sample is not None
+        if sample.factor is not None:
+            return sample.factor
+        assert self.samples is not None
+        return self.shapes[value.index][sample.axis] // self.samples
 
     def keep_position(self, amount: Tensor, shape: torch.Size | None) -> None:
         """Book relevance that belongs to positions, and keep it per token.
@@ -134,7 +149,7 @@ class Call:
         axes = [axis for axis in range(1, rank - 1) if aligned[axis] != 1]
         if not axes:
             return
-        batch = amount.shape[1] // output.sample.factor
+        batch = amount.shape[1] // self.factor(output)
         tokens = amount.movedim(axes[-1] + 1, 1)  # [T, N, B * factor, ...]
         kept = tokens.reshape(amount.shape[0], tokens.shape[1], batch, -1).sum(-1)
         self.positions.append(kept.transpose(1, 2))

@@ -48,8 +48,8 @@ class LinearZBox(Rule):
             return torch.full_like(x, bound)
         value = call.node.operands[0]
         assert value is not None
-        flat = getattr(value.per_sample(x[None])[0], extreme)(-1)
+        flat = getattr(call.per_sample(value, x[None])[0], extreme)(-1)
         shape = [1] * x.ndim
         assert value.sample is not None
         shape[value.sample.axis] = -1
-        return flat.repeat_interleave(value.sample.factor).reshape(shape).expand_as(x).contiguous()
+        return flat.repeat_interleave(call.factor(value)).reshape(shape).expand_as(x).contiguous()

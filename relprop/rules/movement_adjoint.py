@@ -61,7 +61,7 @@ def _absorb_padding(call: Call, relevance: Tensor, passed: Tensor | None) -> Non
     source, output = call.node.operands[0], call.node.outputs[0]
     assert call.absorbed is not None and source is not None and passed is not None
     before, after = (
-        value.per_sample(stream).sum(-1, dtype=torch.float64)
+        call.per_sample(value, stream).sum(-1, dtype=torch.float64)
         for value, stream in ((output, relevance), (source, passed))
     )
     call.absorbed.add("constant", before - after)

@@ -134,7 +134,10 @@ class TestExplain:
             (["--method", "transformer_attributoin"], "did you mean 'transformer_attribution'?"),
             (["--composite", "cheffer"], "did you mean 'chefer'?"),
             (["--backend", "cp"], "did you mean 'cpp'?"),
-            (["--option", "begin=1"], "method_options of transformer_attribution: expected start_layer, got begin"),
+            (
+                ["--option", "begin=1"],
+                "method_options of transformer_attribution: expected count_padding, normalise, read_tokens",
+            ),
             (["--option", "start_layer"], "option: expected NAME=VALUE, got 'start_layer'"),
             (["--target", "eleven"], "target: expected a label, a number from 0 to 9 or top:K, got 'eleven'"),
             (["--model", "vit_tinny_patch16_224"], "did you mean 'vit_tiny_patch16_224'?"),
@@ -267,7 +270,8 @@ class TestTables:
         assert all(re.search(rf"^  {name} ", out, re.M) for name in (*relprop.methods(), *relprop.composites()))
         assert max(map(len, out.splitlines())) <= columns
         words = " ".join(out.split())
-        assert "options: start_layer=0; composite: chefer Chefer et al., CVPR 2021, eq. 13-14" in words
+        assert "options: start_layer=0, normalise=False, read_tokens=kept" in words
+        assert "composite: chefer Chefer et al., CVPR 2021, eq. 13-14" in words
 
 
 def test_output_names(tmp_path: Path) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 import relprop
+from relprop.errors import UnsupportedTopologyError
 from tests.engine.models import vit
 
 COMPOSITES = ["chefer", "chefer_stable", "chefer_original", "gradient"]
@@ -45,6 +47,45 @@ def test_it_closes_at_the_score(composite: str) -> None:
     # The constant term of the softmax's expansion; shares of z- where a unit has no z-.
     expected = {"alpha2_beta1": {"attention", "linear", "conv"}}.get(composite, {"attention"})
     assert kinds <= (set() if composite in ("cp_lrp", "libragrad") else expected)
+
+
+class Rows(nn.Module):
+    """A layer that works on all tokens of a batch as one list, as routers of experts do, in order or not."""
+
+    def __init__(self, ordered: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.ordered = ordered
+        self.embed, self.inner, self.head = nn.Embedding(11, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        h = self.embed(ids)
+        rows = h.view(-1, 6)
+        if not self.ordered:
+            rows = rows[torch.arange(rows.shape[0], device=ids.device).flip(0)]
+        rows = rows + self.inner(rows).relu()
+        if not self.ordered:
+            rows = rows[torch.arange(rows.shape[0], device=ids.device).flip(0)]
+        return self.head(rows.view(*ids.shape, 6).mean(1))
+
+
+def test_rows_of_a_batch_in_one_list() -> None:
+    """Sums are per sample also where samples share an axis whose length depends on the call."""
+    ids = torch.randint(11, (3, 5))
+    engine = relprop.compile(Rows(True).double().eval(), (ids[:, :4],), method="full", composite="chefer")
+    found = engine(ids, target=1, ledger=True)
+    books = found.ledger
+    assert books is not None and books.imbalance.abs().max() < 1e-10
+    for i in range(3):
+        torch.testing.assert_close(engine(ids[i : i + 1], target=1).relevance, found.relevance[i : i + 1])
+
+
+def test_scattered_rows_are_refused() -> None:
+    ids = torch.randint(11, (3, 5))
+    engine = relprop.compile(Rows(False).double().eval(), (ids,), method="full", composite="chefer_stable")
+    assert engine(ids, target=1).relevance.isfinite().all()
+    with pytest.raises(UnsupportedTopologyError, match=r"expected samples on an axis of their own, got .* of index"):
+        engine(ids, target=1, ledger=True)
 
 
 def test_constants_are_named() -> None:

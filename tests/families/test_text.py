@@ -149,10 +149,6 @@ def test_relevance_by_gradient_rules_is_the_gradient(name: str) -> None:
 def test_ledger(name: str, composite: str) -> None:
     family, given = FAMILIES[name], inputs(name, 2, LENGTH)
     for method in ("full",) if family.refusal else ("full", "transformer_attribution"):
-        if family.mixes_samples:
-            with pytest.raises(UnsupportedTopologyError, match="expected samples on an axis of their own"):
-                explained(name, method, composite, given, LENGTH, ledger=True)
-            continue
         books = explained(name, method, composite, given, LENGTH, ledger=True).ledger
         assert books is not None
         scale = max(1.0, *(float(e.arriving.abs().max()) for e in books.entries))

@@ -36,7 +36,6 @@ class Family:
         fixed: the captured length is the only one.
         pads: whether text may be padded and masked.
         kept_after_text: how many tokens of another kind follow the text in the sequence.
-        mixes_samples: all tokens of a batch share one axis somewhere, where nothing is known per sample.
         quick: whether it is among the few of `make test`.
         tolerance: relative, in float64; looser where the model itself computes in float32.
         settings: attributes of the config that its constructor does not take.
@@ -57,7 +56,6 @@ class Family:
     fixed: bool = False
     pads: bool = True
     kept_after_text: int = 0
-    mixes_samples: bool = False
     quick: bool = False
     tolerance: float = 1e-9
     settings: dict[str, Any] = field(default_factory=dict)
@@ -249,7 +247,6 @@ FAMILIES: dict[str, Family] = {
         last_token,
         tolerance=1e-5,
         settings={"_experts_implementation": "batched_mm"},
-        mixes_samples=True,
     ),
     "qwen3_moe": Family(
         "Qwen3-MoE (experts as `batched_mm`)",
@@ -267,7 +264,6 @@ FAMILIES: dict[str, Family] = {
         last_token,
         tolerance=1e-5,
         settings={"_experts_implementation": "batched_mm"},
-        mixes_samples=True,
     ),
     "t5": Family(
         "T5",
@@ -437,6 +433,7 @@ FAMILIES: dict[str, Family] = {
             "decoder_ffn_dim": 48,
             "num_queries": 3,
             "num_labels": 4,
+            "use_pretrained_backbone": False,
         },
         detection,
         lambda length: (1, 2),

@@ -1,0 +1,308 @@
+"""zennit's interface: `Gradient(model, composite)(input, attr_output)` gives the output and the attribution.
+
+from relprop.compat.zennit import EpsilonPlusFlat, Gradient
+with Gradient(model=model, composite=EpsilonPlusFlat()) as attributor:
+    output, relevance = attributor(images, torch.eye(1000)[[281]])
+
+A composite is one of the classes below, an instance of one of zennit's own, a composite of relprop or its name, or None
+for the plain gradient. In zennit's, operations without a hook keep their gradient, and so they do here; composites of
+relprop have rules for all operations of Transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from relprop.compat.engines import Engines
+from relprop.composites import Composite, Entry, find_composite
+from relprop.errors import OptionError, ShapeError, TargetError, UnsupportedOpError
+from relprop.rules import Stabiliser, make_rule
+
+__all__ = [
+    "EpsilonAlpha2Beta1",
+    "EpsilonAlpha2Beta1Flat",
+    "EpsilonGammaBox",
+    "EpsilonPlus",
+    "EpsilonPlusFlat",
+    "ExcitationBackprop",
+    "Gradient",
+]
+
+AttrOutput: TypeAlias = "Tensor | Callable[[Tensor], Tensor] | None"
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_POOLS = (
+    *(nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
+    *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
+)
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_ACTIVATIONS = (
+    *(nn.ELU, nn.Hardsigmoid, nn.Hardtanh, nn.Hardswish, nn.LeakyReLU, nn.ReLU, nn.ReLU6, nn.SELU, nn.CELU, nn.GELU),
+    *(nn.Sigmoid, nn.SiLU, nn.Softplus, nn.Tanh, nn.Mish),
+)
+_KINDS: tuple[tuple[tuple[type, ...], str], ...] = (
+    ((nn.Linear,), "linear"),
+    (_CONVOLUTIONS, "conv"),
+    (_ACTIVATIONS, "activation"),
+    (_POOLS, "pool"),
+    (_NORMS, "norm"),
+)
+
+
+class Gradient:
+    """`zennit.attribution.Gradient`.
+
+    Args:
+        model: in evaluation mode, with outputs [B, ...]; it is not changed.
+        composite: rules, see above.
+        attr_output: relevance of the output, [B, ...] as the output is, or a function from the output to it; None is
+            the output itself.
+        backend, precision: as `relprop.compile` takes them.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        composite: Any = None,
+        attr_output: AttrOutput = None,
+        create_graph: bool = False,
+        retain_graph: bool | None = None,
+        *,
+        backend: str = "auto",
+        precision: str = "highest",
+    ) -> None:
+        if create_graph or retain_graph:
+            raise OptionError(
+                "create_graph, retain_graph: expected False, got True; relprop.compat.lxt runs relevance as autograd"
+            )
+        self._engines = Engines(model, backend=backend, precision=precision)
+        self.model, self.composite, self.attr_output = model, composite, attr_output
+
+    def __enter__(self) -> Gradient:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Nothing was registered, so nothing is to be removed."""
+
+    def __call__(self, input: Tensor, attr_output: AttrOutput = None) -> tuple[Tensor, Tensor]:
+        """The model's output and the attribution, in the shape of the input.
+
+        Raises:
+            UnsupportedOpError: a rule of the composite has no counterpart. ShapeError: `attr_output`'s shape.
+        """
+        rules = translated(self.composite, self.model)
+        given = attr_output if attr_output is not None else self.attr_output
+        engine = self._engines((input.detach(),), method="full", composite=rules, options={"channels": "kept"})
+        found = engine(input.detach(), target=_seeded_by(given))
+        return found.logits, found.relevance.to(input.dtype)
+
+    forward = __call__
+
+
+@dataclass(frozen=True)
+class LayerMap:
+    """Rules by types of modules, as `zennit.composites.LayerMapComposite` has them; the first that fits decides.
+
+    Args:
+        layers: types of modules, and a rule's name and parameters.
+        first: the same for the first module that fits one of them.
+    """
+
+    layers: tuple[tuple[tuple[type, ...], str, dict[str, Any]], ...]
+    first: tuple[tuple[tuple[type, ...], str, dict[str, Any]], ...] = ()
+
+    def rules(self, model: nn.Module) -> Iterator[tuple[str, nn.Module, str, dict[str, Any]]]:
+        """Path, module, rule and parameters of every module that has a rule."""
+        waiting = True
+        for path, module in model.named_modules():
+            fits = [entry for entry in self.first if waiting and isinstance(module, entry[0])]
+            waiting = waiting and not fits
+            fits = fits or [entry for entry in self.layers if isinstance(module, entry[0])]
+            if fits:
+                yield path, module, fits[0][1], fits[0][2]
+
+
+def _base(stabilizer: float) -> tuple[Any, ...]:
+    stabiliser = {"stabiliser": Stabiliser(stabilizer)}
+    return ((_ACTIVATIONS, "identity", {}), (_POOLS, "epsilon", stabiliser), (_NORMS, "identity", {}))
+
+
+def _epsilon_with(convolution: str, parameters: dict[str, Any], epsilon: float, stabilizer: float) -> tuple[Any, ...]:
+    shared = {**parameters, "stabiliser": Stabiliser(stabilizer)}
+    linear = {"stabiliser": Stabiliser(epsilon)}
+    return (*_base(stabilizer), (_CONVOLUTIONS, convolution, shared), ((nn.Linear,), "epsilon", linear))
+
+
+_PLUS = {"alpha": 1.0, "beta": 0.0, "bias": True}
+_ALPHA2_BETA1 = {"alpha": 2.0, "beta": 1.0, "bias": True}
+
+
+def _flat(stabilizer: float) -> tuple[Any, ...]:
+    return (((*_CONVOLUTIONS, nn.Linear), "flat", {"stabiliser": Stabiliser(stabilizer)}),)
+
+
+def EpsilonPlus(epsilon: float = 1e-6, stabilizer: float = 1e-6) -> LayerMap:
+    """z+ for convolutions, epsilon for linear layers."""
+    return LayerMap(_epsilon_with("alpha_beta", _PLUS, epsilon, stabilizer))
+
+
+def EpsilonAlpha2Beta1(epsilon: float = 1e-6, stabilizer: float = 1e-6) -> LayerMap:
+    """alpha = 2, beta = 1 for convolutions, epsilon for linear layers."""
+    return LayerMap(_epsilon_with("alpha_beta", _ALPHA2_BETA1, epsilon, stabilizer))
+
+
+def EpsilonPlusFlat(epsilon: float = 1e-6, stabilizer: float = 1e-6) -> LayerMap:
+    """The same as `EpsilonPlus`, with the flat rule for the first layer."""
+    return LayerMap(_epsilon_with("alpha_beta", _PLUS, epsilon, stabilizer), _flat(stabilizer))
+
+
+def EpsilonAlpha2Beta1Flat(epsilon: float = 1e-6, stabilizer: float = 1e-6) -> LayerMap:
+    """The same as `EpsilonAlpha2Beta1`, with the flat rule for the first layer."""
+    return LayerMap(_epsilon_with("alpha_beta", _ALPHA2_BETA1, epsilon, stabilizer), _flat(stabilizer))
+
+
+def EpsilonGammaBox(
+    low: Any, high: Any, epsilon: float = 1e-6, gamma: float = 0.25, stabilizer: float = 1e-6
+) -> LayerMap:
+    """z-box for the first convolution, gamma for the others, epsilon for linear layers."""
+    box = {"low": _bound("low", low), "high": _bound("high", high), "stabiliser": Stabiliser(stabilizer)}
+    layers = _epsilon_with("gamma", {"gamma": gamma}, epsilon, stabilizer)
+    return LayerMap(layers, ((_CONVOLUTIONS, "z_box", box),))
+
+
+def ExcitationBackprop(stabilizer: float = 1e-6) -> LayerMap:
+    """z+ for convolutions and linear layers, the gradient through activations."""
+    plus = {**_PLUS, "stabiliser": Stabiliser(stabilizer)}
+    pools = (_POOLS, "epsilon", {"stabiliser": Stabiliser(stabilizer)})
+    return LayerMap((pools, ((*_CONVOLUTIONS, nn.Linear), "alpha_beta", plus)))
+
+
+def translated(composite: Any, model: nn.Module) -> Composite:
+    """A composite of relprop with the rules that another one gives this model; relevance starts as it is given.
+
+    Raises:
+        UnsupportedOpError: naming a rule that has no counterpart. OptionError: canonizers, or no composite at all.
+    """
+    if composite is None:
+        return find_composite("gradient")
+    if isinstance(composite, (str, Composite)):
+        return replace(find_composite(composite), seed="one")
+    if isinstance(composite, LayerMap):
+        found, name = composite.rules(model), "layer map"
+    elif callable(getattr(composite, "module_map", None)):
+        if composite.canonizers:
+            names = ", ".join(type(canonizer).__name__ for canonizer in composite.canonizers)
+            raise OptionError(f"composite: expected no canonizers, which change the model, got {names}")
+        found, name = _of_zennit(composite, model), type(composite).__name__
+    else:
+        raise OptionError(
+            f"composite: expected None, a name, a relprop.Composite or a composite of zennit, got"
+            f" {type(composite).__name__}"
+        )
+    entries = tuple(
+        Entry(_kind(module, path, rule), make_rule(_kind(module, path, rule), rule, **parameters), None, path)
+        for path, module, rule, parameters in found
+    )
+    return replace(find_composite("gradient").overridden(*entries, name=f"zennit {name}"), seed="one")
+
+
+def _kind(module: nn.Module, path: str, rule: str) -> str:
+    for types, kind in _KINDS:
+        if isinstance(module, types):
+            return kind
+    raise UnsupportedOpError(
+        f"composite: expected rules for linear layers, convolutions, activations, pools and batch norms, got rule"
+        f" {rule!r} for {path or 'the model'} ({type(module).__name__})"
+    )
+
+
+def _of_zennit(composite: Any, model: nn.Module) -> Iterator[tuple[str, nn.Module, str, dict[str, Any]]]:
+    """What a composite of zennit would hook, module by module."""
+    context: dict[Any, Any] = {}
+    for path, module in model.named_modules():
+        hook = composite.module_map(context, path, module)
+        if hook is not None:
+            yield (path, module, *_rule_of(hook, path))
+
+
+def _rule_of(hook: Any, path: str) -> tuple[str, dict[str, Any]]:
+    """Name and parameters of the rule that a hook of zennit is; zennit keeps them in its functions' closures."""
+    name = type(hook).__name__
+    if name == "Pass":
+        return "identity", {}
+    if name not in ("AlphaBeta", "Epsilon", "Flat", "Gamma", "Norm", "ZBox", "ZPlus"):
+        raise UnsupportedOpError(
+            f"composite: expected rules AlphaBeta, Epsilon, Flat, Gamma, Norm, Pass, ZBox or ZPlus of zennit, got"
+            f" {name} for {path}"
+        )
+    stabiliser = {"stabiliser": _stabiliser(_closure(hook.gradient_mapper)["stabilizer_fn"], path)}
+    zeroed = _zeroed(hook.param_modifiers[0], path)
+    if name == "Norm":
+        return "epsilon", stabiliser
+    if name == "Flat":
+        return "flat", stabiliser
+    if name == "ZBox":
+        bounds = {end: _bound(end, _closure(hook.input_modifiers[i])[end]) for i, end in ((1, "low"), (2, "high"))}
+        return "z_box", {**bounds, **stabiliser}
+    parameters: dict[str, Any] = {**stabiliser, "bias": not zeroed}
+    if name == "Gamma":
+        return "gamma", {"gamma": float(_closure(hook.param_modifiers[0].modifier)["gamma"]), **parameters}
+    if name == "Epsilon":
+        return "epsilon", parameters
+    weights = {"alpha": 1.0, "beta": 0.0} if name == "ZPlus" else _closure(hook.reducer)
+    return "alpha_beta", {"alpha": float(weights["alpha"]), "beta": float(weights["beta"]), **parameters}
+
+
+def _closure(function: Any) -> dict[str, Any]:
+    cells = function.__closure__ or ()
+    return dict(zip(function.__code__.co_freevars, (cell.cell_contents for cell in cells), strict=True))
+
+
+def _stabiliser(found: Any, path: str) -> Stabiliser:
+    epsilon = getattr(found, "epsilon", None)
+    if epsilon is None or found.clip or found.norm_scale:
+        raise UnsupportedOpError(
+            f"composite: expected stabilizers that add epsilon with the sign of the denominator, got"
+            f" {getattr(found, '__dict__', found)} for {path}"
+        )
+    return Stabiliser(float(epsilon))
+
+
+def _zeroed(modifier: Any, path: str) -> bool:
+    """Whether a rule leaves the bias out."""
+    names = getattr(modifier, "zero_params", None) or []
+    names = [names] if isinstance(names, str) else list(names)
+    if set(names) - {"bias"}:
+        raise UnsupportedOpError(f"composite: expected zero_params None or 'bias', got {names} for {path}")
+    return bool(names)
+
+
+def _bound(name: str, bound: Any) -> float:
+    """A bound of the input's values, the same for all of them."""
+    values = torch.as_tensor(bound).flatten()
+    if not len(values) or bool((values != values[0]).any()):
+        raise OptionError(f"{name}: expected one value for all elements of the input, got several")
+    return float(values[0])
+
+
+def _seeded_by(attr_output: AttrOutput) -> Callable[[Tensor], Tensor]:
+    """A target whose gradient is the given relevance of the output."""
+
+    def score(output: Tensor) -> Tensor:
+        seed = attr_output(output.detach()) if callable(attr_output) else attr_output
+        seed = output.detach() if seed is None else seed
+        if not isinstance(seed, Tensor):
+            raise TargetError(f"attr_output: expected a tensor, got {type(seed).__name__}")
+        if seed.shape != output.shape:
+            raise ShapeError(f"attr_output: expected {list(output.shape)} as the output has, got {list(seed.shape)}")
+        return (output * seed.detach().to(output)).flatten(1).sum(1)
+
+    return score

@@ -1,0 +1,258 @@
+"""Hugging Face pipelines that also say why: label, score and relevance in one object.
+
+classifier = relprop.pipeline("text-classification", model="distilbert/distilbert-base-uncased-finetuned-sst-2-english")
+why = classifier("A film that is never dull.")[0]
+why.label, why.score, list(zip(why.tokens, why.relevance))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from relprop.compat.engines import Engines, needed
+from relprop.composites import Composite
+from relprop.errors import OptionError, unknown_name
+from relprop.explanation import Explanation
+
+__all__ = ["Explained", "Pipeline", "pipeline"]
+
+
+@dataclass(frozen=True)
+class Explained:
+    """One label of one input, and why.
+
+    `result["label"]` reads as in a pipeline of transformers.
+
+    Attributes:
+        label, score: as transformers has them.
+        relevance: of the text's tokens [N], padding left out, or of the image's pixels [H, W], at the size that the
+            model sees.
+        tokens: the text, token by token; of the label's sentence for zero-shot classification.
+        relevances: the same by the model's inputs, where several are explained.
+        explanation: of the whole batch that this input was in.
+        sample: its place in that batch.
+    """
+
+    label: str
+    score: float
+    relevance: Tensor
+    tokens: tuple[str, ...] = ()
+    relevances: Mapping[str, Tensor] = field(default_factory=dict)
+    explanation: Explanation | None = field(default=None, repr=False)
+    sample: int = 0
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self.keys():
+            raise unknown_name("entry", name, self.keys())
+        return getattr(self, name)
+
+    def keys(self) -> tuple[str, ...]:
+        """Names that can be read as in a dictionary."""
+        return "label", "score", "relevance", "tokens", "relevances"
+
+
+def pipeline(
+    task: str,
+    model: Any = None,
+    *,
+    method: str | None = None,
+    composite: str | Composite | None = None,
+    method_options: Mapping[str, Any] | None = None,
+    backend: str = "auto",
+    precision: str = "highest",
+    **kwargs: Any,
+) -> Pipeline:
+    """A pipeline of transformers whose results are explained.
+
+    Args:
+        task: "text-classification" ("sentiment-analysis"), "image-classification" or
+            "zero-shot-image-classification".
+        model: a name or a model, as `transformers.pipeline` takes it.
+        method: "transformer_attribution" by default; "attnlrp" for zero-shot classification, whose model has two
+            towers.
+        composite, method_options, backend, precision: as `relprop.compile` takes them.
+        kwargs: everything else is for `transformers.pipeline`: tokenizer, image_processor, device, ...
+    Raises:
+        UnknownNameError: the task. MissingDependencyError: transformers is not installed.
+    """
+    if task not in _TASKS:
+        raise unknown_name("task", task, _TASKS)
+    kind, usual = _TASKS[task]
+    inner = needed("transformers", by="relprop.pipeline").pipeline(task, model=model, **kwargs)
+    engines = Engines(inner.model.eval(), backend=backend, precision=precision)
+    return kind(inner, engines, method or usual, composite, method_options)
+
+
+class Pipeline:
+    """What the pipelines share; call one as its counterpart in transformers.
+
+    Attributes:
+        inner: the pipeline of transformers that reads inputs and names labels.
+    """
+
+    def __init__(
+        self,
+        inner: Any,
+        engines: Engines,
+        method: str,
+        composite: str | Composite | None,
+        options: Mapping[str, Any] | None,
+    ) -> None:
+        self.inner, self.model = inner, inner.model
+        self.method, self.composite, self.options = method, composite, options
+        self._engines = engines
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers."""
+        raise NotImplementedError
+
+    def _explain(self, inputs: Mapping[str, Any], target: Any, output: str | None = None) -> Explanation:
+        given = {name: value.to(self.model.device) for name, value in inputs.items()}
+        engine = self._engines(
+            (), given, method=self.method, composite=self.composite, options=self.options, output=output
+        )
+        return engine(**given, target=target)
+
+    def _best(self, inputs: Mapping[str, Any], count: int) -> Tensor | None:
+        """The classes with the largest outputs, where more than one is asked for. [B, T]"""
+        if count == 1:
+            return None
+        with torch.no_grad():
+            logits = self.model(**{name: value.to(self.model.device) for name, value in inputs.items()}).logits
+        return logits.topk(count, -1).indices
+
+    def _counted(self, top_k: int | None) -> int:
+        labels = int(self.model.config.num_labels)
+        if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
+            raise OptionError(f"top_k: expected None or a positive int, got {top_k!r}")
+        return labels if top_k is None else min(top_k, labels)
+
+    def _labelled(
+        self, found: Explanation, read: Callable[[int, int | None], tuple[Tensor, tuple[str, ...]]], **kwargs: Any
+    ) -> Iterator[list[Explained]]:
+        """Per sample its labels; read(sample, nth target) gives relevance and tokens."""
+        assert found.target is not None
+        several = found.target.ndim == 2
+        for sample, logits in enumerate(found.logits.detach().cpu()):
+            count = found.target.shape[1] if several else 1
+            named = self.inner.postprocess({"logits": logits[None]}, top_k=count, **kwargs)
+            yield [
+                Explained(
+                    str(one["label"]),
+                    float(one["score"]),
+                    *read(sample, nth if several else None),
+                    explanation=found,
+                    sample=sample,
+                )
+                for nth, one in enumerate(named)
+            ]
+
+
+class TextClassification(Pipeline):
+    """`pipeline("text-classification")`."""
+
+    def __call__(self, inputs: str | Sequence[str], top_k: int | None = 1, **kwargs: Any) -> list[Any]:
+        """Explained labels.
+
+        Args:
+            inputs: a text, or several.
+            top_k: how many labels of each; None for all.
+            kwargs: for the tokenizer.
+        Returns:
+            for one text its labels, for several the best label of each, or with `top_k` a list of labels of each.
+        """
+        texts = [inputs] if isinstance(inputs, str) else list(inputs)
+        if not texts or not all(isinstance(text, str) for text in texts):
+            raise OptionError(f"inputs: expected a text or several, got {inputs!r}")
+        given = dict(self.inner.tokenizer(texts, return_tensors="pt", padding=len(texts) > 1, **kwargs))
+        found = self._explain(given, self._best(given, self._counted(top_k)))
+        ids = given["input_ids"]
+        mask = given.get("attention_mask", torch.ones_like(ids)).bool()
+
+        def read(sample: int, nth: int | None) -> tuple[Tensor, tuple[str, ...]]:
+            kept = mask[sample]
+            tokens = tuple(self.inner.tokenizer.convert_ids_to_tokens(ids[sample][kept].tolist()))
+            row = found.relevance[sample] if nth is None else found.relevance[sample, nth]
+            return row.cpu()[kept], tokens
+
+        results = list(self._labelled(found, read, _legacy=False))
+        if isinstance(inputs, str):
+            return results[0]
+        return [labels[0] for labels in results] if top_k == 1 else results
+
+
+class ImageClassification(Pipeline):
+    """`pipeline("image-classification")`."""
+
+    def __call__(self, inputs: Any, top_k: int | None = 5) -> list[Any]:
+        """Explained labels.
+
+        Args:
+            inputs: an image, or several: PIL images, files, addresses, as in transformers.
+            top_k: how many labels of each; None for all.
+        Returns:
+            for one image its labels, for several a list of labels of each.
+        """
+        alone = not isinstance(inputs, (list, tuple))
+        images = [inputs] if alone else list(inputs)
+        if not images:
+            raise OptionError("inputs: expected an image or several, got none")
+        pixels = torch.cat([self.inner.preprocess(image)["pixel_values"] for image in images])
+        found = self._explain({"pixel_values": pixels}, self._best({"pixel_values": pixels}, self._counted(top_k)))
+        maps = found.image_map().cpu()
+        results = list(self._labelled(found, lambda i, nth: (maps[i] if nth is None else maps[i, nth], ())))
+        return results[0] if alone else results
+
+
+class ZeroShotImageClassification(Pipeline):
+    """`pipeline("zero-shot-image-classification")`."""
+
+    def __call__(
+        self, image: Any, candidate_labels: Sequence[str], hypothesis_template: str = "This is a photo of {}."
+    ) -> list[Any]:
+        """Explained labels, best first: why the image goes with each of them.
+
+        Args:
+            image: an image, or several, as in transformers.
+            candidate_labels: what it might show.
+            hypothesis_template: the sentence about it that the model reads.
+        Returns:
+            for one image its labels, for several a list of labels of each.
+        """
+        labels = list(candidate_labels)
+        if isinstance(candidate_labels, str) or not labels:
+            raise OptionError(f"candidate_labels: expected a list of labels, got {candidate_labels!r}")
+        if isinstance(image, (list, tuple)):
+            return [self._one(one, labels, hypothesis_template) for one in image]
+        return self._one(image, labels, hypothesis_template)
+
+    def _one(self, image: Any, labels: list[str], template: str) -> list[Explained]:
+        read = self.inner.preprocess(image, candidate_labels=labels, hypothesis_template=template)
+        text = dict(read["text_inputs"][0])
+        pixels = read["pixel_values"].expand(len(labels), -1, -1, -1).contiguous()
+        found = self._explain({**text, "pixel_values": pixels}, None, "logits_per_image")
+        logits = found.logits[0].detach().float().cpu()
+        sigmoid = "siglip" in self.model.config.model_type
+        scores = logits.sigmoid() if sigmoid else logits.softmax(-1)
+        mask = text.get("attention_mask", torch.ones_like(text["input_ids"])).bool()
+        results = []
+        for i in scores.argsort(descending=True, stable=True).tolist():
+            parts = {name: part[i].cpu() for name, part in found.relevances.items()}
+            if "input_ids" in parts:
+                parts["input_ids"] = parts["input_ids"][mask[i]]
+            tokens = tuple(self.inner.tokenizer.convert_ids_to_tokens(text["input_ids"][i][mask[i]].tolist()))
+            results.append(Explained(labels[i], float(scores[i]), parts["pixel_values"], tokens, parts, found, i))
+        return results
+
+
+_TASKS: dict[str, tuple[type[Pipeline], str]] = {
+    "text-classification": (TextClassification, "transformer_attribution"),
+    "sentiment-analysis": (TextClassification, "transformer_attribution"),
+    "image-classification": (ImageClassification, "transformer_attribution"),
+    "zero-shot-image-classification": (ZeroShotImageClassification, "attnlrp"),
+}

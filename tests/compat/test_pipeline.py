@@ -1,0 +1,137 @@
+"""Pipelines of transformers with small models: the same labels and scores, and relevance beside them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import relprop
+from relprop.errors import OptionError, UnknownNameError
+from tests.engine.models import relative
+
+transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+WORDS = [
+    *("[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "film", "that", "is", "never", "dull", "but", "not"),
+    *("photo", "of", "this", "cat", "dog", "two", "remote", "controls", "."),
+]
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> Any:
+    (tmp_path / "vocab.txt").write_text("\n".join(WORDS))
+    return transformers.BertTokenizer(str(tmp_path / "vocab.txt"))
+
+
+def classifier(labels: int = 3) -> Any:
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=len(WORDS), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24
+    )
+    config.num_labels = labels
+    return transformers.BertForSequenceClassification(config)
+
+
+def image(seed: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (40, 50, 3), dtype=np.uint8))
+
+
+def test_text(tokenizer: Any) -> None:
+    model = classifier()
+    why = relprop.pipeline("text-classification", model=model, tokenizer=tokenizer)
+    theirs = transformers.pipeline("text-classification", model=model, tokenizer=tokenizer)
+    text = "a film that is never dull"
+    (result,) = why(text)
+    expected = theirs(text)
+    assert result["label"] == expected[0]["label"]
+    assert result["score"] == pytest.approx(expected[0]["score"], abs=1e-6)
+    assert result.tokens == ("[CLS]", *text.split(), "[SEP]")
+    direct = relprop.explain(model, **tokenizer(text, return_tensors="pt"))
+    assert torch.equal(result.relevance, direct.relevance[0])
+    assert dict(result)["label"] == result.label
+
+
+def test_texts_of_different_lengths(tokenizer: Any) -> None:
+    """Each as if alone, padding left out."""
+    why = relprop.pipeline("sentiment-analysis", model=classifier().double(), tokenizer=tokenizer, method="attnlrp")
+    texts = ["a film that is never dull", "not dull"]
+    together = why(texts)
+    for text, result in zip(texts, together, strict=True):
+        (alone,) = why(text)
+        assert alone.tokens == result.tokens
+        assert len(result.relevance) == len(text.split()) + 2
+        assert relative(result.relevance, alone.relevance) < 1e-6
+    best = why(texts, top_k=2)
+    everything = why(texts[0], top_k=None)
+    assert [len(labels) for labels in best] == [2, 2]
+    assert [result.label for result in everything[:2]] == [result.label for result in best[0]]
+    assert relative(everything[1].relevance, best[0][1].relevance) < 1e-6
+    assert not torch.equal(everything[0].relevance, everything[1].relevance)
+    assert everything[0].score > everything[1].score
+
+
+def test_images() -> None:
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, image_size=32, patch_size=8
+    )
+    config.num_labels = 4
+    model = transformers.ViTForImageClassification(config)
+    processor = transformers.ViTImageProcessor(size={"height": 32, "width": 32})
+    why = relprop.pipeline("image-classification", model=model, image_processor=processor)
+    theirs = transformers.pipeline("image-classification", model=model, image_processor=processor)
+    found, expected = why(image(0)), theirs(image(0))
+    assert [result.label for result in found] == [one["label"] for one in expected]
+    assert [result.score for result in found] == pytest.approx([one["score"] for one in expected], abs=1e-6)
+    assert found[0].relevance.shape == (32, 32)
+    pixels = processor(images=image(0), return_tensors="pt")["pixel_values"]
+    third = model.config.label2id[found[2].label]
+    assert relative(found[2].relevance, relprop.explain(model, pixels, target=third).image_map()[0]) < 1e-3
+    several = why([image(0), image(1)], top_k=1)
+    assert [len(labels) for labels in several] == [1, 1]
+    assert several[0][0].label == found[0].label
+
+
+def test_zero_shot(tokenizer: Any) -> None:
+    torch.manual_seed(0)
+    tower = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+    config = transformers.CLIPConfig(
+        text_config={**tower, "vocab_size": len(WORDS), "eos_token_id": 3, "max_position_embeddings": 20},
+        vision_config={**tower, "image_size": 32, "patch_size": 8},
+        projection_dim=8,
+    )
+    model = transformers.CLIPModel(config)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    given = {"tokenizer": tokenizer, "image_processor": transformers.CLIPImageProcessor(size=32, crop_size=32)}
+    why = relprop.pipeline("zero-shot-image-classification", model=model, **given)
+    theirs = transformers.pipeline("zero-shot-image-classification", model=model, **given)
+    labels = ["a cat", "two remote controls", "dog"]
+    found, expected = why(image(0), candidate_labels=labels), theirs(image(0), candidate_labels=labels)
+    assert [result.label for result in found] == [one["label"] for one in expected]
+    assert [result.score for result in found] == pytest.approx([one["score"] for one in expected], abs=1e-5)
+    assert found[0].relevance.shape == (32, 32)
+    for result in found:
+        assert len(result.relevances["input_ids"]) == len(result.tokens)
+        assert result.tokens[1:-1] == (*["this", "is", "a", "photo", "of"], *result.label.split(), ".")
+    assert not torch.equal(found[0].relevance, found[1].relevance)
+    assert len(why([image(0), image(1)], candidate_labels=labels)) == 2
+
+
+def test_bad_input(tokenizer: Any) -> None:
+    with pytest.raises(UnknownNameError, match="unknown task.*got 'image-clasification'; did you mean 'image-class"):
+        relprop.pipeline("image-clasification")
+    why = relprop.pipeline("text-classification", model=classifier(), tokenizer=tokenizer)
+    with pytest.raises(OptionError, match="inputs: expected a text or several, got \\[\\]"):
+        why([])
+    with pytest.raises(OptionError, match="top_k: expected None or a positive int, got 0"):
+        why("a film", top_k=0)
+    with pytest.raises(UnknownNameError, match="unknown entry"):
+        why("a film")[0]["lable"]

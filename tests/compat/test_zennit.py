@@ -1,0 +1,152 @@
+"""zennit's interface: its example's lines, and its own numbers for every composite and rule that has a counterpart."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import relprop
+from relprop.compat import zennit as ours
+from relprop.compat.zennit import EpsilonGammaBox, EpsilonPlus, EpsilonPlusFlat, Gradient
+from relprop.errors import OptionError, ShapeError, TargetError, UnsupportedOpError
+from tests.engine.models import relative, vit
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    layers = [
+        *(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.AvgPool2d(2)),
+        *(nn.Conv2d(8, 12, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(3), nn.Flatten()),
+        *(nn.Linear(108, 20), nn.ReLU(), nn.Linear(20, 10)),
+    ]
+    return nn.Sequential(*layers).double().eval()
+
+
+def images() -> Tensor:
+    return torch.rand(3, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) - 0.3
+
+
+COMPOSITES: dict[str, tuple[str, dict[str, Any]]] = {
+    "EpsilonPlus": ("EpsilonPlus", {}),
+    "EpsilonPlus, large epsilon": ("EpsilonPlus", {"epsilon": 0.3, "stabilizer": 0.01}),
+    "EpsilonAlpha2Beta1": ("EpsilonAlpha2Beta1", {}),
+    "EpsilonPlusFlat": ("EpsilonPlusFlat", {}),
+    "EpsilonAlpha2Beta1Flat": ("EpsilonAlpha2Beta1Flat", {"stabilizer": 1e-3}),
+    "EpsilonGammaBox": ("EpsilonGammaBox", {"low": -0.5, "high": 1.0, "gamma": 0.4}),
+    "ExcitationBackprop": ("ExcitationBackprop", {}),
+}
+
+
+def test_example_of_the_documentation() -> None:
+    """zennit's README, with only the import changed."""
+    model, data = network(), images()[:1]
+    composite = EpsilonPlusFlat()
+    with Gradient(model=model, composite=composite) as attributor:
+        out, relevance = attributor(data, torch.eye(10, dtype=torch.float64)[[0]])
+    assert relevance.shape == data.shape
+    assert torch.allclose(out, model(data))
+    assert not data.requires_grad
+
+
+@pytest.mark.parametrize("given", ["ours", "theirs"])
+@pytest.mark.parametrize("name", sorted(COMPOSITES))
+def test_composites(name: str, given: str) -> None:
+    """The same composite by its name here, and an instance of zennit's own, against zennit."""
+    pytest.importorskip("zennit")
+    import zennit.attribution
+    import zennit.composites
+
+    kind, options = COMPOSITES[name]
+    model, data, seed = network(), images(), torch.randn(3, 10, dtype=torch.float64)
+    theirs = getattr(zennit.composites, kind)(**options)
+    with zennit.attribution.Gradient(model, theirs) as attributor:
+        expected_output, expected = attributor(data.clone(), seed)
+    composite = getattr(ours, kind)(**options) if given == "ours" else theirs
+    output, found = Gradient(model, composite)(data, seed)
+    assert torch.allclose(output, expected_output)
+    assert relative(found, expected) < 1e-6
+
+
+def test_rules_by_the_modules_name() -> None:
+    """A composite of one's own, with every rule that has a counterpart."""
+    pytest.importorskip("zennit")
+    from zennit.attribution import Gradient as Theirs
+    from zennit.composites import NameMapComposite
+    from zennit.rules import AlphaBeta, Epsilon, Gamma, Norm, ZPlus
+
+    model, data, seed = network(), images(), torch.randn(3, 10, dtype=torch.float64)
+    rules = [
+        (["0"], AlphaBeta(alpha=3.0, beta=2.0, stabilizer=1e-4)),
+        (["3"], Gamma(gamma=0.7, zero_params="bias")),
+        (["2", "5"], Norm()),
+        (["7"], ZPlus(zero_params=["bias"])),
+        (["9"], Epsilon(epsilon=0.1, zero_params="bias")),
+    ]
+    composite = NameMapComposite(rules)
+    _, expected = Theirs(model, composite)(data.clone(), seed)
+    assert relative(Gradient(model, composite)(data, seed)[1], expected) < 1e-6
+
+
+@pytest.mark.parametrize("attr_output", [None, lambda output: output.softmax(-1), "given"])
+def test_forms_of_the_output_attribution(attr_output: Any) -> None:
+    model, data = network(), images().requires_grad_()
+    seed = torch.randn(3, 10, dtype=torch.float64) if attr_output == "given" else attr_output
+    output = model(data)
+    arrived = output.detach() if seed is None else seed(output.detach()) if callable(seed) else seed
+    (expected,) = torch.autograd.grad(output, data, arrived)
+    for attributor, last in ((Gradient(model), seed), (Gradient(model, attr_output=seed), None)):
+        _, found = attributor(data, last)
+        assert relative(found, expected) < 1e-9
+
+
+def test_composites_of_relprop() -> None:
+    model, data = vit().double(), torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    one_hot = torch.eye(10, dtype=torch.float64)[[3, 4]]
+    score = (model(data) * one_hot).sum(-1)
+    for composite in ("attnlrp", relprop.find_composite("epsilon")):
+        _, found = Gradient(model, composite)(data, lambda output: output * one_hot)
+        expected = relprop.explain(model, data, target=torch.tensor([3, 4]), method="full", composite=composite)
+        assert relative(found.sum(1), expected.relevance) < 1e-6
+    assert score.shape == (2,)
+    alone = Gradient(model, "epsilon")(data[:1], one_hot[:1])[1]
+    assert relative(alone, Gradient(model, "epsilon")(data, one_hot)[1][:1]) < 1e-9
+
+
+def test_bad_input() -> None:
+    model, data = network(), images()
+    with pytest.raises(ShapeError, match="attr_output: expected \\[3, 10\\] as the output has, got \\[1, 10\\]"):
+        Gradient(model)(data, torch.ones(1, 10))
+    with pytest.raises(TargetError, match="attr_output: expected a tensor, got int"):
+        Gradient(model)(data, lambda output: 1)  # type: ignore[arg-type, return-value]
+    with pytest.raises(OptionError, match="composite: expected None, a name.*got int"):
+        Gradient(model, 1)(data)
+    with pytest.raises(OptionError, match="low: expected one value for all elements"):
+        EpsilonGammaBox(low=torch.tensor([0.0, 1.0]), high=1.0)
+    with pytest.raises(OptionError, match="create_graph"):
+        Gradient(model, EpsilonPlus(), create_graph=True)
+
+
+def test_unmapped_rules_are_named() -> None:
+    pytest.importorskip("zennit")
+    from zennit.canonizers import SequentialMergeBatchNorm
+    from zennit.composites import EpsilonPlus as Theirs
+    from zennit.composites import GuidedBackprop, NameMapComposite
+    from zennit.core import Stabilizer
+    from zennit.rules import Epsilon, WSquare
+
+    model, data = network(), images()
+    with pytest.raises(UnsupportedOpError, match="got ReLUGuidedBackprop for 1"):
+        Gradient(model, GuidedBackprop())(data)
+    with pytest.raises(UnsupportedOpError, match="got WSquare for 0"):
+        Gradient(model, NameMapComposite([(["0"], WSquare())]))(data)
+    with pytest.raises(UnsupportedOpError, match="expected stabilizers that add epsilon.*for 7"):
+        Gradient(model, NameMapComposite([(["7"], Epsilon(Stabilizer(clip=True)))]))(data)
+    with pytest.raises(UnsupportedOpError, match="got rule 'epsilon' for 6 \\(Flatten\\)"):
+        Gradient(model, NameMapComposite([(["6"], Epsilon())]))(data)
+    with pytest.raises(OptionError, match="expected no canonizers, which change the model, got SequentialMergeBatch"):
+        Gradient(model, Theirs(canonizers=[SequentialMergeBatchNorm()]))(data)
