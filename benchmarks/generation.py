@@ -21,7 +21,7 @@ from benchmarks.numerics.rows import RESULTS, write_rows
 from relprop import memory
 from relprop.native.tensors import fresh_results
 
-ROUNDS = 3
+ROUNDS = 2
 CASES = ((16, 112), (240, 16))  # tokens of the prompt, generated tokens
 TOGETHER = 16
 
