@@ -11,7 +11,7 @@ from benchmarks.numerics.rows import RESULTS, read_rows
 from benchmarks.sentence_similarity import DELETED, METHODS, PAIRS, Study, model_folder, sentences
 
 ROWS = RESULTS / "sentence_similarity.csv"
-EXPECTED = ("attnlrp", "transformer_attribution", "gradient_x_input", "raw_attention")
+EXPECTED = ("attnlrp", "cp_lrp", "reslrp", "transformer_attribution", "raw_attention")
 
 
 def test_sentences_are_plain_and_many() -> None:
