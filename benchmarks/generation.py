@@ -21,8 +21,8 @@ from benchmarks.numerics.rows import RESULTS, write_rows
 from relprop import memory
 from relprop.native.tensors import fresh_results
 
-ROUNDS = 3
-CASES = ((16, 240), (480, 32))  # tokens of the prompt, generated tokens
+ROUNDS = 2
+CASES = ((16, 112), (240, 16))  # tokens of the prompt, generated tokens
 TOGETHER = 16
 
 
