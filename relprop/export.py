@@ -19,15 +19,16 @@ from relprop.weights import Derive
 class _Exported(nn.Module):
     """The traced pass, with its weights as buffers."""
 
-    def __init__(self, graph: Any, weights: Sequence[Tensor], inputs: int) -> None:
+    def __init__(self, traced: Any, weights: Sequence[Tensor], inputs: int) -> None:
         super().__init__()
-        self.graph, self.inputs, self.count = graph, inputs, len(weights)
+        # Not named `graph`: exported modules have one, and constants of the trace would be looked for there.
+        self.traced, self.inputs, self.count = traced, inputs, len(weights)
         for i, tensor in enumerate(weights):
             self.register_buffer(f"weight_{i}", tensor.detach())
 
     def forward(self, *given: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         weights = [getattr(self, f"weight_{i}") for i in range(self.count)]
-        found: tuple[Tensor, Tensor, Tensor] = self.graph(*given[: self.inputs], *weights, *given[self.inputs :])
+        found: tuple[Tensor, Tensor, Tensor] = self.traced(*given[: self.inputs], *weights, *given[self.inputs :])
         return found
 
 
