@@ -17,21 +17,14 @@ from relprop import cost, memory, trust
 from relprop.backends import choose_kernels
 from relprop.batches import check_batch_size, join, pieces
 from relprop.capture import Captured, capture, lower
-from relprop.capture.export import InputSpec, bind_arguments
+from relprop.capture.export import bind_arguments
 from relprop.composites import Composite, find_composite
-from relprop.errors import (
-    BackendError,
-    DeviceError,
-    DTypeError,
-    ModelStateError,
-    NonFiniteError,
-    OptionError,
-    ShapeError,
-)
+from relprop.errors import BackendError, OptionError
 from relprop.execute import Forward, PassResult, Trace, run_pass, run_sampled
 from relprop.explanation import Explanation
 from relprop.export import example_batch, export_program, save
 from relprop.graph import Graph
+from relprop.inputs import bind_inputs, check_mode, placement
 from relprop.lowering import PassFunction, output_shape
 from relprop.methods import Reading, find_method
 from relprop.methods.sampled import SampledMap
@@ -115,8 +108,8 @@ def compile(
         raise OptionError(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
     chosen = find_method(method)
     rules = find_composite(composite if composite is not None else chosen.composite)
-    _check_mode(model)
-    device, dtype = _placement(model, args, dict(kwargs or {}))
+    check_mode(model)
+    device, dtype = placement(model, args, dict(kwargs or {}))
     kernels = choose_kernels(backend, dtype, device, precision)
     key = (method, rules, _hashable(method_options), backend, dtype, str(device), precision, tuple(latents))
 
@@ -197,32 +190,6 @@ def _hashable(options: Mapping[str, Any] | None) -> Any:
     except TypeError:
         raise OptionError(f"method_options: expected plain values, got {dict(options or {})!r}") from None
     return found
-
-
-def _check_mode(model: nn.Module) -> None:
-    training = [name or type(model).__name__ for name, module in model.named_modules() if module.training]
-    if training:
-        raise ModelStateError(
-            f"{type(model).__name__}: expected a model in evaluation mode, got {len(training)} module(s) in training"
-            f" mode, the first {training[0]!r}; call model.eval()"
-        )
-
-
-def _placement(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.device, torch.dtype]:
-    tensors = [*model.parameters(), *model.buffers()]
-    devices = {t.device for t in tensors}
-    if len(devices) > 1:
-        raise DeviceError(
-            f"model: expected all weights on one device, got {', '.join(sorted(map(str, devices)))}; load a model that"
-            ' device_map spreads or offloads with device_map={"": device}, or move it with model.to(device)'
-        )
-    given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-    device = devices.pop() if devices else (given[0].device if given else torch.device("cpu"))
-    for tensor in given:
-        if tensor.device != device:
-            raise DeviceError(f"example inputs: expected tensors on {device}, where the model is, got {tensor.device}")
-    floating = {t.dtype for t in tensors if t.dtype.is_floating_point} or {torch.float32}
-    return device, torch.float64 if torch.float64 in floating else torch.float32
 
 
 class Engine:
@@ -579,60 +546,7 @@ class Engine:
         return kinds, grid, size  # type: ignore[return-value]
 
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[int, Any]:
-        """Inputs by value index, checked against the capture."""
-        if self._model.training:
-            raise ModelStateError(
-                f"{type(self._model).__name__}: expected a model in evaluation mode, got one in training mode"
-            )
-        named = bind_arguments(self._model, args, kwargs)
-        given, expected = set(named), set(self._captured.signature)
-        if given != expected:
-            raise ShapeError(
-                f"inputs: expected {', '.join(sorted(expected))}, got {', '.join(sorted(given)) or 'none'}"
-            )
-        ordered = {name: named[name] for name in self._captured.signature}
-        leaves, spec = pytree.tree_flatten(ordered)
-        if spec != self._captured.in_spec:
-            raise ShapeError(f"inputs: expected the structure {self._captured.in_spec}, got {spec}")
-        tensors = []
-        for leaf, plain in zip(leaves, self._captured.in_leaves, strict=True):
-            if plain is None and isinstance(leaf, Tensor):
-                tensors.append(leaf)
-            elif plain != leaf:
-                raise OptionError(f"inputs: expected {plain!r} as when compiled, got {leaf!r}; compile again for it")
-        bound: dict[int, Any] = {}
-        sizes: dict[str, tuple[int, str]] = {}
-        for spec_, tensor in zip(self._captured.inputs, tensors, strict=True):
-            _check_input(spec_, tensor, sizes)
-            value = self.program.graph.inputs.get(spec_.placeholder)
-            if value is not None:
-                bound[value.index] = tensor
-        return bound
-
-
-def _check_input(spec: InputSpec, tensor: Tensor, sizes: dict[str, tuple[int, str]]) -> None:
-    """Hold a tensor to its capture. sizes: of the inputs before it, by the capture's names, with the input's path."""
-    if tensor.device != spec.device:
-        raise DeviceError(f"input {spec.path}: expected a tensor on {spec.device}, got one on {tensor.device}")
-    if tensor.dtype != spec.dtype:
-        raise DTypeError(f"input {spec.path}: expected {spec.dtype}, got {tensor.dtype}")
-    names = ["B" if i == 0 else "N" for i in range(len(spec.shape))]
-    expected = "[" + ", ".join(names[i] if s is None else str(s) for i, s in enumerate(spec.shape)) + "]"
-    fits = tensor.ndim == len(spec.shape) and all(
-        want is None or want == size for want, size in zip(spec.shape, tensor.shape, strict=False)
-    )
-    if not fits or 0 in tensor.shape:
-        raise ShapeError(f"input {spec.path}: expected shape {expected}, got {list(tensor.shape)}")
-    for axis, (want, name) in enumerate(zip(spec.shape, spec.sizes, strict=True)):
-        if want is None:
-            size, first = sizes.setdefault(name, (tensor.shape[axis], spec.path))
-            if tensor.shape[axis] != size:
-                what = "tokens" if axis else "samples"
-                raise ShapeError(f"input {spec.path}: expected {size} {what} as in {first}, got {tensor.shape[axis]}")
-    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-        finite = torch.isfinite(tensor).reshape(tensor.shape[0], -1).all(-1)
-        bad = torch.nonzero(~finite).flatten().tolist()
-        raise NonFiniteError(f"input {spec.path}: expected finite numbers, got NaN or infinity in sample(s) {bad}")
+        return bind_inputs(self._model, self._captured, self.program.graph, args, kwargs)
 
 
 def explain(

@@ -33,8 +33,9 @@ from relprop.rules import (
     SoftmaxTaylor,
     Stabiliser,
 )
+from tests.backend_checks import check_method, check_whole_explanation
 from tests.engine.models import vit
-from tests.rules.rule_checks import Op, assert_near, assert_parts, each, module_of, random
+from tests.rules.rule_checks import Op, assert_parts, each, module_of, random
 
 pytestmark = pytest.mark.usefixtures("results")
 
@@ -196,30 +197,12 @@ def test_attention_in_tiles(rules: Rule | None, half: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("composite", ["chefer", "chefer_stable"])
 def test_whole_explanation(composite: str, dtype: torch.dtype) -> None:
-    """A model from end to end, on the emulation and on plain PyTorch."""
-    model, images = vit(depth=2).to(dtype), random(2, 3, 32, 32, seed=2).to(dtype)
-    found = {}
-    for backend in ("cuda", "torch"):
-        engine = relprop.compile(model, (images,), composite=composite, backend=backend)
-        joint = {step.node.kind for step in engine.program.reverse if step.joint is not None}
-        used = {stream.backend for step in engine.program.reverse for stream in step.streams}
-        assert joint == ({"attention", "linear"} if backend == "cuda" else set())
-        assert used == ({"cuda", "torch"} if backend == "cuda" else {"torch"})
-        found[backend] = engine(images, target=torch.tensor([[0, 9]] * 2)).relevance
-    if dtype == torch.float32:
-        assert_near(found["cuda"], found["torch"], 2e-2 if composite == "chefer" else 1e-3)
-    elif composite == "chefer_stable":
-        assert_near(found["cuda"], found["torch"], 0.1)
+    check_whole_explanation("cuda", composite, dtype)
 
 
 @pytest.mark.parametrize("method", ["attention_rollout", "relevance_rollout", "attention_gradcam"])
 def test_other_methods(method: str) -> None:
-    model, images = vit(depth=2).float(), random(2, 3, 32, 32, seed=2).float()
-    found = [
-        relprop.compile(model, (images,), method=method, backend=backend)(images, target=3).relevance
-        for backend in ("cuda", "torch")
-    ]
-    assert_near(found[0], found[1], 2e-2)
+    check_method("cuda", method)
 
 
 def test_only_an_explicit_choice_takes_it() -> None:

@@ -13,8 +13,9 @@ from relprop.backends.triton import KERNELS, kernel_reasons, reasons_against
 from relprop.composites import find_composite
 from relprop.errors import BackendError
 from relprop.rules import AddNormalised, FanoutEpsilon, LinearAlphaBeta, Rule
+from tests.backend_checks import check_method, check_whole_explanation
 from tests.engine.models import vit
-from tests.rules.rule_checks import Op, assert_near, assert_parts, each, random
+from tests.rules.rule_checks import Op, assert_parts, each, random
 
 CPU = torch.device("cpu")
 
@@ -40,30 +41,12 @@ def test_kernel_equals_rule(composite: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("composite", ["chefer", "chefer_stable"])
 def test_whole_explanation(composite: str, dtype: torch.dtype) -> None:
-    """Both backends on one model. In bfloat16 shares are rounded on their way into a product."""
-    model, images = vit(depth=2).to(dtype), random(2, 3, 32, 32, seed=2).to(dtype)
-    found = {}
-    for backend in ("triton", "torch"):
-        engine = relprop.compile(model, (images,), composite=composite, backend=backend)
-        joint = {step.node.kind for step in engine.program.reverse if step.joint is not None}
-        used = {stream.backend for step in engine.program.reverse for stream in step.streams}
-        assert joint == ({"attention", "linear"} if backend == "triton" else set())
-        assert used == ({"triton", "torch"} if backend == "triton" else {"torch"})
-        found[backend] = engine(images, target=torch.tensor([[0, 9]] * 2)).relevance
-    if dtype == torch.float32:
-        assert_near(found["triton"], found["torch"], 2e-2 if composite == "chefer" else 1e-3)
-    elif composite == "chefer_stable":
-        assert_near(found["triton"], found["torch"], 0.1)
+    check_whole_explanation("triton", composite, dtype)
 
 
 @pytest.mark.parametrize("method", ["attention_rollout", "relevance_rollout", "attention_gradcam", "full"])
 def test_other_methods(method: str) -> None:
-    model, images = vit(depth=2).float(), random(2, 3, 32, 32, seed=2).float()
-    found = [
-        relprop.compile(model, (images,), method=method, backend=backend)(images, target=3).relevance
-        for backend in ("triton", "torch")
-    ]
-    assert_near(found[0], found[1], 2e-2)
+    check_method("triton", method)
 
 
 def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
