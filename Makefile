@@ -1,4 +1,4 @@
-# make demo | test | test-full | lint | clean. Everything is installed into .venv; a second run installs nothing again.
+# make demo | test | test-full | docs | lint | clean. Everything is installed into .venv; a second run installs nothing again.
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?= -n 2
@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml MANIFEST.in $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh)
 CPP := $(wildcard $(foreach folder,csrc csrc/emulation tests/csrc,$(foreach kind,h cpp cu cuh,$(folder)/*.$(kind))))
 
-.PHONY: help demo test test-full lint format clean
+.PHONY: help demo test test-full docs lint format clean
 .DELETE_ON_ERROR:
 
 help:
@@ -21,6 +21,12 @@ test: $(VENV)/.installed-test
 
 test-full: $(VENV)/.installed-test
 	$(BIN)/python -m pytest tests $(PYTEST_ARGS)
+
+# The site in docs/_build/html, its pictures and notebook made anew; then the examples of its pages and of docstrings.
+docs: $(VENV)/.installed-test
+	rm -rf docs/_build docs/_generated
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+	$(BIN)/python -m pytest docs $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
@@ -42,11 +48,11 @@ $(VENV)/.created:
 	@touch $@
 
 $(VENV)/.installed-demo: EXTRAS = demo,images
-# The lint tools come along: installing them on their own would compile the kernels once more.
-$(VENV)/.installed-test: EXTRAS = test,dev
+# The tools of lint and docs come along: installing them on their own would compile the kernels once more.
+$(VENV)/.installed-test: EXTRAS = test,dev,docs
 $(VENV)/.installed-%: $(VENV)/.created $(SOURCES)
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable ".[$(EXTRAS)]"
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist demo-output .pytest_cache .mypy_cache .ruff_cache relprop.egg-info relprop/_C.*.so
+	rm -rf $(VENV) build dist demo-output docs/_build docs/_generated .pytest_cache .mypy_cache .ruff_cache relprop.egg-info relprop/_C.*.so

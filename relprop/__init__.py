@@ -1,8 +1,11 @@
 """relprop: relevance propagation for Transformers, compiled.
 
-import relprop
-explanation = relprop.explain(model, images, target=class_index)
-explanation.relevance   # [B, N], one value per token
+>>> import relprop
+>>> from relprop.demo import bundled_scenes, load_model, preprocess
+>>> model, images = load_model(), preprocess(bundled_scenes()["scene_3_7"].image[None])
+>>> explanation = relprop.explain(model, images, target=7)
+>>> explanation.relevance.shape  # [B, N], one value per token
+torch.Size([1, 65])
 """
 
 from relprop import compat

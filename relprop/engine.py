@@ -101,6 +101,13 @@ def compile(
     Raises:
         ModelStateError, CaptureError, UnsupportedOpError, UnsupportedTopologyError, UnknownNameError, OptionError,
         BackendError.
+
+    Example:
+        >>> from relprop.demo import bundled_scenes, load_model, preprocess
+        >>> model, images = load_model(), preprocess(bundled_scenes()["scene_3_7"].image[None])
+        >>> engine = compile(model, (images,), method="full")
+        >>> engine(images.repeat(3, 1, 1, 1), target=7).relevance.shape
+        torch.Size([3, 64, 64])
     """
     if not isinstance(model, nn.Module):
         raise OptionError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -297,6 +304,14 @@ class Engine:
         Raises:
             ShapeError, DTypeError, DeviceError, NonFiniteError: the inputs. TargetError: the target.
             ModelStateError: the model is in training mode. OptionError: the batch size.
+
+        Example:
+            >>> from relprop.demo import bundled_scenes, load_model, preprocess
+            >>> model, images = load_model(), preprocess(bundled_scenes()["scene_3_7"].image[None])
+            >>> engine = compile(model, (images,))
+            >>> found = engine(images, target=[[3, 7]], check=True)  # two classes of each sample
+            >>> found.relevance.shape, found.trustworthy
+            (torch.Size([1, 2, 65]), tensor([[True, True]]))
         """
         check_batch_size(batch_size)
         with torch.no_grad():
@@ -564,7 +579,17 @@ def explain(
     check: bool = False,
     **kwargs: Any,
 ) -> Explanation:
-    """Compile (from a cache after the first call) and explain in one call; see `compile` and `Engine.__call__`."""
+    """Compile (from a cache after the first call) and explain in one call; see `compile` and `Engine.__call__`.
+
+    Example:
+        >>> from relprop.demo import bundled_scenes, load_model, preprocess
+        >>> model, images = load_model(), preprocess(bundled_scenes()["scene_3_7"].image[None])
+        >>> explanation = explain(model, images, target=7)
+        >>> explanation.relevance.shape, explanation.image_map().shape
+        (torch.Size([1, 65]), torch.Size([1, 64, 64]))
+        >>> explain(model, images, target=7, method="attnlrp").relevance.shape
+        torch.Size([1, 64, 64])
+    """
     engine = compile(
         model,
         args,

@@ -56,6 +56,17 @@ class Explanation:
 
         Raises:
             UnknownNameError: `latents` of `compile` or `explain` did not ask for it.
+
+        Example:
+            >>> import relprop
+            >>> from relprop.demo import bundled_scenes, load_model, preprocess
+            >>> model, images = load_model(), preprocess(bundled_scenes()["scene_3_7"].image[None])
+            >>> latents = ["blocks.2.mlp", "blocks.*.attn:heads"]
+            >>> found = relprop.explain(model, images, method="attnlrp", latents=latents)
+            >>> found.at("blocks.2.mlp").relevance.shape  # of every neuron of every token
+            torch.Size([1, 65, 128])
+            >>> found.at("blocks.2.attn:heads").per_token().shape
+            torch.Size([1, 4, 65])
         """
         if path not in self.latents:
             raise unknown_name("latent (name it in `latents` when compiling)", path, self.latents)

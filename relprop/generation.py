@@ -79,6 +79,16 @@ def explain_generation(
         kwargs: other arguments of the model.
     Raises:
         ShapeError: the generated tokens do not start with the prompt. OptionError: targets_at_a_time.
+
+    Example, with a small decoder of random weights:
+        >>> import transformers
+        >>> ends = dict(bos_token_id=1, eos_token_id=2)
+        >>> config = transformers.GPT2Config(vocab_size=61, n_embd=32, n_layer=2, n_head=4, **ends)
+        >>> model = transformers.GPT2LMHeadModel(config).eval()
+        >>> prompt = torch.tensor([[1, 15, 7, 33]])
+        >>> written = model.generate(prompt, max_new_tokens=3, min_new_tokens=3, do_sample=False, pad_token_id=0)
+        >>> explain_generation(model, prompt, written).relevance.shape  # [B, generated, prompt + generated]
+        torch.Size([1, 3, 7])
     """
     ids = getattr(generated_ids, "sequences", generated_ids)
     writing = _Writing(model, input_ids, ids, attention_mask, kwargs)

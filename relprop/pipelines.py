@@ -1,8 +1,7 @@
 """Hugging Face pipelines that also say why: label, score and relevance in one object.
 
-classifier = relprop.pipeline("text-classification", model="distilbert/distilbert-base-uncased-finetuned-sst-2-english")
-why = classifier("A film that is never dull.")[0]
-why.label, why.score, list(zip(why.tokens, why.relevance))
+`relprop.pipeline("text-classification", model=name)("A film that is never dull.")` has `.label`, `.score`, `.tokens`
+and `.relevance` of each label.
 """
 
 from __future__ import annotations
@@ -79,6 +78,18 @@ def pipeline(
         kwargs: everything else is for `transformers.pipeline`: tokenizer, image_processor, device, ...
     Raises:
         UnknownNameError: the task. MissingDependencyError: transformers is not installed.
+
+    Example, with a small model of random weights:
+        >>> import transformers
+        >>> sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
+        >>> config = transformers.ViTConfig(image_size=32, patch_size=8, **sizes)
+        >>> processor = transformers.ViTImageProcessor(size={"height": 32, "width": 32})
+        >>> model = transformers.ViTForImageClassification(config)
+        >>> classifier = pipeline("image-classification", model, image_processor=processor)
+        >>> from PIL import Image
+        >>> why = classifier(Image.new("RGB", (40, 50)), top_k=1)[0]
+        >>> why.label in ("LABEL_0", "LABEL_1"), why.relevance.shape
+        (True, torch.Size([32, 32]))
     """
     if task not in _TASKS:
         raise unknown_name("task", task, _TASKS)

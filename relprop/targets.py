@@ -36,6 +36,14 @@ def contrast(target: TargetLike, against: TargetLike = None) -> Callable[[Tensor
     Args:
         target, against: classes: an int, [B], or an index tuple for an output with several axes per sample; `against`
             None is the mean of all outputs of the target's axis.
+
+    Example:
+        >>> import relprop
+        >>> from relprop.demo import bundled_scenes, load_model, preprocess
+        >>> model, images = load_model(), preprocess(bundled_scenes()["scene_3_7"].image[None])
+        >>> why = relprop.explain(model, images, target=contrast(3, against=7))
+        >>> why.target is None  # no class of its own
+        True
     """
 
     def score(output: Tensor) -> Tensor:

@@ -1,7 +1,11 @@
 """Captum's conventions: attributions in the shape of the inputs, tuples in and out, every form of a target.
 
-from relprop.compat.captum import LRP
-attributions, delta = LRP(model).attribute(images, target=5, return_convergence_delta=True)
+>>> from relprop.demo import bundled_scenes, load_model, preprocess
+>>> model, images = load_model(), preprocess(bundled_scenes()["scene_5_9"].image[None])
+>>> from relprop.compat.captum import LRP
+>>> attributions, delta = LRP(model).attribute(images, target=5, return_convergence_delta=True)
+>>> attributions.shape
+torch.Size([1, 3, 64, 64])
 
 `LRP` and `LayerLRP` stand in for Captum's classes, on Transformers too; `Relevance` and `LayerRelevance` take any
 method of relprop.

@@ -1,7 +1,10 @@
 """The interfaces of Chefer, Gur and Wolf's code (CVPR and ICCV 2021), on stock timm and Hugging Face models.
 
-from relprop.compat.chefer import LRP
-LRP(model).generate_LRP(image, method="transformer_attribution", index=243)   # [1, patches]
+>>> from relprop.demo import bundled_scenes, load_model, preprocess
+>>> model, image = load_model(), preprocess(bundled_scenes()["scene_3_7"].image[None])
+>>> from relprop.compat.chefer import LRP
+>>> LRP(model).generate_LRP(image, method="transformer_attribution", index=7).shape  # [1, patches]
+torch.Size([1, 64])
 
 Shapes are the original's for one sample; a larger batch has its axis in front, and each sample's answer is what it
 would be alone. `index` is None for the largest output, a class, or one class per sample.

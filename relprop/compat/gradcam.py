@@ -1,8 +1,12 @@
 """pytorch-grad-cam's interface: an image's map as float32 [B, H, W] in [0, 1].
 
-from relprop.compat.gradcam import RelevanceCAM
-with RelevanceCAM(model=model) as cam:
-    grayscale_cam = cam(input_tensor=images, targets=[ClassifierOutputTarget(281)])[0, :]
+>>> from relprop.demo import bundled_scenes, load_model, preprocess
+>>> model, images = load_model(), preprocess(bundled_scenes()["scene_2_6"].image[None])
+>>> from relprop.compat.gradcam import RelevanceCAM
+>>> with RelevanceCAM(model=model) as cam:
+...     grayscale_cam = cam(input_tensor=images, targets=[lambda output: output[6]])[0, :]
+>>> grayscale_cam.shape
+(64, 64)
 
 Targets are that package's, or any function from one sample's output to its score.
 """

@@ -1,10 +1,12 @@
 """LXT's way of working, without patched classes: the model's own backward pass carries relevance.
 
-from relprop.compat import lxt
-with lxt.attnlrp(model):
-    logits = model(x.requires_grad_())
-    logits[0, 3].backward()
-relevance = x * x.grad
+>>> from relprop.demo import bundled_scenes, load_model, preprocess
+>>> model, x = load_model(), preprocess(bundled_scenes()["scene_3_7"].image[None])
+>>> from relprop.compat import lxt
+>>> with lxt.attnlrp(model):
+...     logits = model(x.requires_grad_())
+...     logits[0, 3].backward()
+>>> relevance = x * x.grad
 
 Inside the block this one model, in this thread, runs with AttnLRP's modified gradients. Nothing else changes: other
 models of the same class, other threads, and the model itself after the block. As it is plain autograd, hooks see

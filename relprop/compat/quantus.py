@@ -1,8 +1,13 @@
 """Quantus's `explain_func`: relevance for its metrics.
 
-from relprop.compat.quantus import explain
-options = {"method": "attnlrp"}
-quantus.PixelFlipping()(model=model, x_batch=x, y_batch=y, explain_func=explain, explain_func_kwargs=options)
+>>> from relprop.demo import bundled_scenes, load_model, preprocess
+>>> model, x, y = load_model(), preprocess(bundled_scenes()["scene_2_6"].image[None]).numpy(), np.array([6])
+>>> from relprop.compat.quantus import explain
+>>> explain(model, x, y, method="attnlrp").shape
+(1, 1, 64, 64)
+
+With a metric: `PixelFlipping()(model=model, x_batch=x, y_batch=y, explain_func=explain)`; what `explain` takes by name
+goes into `explain_func_kwargs`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,12 @@
 """zennit's interface: `Gradient(model, composite)(input, attr_output)` gives the output and the attribution.
 
-from relprop.compat.zennit import EpsilonPlusFlat, Gradient
-with Gradient(model=model, composite=EpsilonPlusFlat()) as attributor:
-    output, relevance = attributor(images, torch.eye(1000)[[281]])
+>>> from relprop.demo import bundled_scenes, load_model, preprocess
+>>> model, images = load_model(), preprocess(bundled_scenes()["scene_1_8"].image[None])
+>>> from relprop.compat.zennit import EpsilonPlusFlat, Gradient
+>>> with Gradient(model=model, composite=EpsilonPlusFlat()) as attributor:
+...     output, relevance = attributor(images, torch.eye(10)[[8]])
+>>> relevance.shape
+torch.Size([1, 3, 64, 64])
 
 A composite is one of the classes below, an instance of one of zennit's own, a composite of relprop or its name, or None
 for the plain gradient. In zennit's, operations without a hook keep their gradient, and so they do here; composites of

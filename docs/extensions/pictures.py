@@ -1,0 +1,61 @@
+"""The picture of every method on one of the demo's images, made when the site is built."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from sphinx.application import Sphinx
+
+import relprop
+from relprop.demo import bundled_scenes, load_model, preprocess
+from relprop.methods import METHODS
+from relprop.pictures import conditioning_picture, enlarge, overlay, panel, save_png
+
+SCENE, DIGITS, SIDE = "scene_3_7", (3, 7), 176
+
+
+def draw(folder: Path) -> None:
+    """`<method>.png` for every method: the image, and relevance for either of its digits."""
+    model, scene = load_model(), bundled_scenes()[SCENE]
+    image = enlarge(Image.fromarray(scene.image.permute(1, 2, 0).contiguous().numpy()), SIDE)
+    inputs = preprocess(scene.image[None])
+    for method in METHODS.values():
+        path = folder / f"{method.name}.png"
+        if path.exists():
+            continue
+        found = relprop.explain(model, inputs, target=torch.tensor([DIGITS]), method=method.name)
+        maps, signed = found.image_map()[0], method.output == "input"
+        if signed:  # few pixels carry most of it
+            limit = maps.abs().flatten(1).quantile(0.99, 1)[:, None, None]
+            maps = maps.clamp(-limit, limit)
+        tiles = [(f"for {digit}", overlay(image, maps[i], signed=signed)) for i, digit in enumerate(DIGITS)]
+        save_png(panel([("image", image), *tiles]), path)
+
+
+def draw_conditioning(path: Path) -> None:
+    """Cancellation and amplification in the demo's model, with the published residual adds and the bounded ones."""
+    model, scenes = load_model(), bundled_scenes()
+    images = preprocess(torch.stack([scene.image for scene in scenes.values()]))
+    composites = ("chefer", "chefer_stable", "attnlrp", "reslrp")
+    books = {
+        name: relprop.explain(model, images, method="full", composite=name, ledger=True).ledger for name in composites
+    }
+    save_png(conditioning_picture(books), path)
+
+
+def prepare(app: Sphinx) -> None:
+    """Before anything is read."""
+    folder = Path(app.srcdir) / "_generated" / "methods"
+    folder.mkdir(parents=True, exist_ok=True)
+    draw(folder)
+    if not (folder.parent / "conditioning.png").exists():
+        draw_conditioning(folder.parent / "conditioning.png")
+
+
+def setup(app: Sphinx) -> dict[str, Any]:
+    """Sphinx's entry."""
+    app.connect("builder-inited", prepare)
+    return {"parallel_read_safe": True}

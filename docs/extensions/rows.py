@@ -1,0 +1,96 @@
+"""Tables from committed rows: `{rows} file.csv` shows columns of a file, `{readme-table} name` one of the README's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from docutils import nodes
+from docutils.parsers.rst import directives
+from sphinx.application import Sphinx
+from sphinx.util.docutils import SphinxDirective
+
+from benchmarks.numerics.rows import RESULTS, read_rows
+from benchmarks.tables import NOT_YET, TABLES, table
+
+MACHINE = ("device", "threads", "torch", "commit", "date")  # the same for the rows of one run: named once, below
+
+
+def shown(text: str) -> str:
+    """A cell: numbers with three digits that count, names as they are."""
+    try:
+        number = float(text)
+    except ValueError:
+        return text
+    if number == int(number) and abs(number) < 1e6:
+        return str(int(number))
+    return f"{number:.3g}" if abs(number) < 1000 else f"{number:.0f}"
+
+
+def chosen(rows: list[dict[str, str]], conditions: str) -> list[dict[str, str]]:
+    """Rows with these values: "dtype=float32 part=check", or a column that is not empty: "minus!="."""
+    for condition in conditions.split():
+        column, _, wanted = condition.partition("=")
+        if column.endswith("!"):
+            rows = [row for row in rows if row[column[:-1]] != wanted]
+        else:
+            rows = [row for row in rows if row[column] == wanted]
+    return rows
+
+
+def ran_on(rows: list[dict[str, str]], name: str) -> str:
+    """The line below a table: the machine, the versions, and where the rows are."""
+    parts = {column: sorted({row[column] for row in rows if row.get(column)}) for column in MACHINE}
+    said = [", ".join(parts["device"]), f"{', '.join(parts['threads'])} thread(s)" if parts["threads"] else ""]
+    said += [f"torch {', '.join(parts['torch'])}" if parts["torch"] else "", ", ".join(parts["date"])]
+    return f"{len(rows)} rows of `benchmarks/results/{name}`: {', '.join(part for part in said if part)}."
+
+
+class Rows(SphinxDirective):
+    """Rows of a file in `benchmarks/results/`.
+
+    Options:
+        columns: "column" or "column as its heading", separated by commas; all but the machine's without it.
+        where: which rows; see `chosen`.
+        limit: how many are shown at most.
+    """
+
+    required_arguments = 1
+    option_spec = {"columns": directives.unchanged, "where": directives.unchanged, "limit": directives.positive_int}
+
+    def run(self) -> list[nodes.Node]:
+        path = RESULTS / self.arguments[0]
+        self.env.note_dependency(str(path))
+        if not path.exists():
+            return self.parse_text_to_nodes(f"*{NOT_YET}* (`benchmarks/results/{path.name}`)")
+        rows = chosen(read_rows(path), self.options.get("where", ""))
+        if not rows:
+            raise self.error(f"{path.name}: expected rows where {self.options['where']}, got none")
+        named = [part.strip().partition(" as ") for part in self.options.get("columns", "").split(",") if part.strip()]
+        columns = {column: heading or column for column, _, heading in named}
+        columns = columns or {column: column for column in rows[0] if column not in MACHINE}
+        unknown = [column for column in columns if column not in rows[0]]
+        if unknown:
+            raise self.error(f"{path.name}: expected columns among {', '.join(rows[0])}, got {', '.join(unknown)}")
+        body = [[shown(row[column]).replace("|", "\\|") for column in columns] for row in rows]
+        text = table(list(columns.values()), body[: self.options.get("limit")])
+        return self.parse_text_to_nodes(f"{text}\n\n{ran_on(rows, path.name)}")
+
+
+class ReadmeTable(SphinxDirective):
+    """A table that the README has too."""
+
+    required_arguments = 1
+
+    def run(self) -> list[nodes.Node]:
+        if self.arguments[0] not in TABLES:
+            raise self.error(f"expected one of {', '.join(TABLES)}, got {self.arguments[0]}")
+        for path in RESULTS.glob("*.csv"):
+            self.env.note_dependency(str(path))
+        return self.parse_text_to_nodes(TABLES[self.arguments[0]]())
+
+
+def setup(app: Sphinx) -> dict[str, Any]:
+    """Sphinx's entry."""
+    app.add_directive("rows", Rows)
+    app.add_directive("readme-table", ReadmeTable)
+    return {"parallel_read_safe": True}
