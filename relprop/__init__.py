@@ -5,7 +5,7 @@ explanation = relprop.explain(model, images, target=class_index)
 explanation.relevance   # [B, N], one value per token
 """
 
-from relprop import compat
+from relprop import compat, pictures
 from relprop.backends import backends
 from relprop.composites import Composite, Entry, composites, entry, find_composite, register_composite
 from relprop.engine import Engine, compile, explain
@@ -48,6 +48,7 @@ __all__ = [
     "explain_generation",
     "find_composite",
     "methods",
+    "pictures",
     "pipeline",
     "register_composite",
     "register_rule",
