@@ -8,7 +8,7 @@
 torch.Size([1, 65])
 """
 
-from relprop import compat
+from relprop import compat, pictures
 from relprop.backends import backends
 from relprop.composites import Composite, Entry, composites, entry, find_composite, register_composite
 from relprop.engine import Engine, compile, explain
@@ -51,6 +51,7 @@ __all__ = [
     "explain_generation",
     "find_composite",
     "methods",
+    "pictures",
     "pipeline",
     "register_composite",
     "register_rule",

@@ -319,11 +319,17 @@ class Engine:
             batched = frozenset(i for i, is_batch in self._batched.items() if is_batch)
             batch = next((len(inputs[i]) for i in inputs if i in batched), 1)
             size = self._fitting(inputs, target, batch) if batch_size == "auto" else batch_size
+            named = {
+                spec.path: inputs[value.index]
+                for spec in self._captured.inputs
+                if (value := self.program.graph.inputs.get(spec.placeholder)) is not None
+            }
             if size is None or int(size) >= batch:
-                return self._explained(inputs, target, ledger, check)
+                return replace(self._explained(inputs, target, ledger, check), inputs=named)
             if ledger:
                 raise OptionError(f"ledger: expected a batch in one piece, got batch_size {size} for {batch} samples")
-            return join([self._explained(*part, ledger, check) for part in pieces(inputs, batched, target, int(size))])
+            parts = [self._explained(*part, ledger, check) for part in pieces(inputs, batched, target, int(size))]
+            return replace(join(parts), inputs=named)
 
     def _explained(self, inputs: dict[int, Any], target: TargetLike, ledger: bool, check: bool) -> Explanation:
         if self._replays is not None and not (ledger or check or callable(target)):

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from relprop.annotation import Annotation, Normalisation
 from relprop.errors import ShapeError, unknown_name
 from relprop.latents import Latent
 from relprop.ledger import Ledger
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from relprop.pictures.view import View
 
 
 @dataclass(frozen=True)
@@ -33,6 +41,9 @@ class Explanation:
         latents: relevance inside the model, by module path, where compilation was asked for it; see `at`.
         disagreement: relative difference to runs with a slightly moved input, the larger, if asked for. [B] or [B, T]
         trustworthy: disagreement below the method's threshold, if asked for. [B] or [B, T], bool
+        inputs: the model's tensors, by name and by reference: what `show` and `save` draw on. They stay in memory as
+            long as the explanation; `dataclasses.replace(explanation, inputs={})` lets go of them.
+        annotation: images, token strings and class names for `show` and `save`; see `annotated`.
     """
 
     relevance: Tensor
@@ -48,6 +59,21 @@ class Explanation:
     latents: Mapping[str, Latent] = field(default_factory=dict)
     disagreement: Tensor | None = None
     trustworthy: Tensor | None = None
+    inputs: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    annotation: Annotation = field(default_factory=Annotation, repr=False)
+
+    @property
+    def batch(self) -> int:
+        """Samples."""
+        return len(self.relevance)
+
+    @property
+    def several(self) -> bool:
+        """Whether there is an axis of targets."""
+        if self.target is not None:
+            return self.target.ndim == (2 if self.logits.ndim == 2 else 3)
+        single = 3 if self.image_size is not None and not self.token_kinds else 2
+        return self.relevance.ndim > single
 
     def at(self, path: str) -> Latent:
         """Relevance at a module's output ("blocks.5.mlp"), or at its attention heads ("blocks.5.attn:heads").
@@ -102,3 +128,85 @@ class Explanation:
         flat = patches.reshape(-1, 1, *patches.shape[-2:])
         large = F.interpolate(flat.float(), size=self.image_size, mode="bilinear", align_corners=False)
         return large.reshape(*patches.shape[:-2], *self.image_size)
+
+    def image_input(self) -> Tensor | None:
+        """The images as the model was given them, None where the input is no image. [B, C, H, W]"""
+        found = (t for t in self.inputs.values() if t.ndim == 4 and tuple(t.shape[-2:]) == self.image_size)
+        return next(found, None)
+
+    def target_maps(self) -> Tensor:
+        """`image_map` with an axis of targets, channels that a method kept summed. [B, T, H, W]"""
+        maps = self.image_map()
+        maps = maps if self.several else maps.unsqueeze(1)
+        return maps.sum(2) if maps.ndim == 5 else maps
+
+    def target_names(self, sample: int) -> list[str]:
+        """What each target of a sample is called: its label, or the number of its class."""
+        if self.target is None:
+            count = self.relevance.shape[1] if self.several else 1
+            return [f"target {i}" for i in range(count)] if count > 1 else ["target"]
+        rows = self.target[sample].cpu()
+        rows = rows if self.several else rows.unsqueeze(0)
+        return [self.annotation.label(row.reshape(-1).tolist()) for row in rows]
+
+    def annotated(
+        self,
+        *,
+        images: Any = None,
+        tokens: Any = None,
+        labels: Sequence[str] | Mapping[int, str] | None = None,
+        normalisation: Normalisation | None = None,
+    ) -> Explanation:
+        """The same with names and pictures for `show`, `save` and notebooks; relevance is not copied.
+
+        Args:
+            images: as the model sees them: PIL images, files, or a tensor [B, 3, H, W] of uint8 or of floats from 0 to
+                1. By default the model's own input, stretched from its darkest to its lightest value.
+            tokens: a tokenizer of transformers, or a list of strings for each sample.
+            labels: class names by index: a sequence, or a mapping such as `model.config.id2label`.
+            normalisation: (mean, std) of the model's input, so that it can be shown without `images`.
+        """
+        notes = self.annotation.with_(images=images, tokens=tokens, labels=labels, normalisation=normalisation)
+        return replace(self, annotation=notes)
+
+    def view(self, **options: Any) -> View:
+        """What `show` and `save` show, with their options: a picture of images, coloured text of tokens.
+
+        Args:
+            over: of an image: "targets", or the "layers" or "heads" that `latents` named.
+            scale: what colours are comparable within: "map" (each on its own), "sample" or "batch".
+            signed: paint values below 0 as their own side; by default where the method has such.
+            samples: which of the batch, all by default.
+            columns, side: of pictures: maps in a row, pixels of a map.
+            heading: above all.
+            images, tokens, labels, normalisation: as `annotated` takes them.
+        Raises:
+            OptionError, ShapeError, NonFiniteError: what is to be shown. MissingDependencyError: pictures need
+                matplotlib; texts do not.
+        """
+        from relprop.pictures.explanations import explanation_view
+
+        return explanation_view(self, **options)
+
+    def picture(self, **options: Any) -> Image.Image:
+        """The heat maps of `view` as a picture."""
+        return self.view(**options).image()
+
+    def html(self, *, theme: str = "auto", **options: Any) -> str:
+        """`view` as a fragment of HTML that stands alone. theme: "auto", "light" or "dark"."""
+        return self.view(**options).html(theme)
+
+    def show(self, **options: Any) -> None:
+        """Show `view`: as the output of a notebook, in the terminal (texts), or in the system's viewer (pictures)."""
+        self.view(**options).show()
+
+    def save(self, path: str | Path, *, theme: str = "auto", **options: Any) -> Path:
+        """Write `view` as a picture (.png, .jpg, .webp) or a page (.html).
+
+        Raises:
+            OptionError: another suffix. OutputError: it cannot be written. Others as `view`.
+        """
+        return self.view(**options).save(path, theme)
+
+    def _repr_html_(self) -> str | None:
+        return self.view()._repr_html_()

@@ -7,7 +7,7 @@ import struct
 import tempfile
 import warnings
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from relprop.errors import ImageError, OutputError, WeightsError
 
-__all__ = ["SUFFIXES", "find_images", "load_image", "load_weights", "prepare_output"]
+__all__ = ["SUFFIXES", "find_images", "load_image", "load_weights", "prepare_output", "write_whole"]
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
@@ -138,6 +138,30 @@ def prepare_output(path: str | Path) -> Path:
     except OSError as error:
         raise OutputError(f"{folder}: expected a folder to write to, got the fault: {error.strerror}") from error
     return folder
+
+
+def write_whole(path: str | Path, write: Callable[[Path], object], what: str) -> Path:
+    """Write a file so that it is either whole or not there: beside it first, then renamed.
+
+    Args:
+        write: writes to the path that it is given.
+        what: the file is, for the error.
+    Raises:
+        OutputError: it cannot be written.
+    """
+    path = Path(path)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        try:
+            write(part)
+            os.replace(part, path)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise OutputError(f"{path}: expected to write {what}, got the fault: {reason}") from error
+    return path
 
 
 def load_weights(path: str | Path) -> dict[str, Tensor]:

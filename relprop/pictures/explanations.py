@@ -1,0 +1,159 @@
+"""What `show` and `save` of an explanation show, and several explanations side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from relprop.errors import OptionError, ShapeError
+from relprop.explanation import Explanation
+from relprop.pictures.grids import (
+    chosen_samples,
+    compared_blocks,
+    draw_blocks,
+    explanation_blocks,
+)
+from relprop.pictures.text import Passage, text_html, text_terminal
+from relprop.pictures.tokens import token_strings
+from relprop.pictures.view import View
+
+__all__ = ["compare", "explanation_view", "passages"]
+
+
+def explanation_view(
+    explanation: Explanation,
+    *,
+    over: str = "targets",
+    scale: str = "map",
+    signed: bool | None = None,
+    samples: Sequence[int] | None = None,
+    columns: int | None = None,
+    side: int = 180,
+    heading: str = "",
+    **annotation: Any,
+) -> View:
+    """See `Explanation.view`."""
+    noted = explanation.annotated(**annotation) if annotation else explanation
+    title = heading or f"relevance by {explanation.method}"
+    views = []
+    if explanation.image_size is not None and _has_map(explanation):
+        blocks = explanation_blocks(noted, over, samples)
+
+        def picture() -> Any:
+            return draw_blocks(blocks, signed=signed, scale=scale, columns=columns, side=side, heading=heading)
+
+        views.append(View(title, picture))
+    elif over != "targets":
+        raise OptionError(f"over: expected 'targets' for a text, got {over!r}")
+    texts = passages(noted, samples)
+    if texts:
+        views.append(text_view(texts, title, scale, signed))
+    if not views:
+        raise ShapeError(
+            f"view: expected an image or one number for each token, got relevance {list(explanation.relevance.shape)}"
+        )
+    return views[0] if len(views) == 1 else View(title, views[0].picture, views[1].text, views[1].terminal)
+
+
+def text_view(texts: Sequence[Passage], title: str, scale: str = "map", signed: bool | None = None) -> View:
+    """Texts as something to look at."""
+    return View(
+        title,
+        text=lambda theme: text_html(texts, scale=scale, signed=signed, theme=theme),
+        terminal=lambda: text_terminal(texts, scale=scale, signed=signed),
+    )
+
+
+def _has_map(explanation: Explanation) -> bool:
+    if explanation.token_kinds:
+        return explanation.grid is not None
+    maps = [explanation.relevance, *explanation.relevances.values()]
+    return any(m.ndim > 2 and tuple(m.shape[-2:]) == explanation.image_size for m in maps)
+
+
+def passages(explanation: Explanation, samples: Sequence[int] | None = None) -> list[Passage]:
+    """Every text of an explanation, for every sample and target, padding left out.
+
+    Raises:
+        OptionError, ShapeError: the token strings that it was annotated with.
+    """
+    chosen = chosen_samples(explanation, samples)
+    found = []
+    several_inputs = len(list(_texts(explanation))) > 1
+    for name, relevance, ids in _texts(explanation):
+        rows = None if ids is None else ids.tolist()
+        tokens, special = token_strings(explanation.annotation.tokens, rows, explanation.batch)
+        for sample in chosen:
+            kept = _kept(explanation, relevance.shape[-1], sample)
+            strings = tokens[sample]
+            if len(strings) == len(kept):
+                strings = [token for token, keep in zip(strings, kept.tolist(), strict=True) if keep]
+            for target, label in enumerate(explanation.target_names(sample)):
+                title = f"{label} ({name})" if several_inputs else label
+                title = f"sample {sample}: {title}" if len(chosen) > 1 else title
+                values = relevance[sample, target] if explanation.several else relevance[sample]
+                found.append(Passage(strings, values.cpu()[kept], title, sample, tuple(special)))
+    return found
+
+
+def _texts(explanation: Explanation) -> Iterator[tuple[str, Tensor, Tensor | None]]:
+    """(input, relevance [B, (T), N], token ids [B, N]) of every input that is a text."""
+    axes = 2 + explanation.several
+    maps = explanation.relevances or {"": explanation.relevance}
+    for name, relevance in maps.items():
+        ids = explanation.inputs.get(name)
+        if ids is not None and (ids.is_floating_point() or ids.ndim != 2):
+            ids = None
+        if relevance.ndim == axes and (ids is not None or explanation.image_size is None):
+            fits = ids is not None and ids.shape[-1] == relevance.shape[-1]
+            yield name, relevance, ids if fits else None
+
+
+def _kept(explanation: Explanation, tokens: int, sample: int) -> Tensor:
+    """Which tokens an attention mask does not hide. [N]"""
+    for name, mask in explanation.inputs.items():
+        if "attention_mask" in name and mask.ndim == 2 and mask.shape[-1] == tokens:
+            return mask[sample].bool().cpu()
+    return torch.ones(tokens, dtype=torch.bool)
+
+
+def compare(
+    explanations: Mapping[str, Explanation],
+    *,
+    scale: str = "map",
+    signed: bool | None = None,
+    samples: Sequence[int] | None = None,
+    columns: int | None = None,
+    side: int = 180,
+    heading: str = "",
+    **annotation: Any,
+) -> View:
+    """Several explanations of the same inputs side by side, such as one for each method.
+
+    Args:
+        explanations: by title.
+        others: as `Explanation.view` takes them. Units differ from method to method: compare where, not how much.
+    Raises:
+        OptionError: none, or images and texts mixed. ShapeError: explanations of other inputs.
+    """
+    if not explanations:
+        raise OptionError("compare: expected at least one explanation, got none")
+    noted = {name: found.annotated(**annotation) for name, found in explanations.items()}
+    title = heading or f"{len(noted)} explanations"
+    pictured = [_has_map(found) and found.image_size is not None for found in noted.values()]
+    if all(pictured):
+        blocks = compared_blocks(noted, samples)
+        return View(
+            title,
+            lambda: draw_blocks(blocks, signed=signed, scale=scale, columns=columns, side=side, heading=heading),
+        )
+    if any(pictured):
+        raise OptionError("compare: expected explanations of images or of texts, got both")
+    texts = []
+    for name, found in noted.items():
+        for one in passages(found, samples):
+            texts.append(Passage(one.tokens, one.relevance, f"{name}: {one.title}", one.sample, one.special))
+    return text_view(texts, title, scale, signed)
