@@ -380,7 +380,12 @@ class Engine:
             batch: samples.
             targets: per sample.
         """
-        return self._forecast(self._sizes(), targets, batch) + self._weights.derived.nbytes
+        return self._forecast(self._sizes(), targets, batch) + self.derived_memory
+
+    @property
+    def derived_memory(self) -> int:
+        """Bytes of what has been derived from the model's weights: casts of half precision, packed weights."""
+        return self._weights.derived.nbytes
 
     def _sizes(self) -> dict[int, tuple[int, ...]]:
         """Of every input at a batch of one, as in the example."""

@@ -383,9 +383,8 @@ def run_sampled(
         weights, moved = zip(*points[start : start + readout.batch], strict=True)
         run = run_forward(program, repeated(len(weights)), derive, _replacing(value, torch.cat(moved)))
         output = run.tensors[program.graph.output.index]
-        if again is not None:
-            target = again(output)
-            seed = target.seed
+        if again is not None:  # the batch of one point is what a callable knows
+            seed = torch.cat([again(part).seed for part in output.chunk(len(weights))], 1)
         else:
             seed = target.seed.repeat(1, len(weights), *[1] * (target.seed.ndim - 2))
         reading = _reading(program, run, output, replace(target, seed=seed), None)

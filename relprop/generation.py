@@ -114,9 +114,11 @@ def explain_generation(
     chosen, predicted = engine(window), None
     if targets_at_a_time == "auto" and writing.count >= max(memory.PROBES):
         forecast = memory.measure(lambda count: writing.last(chosen, window, count))
-        budget = memory_limit or int(memory.SHARE * memory.available(ids.device))
+        budget = int(memory.SHARE * memory.available(ids.device))
+        if memory_limit is not None:
+            budget = memory_limit - chosen.derived_memory
         fitting = memory.largest_batch(forecast.peak, budget, window)
-        predicted = forecast.peak(fitting)
+        predicted = forecast.peak(fitting) + chosen.derived_memory
         if fitting < window:
             window, chosen = fitting, engine(fitting)
     return writing.gathered(chosen, window, predicted)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -56,7 +57,8 @@ class Allocations(TorchDispatchMode):
 
 
 def _tensors(structure: Any) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(structure) if isinstance(leaf, Tensor)]
+    """All with memory of their own; those of a capture, fake ones, have none."""
+    return [leaf for leaf in pytree.tree_leaves(structure) if isinstance(leaf, Tensor) and not is_fake(leaf)]
 
 
 @dataclass(frozen=True)

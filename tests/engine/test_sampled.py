@@ -68,6 +68,23 @@ def test_completeness_targets_and_one_sample_alone() -> None:
     assert relative(called[0], found.relevance[0, 0]) < 1e-10
 
 
+@pytest.mark.parametrize("method", ["integrated_gradients", "smoothgrad"])
+def test_a_callable_sees_one_point_at_a_time(method: str) -> None:
+    """One that holds something of every sample, and one that is not linear."""
+    model, wanted = vit(depth=2).double(), torch.tensor([3, 5])
+    partner = torch.randn(2, model(IMAGES).shape[-1], dtype=torch.float64)
+    for target in (relprop.contrast(wanted, against=0), lambda out: torch.cosine_similarity(out, partner, -1)):
+        together, one = (
+            relprop.explain(model, IMAGES, method=method, target=target, method_options={"batch": batch}).relevance
+            for batch in (5, 1)
+        )
+        assert relative(together, one) < 1e-10
+    engine = relprop.compile(model, (IMAGES,), method=method)
+    difference = engine(IMAGES, target=relprop.contrast(wanted, against=0)).relevance
+    parts = [engine(IMAGES, target=classes).relevance for classes in (wanted, 0)]
+    assert relative(difference, parts[0] - parts[1]) < 1e-10
+
+
 def test_smoothgrad_is_a_mean_over_noise() -> None:
     model = vit(depth=2).double()
     options: dict[str, Any] = {"samples": 5, "noise": 0.1, "batch": 2, "seed": 7}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from functools import cache
 from typing import Any
 
@@ -136,6 +137,21 @@ def test_memory_is_predicted_and_bounded() -> None:
             relprop.explain_generation(model, given, found, targets_at_a_time=generation.targets_at_a_time)
         assert generation.memory is not None
         assert max(counted.history) < 1.1 * generation.memory + 8 * generation.relevance.numel()
+
+
+def test_memory_counts_what_is_derived_from_the_weights() -> None:
+    """Casts of a half-precision model, made in the first pass, are within the forecast and its limit."""
+    model, given, found = written("gpt2", 40)
+    half = deepcopy(model).to(torch.bfloat16)
+    with fresh_results(), memory.Allocations() as counted:  # the capture in it allocates nothing
+        generation = relprop.explain_generation(half, given, found)
+    derived = sum(4 * p.numel() for name, p in half.named_parameters() if p.ndim == 2 and "wte" not in name)
+    assert generation.memory is not None
+    assert 0.9 * generation.memory < max(counted.history) < 1.1 * generation.memory + 8 * generation.relevance.numel()
+    assert generation.memory > derived > generation.memory / 20
+    limit = generation.memory * 3 // 4
+    bounded = relprop.explain_generation(half, given, found, memory_limit=limit)
+    assert bounded.memory is not None and bounded.memory <= limit
 
 
 def test_picture() -> None:
