@@ -12,6 +12,12 @@ from relprop.graph import Graph, Node
 from relprop.rules import EXACT, REFERENCE, AddIdentity, Rule, Stabiliser, make_rule
 from relprop.rules.attention_composed import AttentionComposed
 
+_REGISTER = "Register one with relprop.register_rule and name it in a Composite"
+_REMEDIES = {  # by words of an operation's name
+    "grouped_mm": "It sorts the tokens of all samples by their expert: call"
+    ' model.set_experts_implementation("batched_mm"), which computes the same'
+}
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -87,9 +93,10 @@ class Composite:
                 rules[node] = rule
         if missing:
             lines = "\n".join(f"  {node.kind}: {node.describe()}" for node in missing)
+            remedy = next((_REMEDIES[op] for op in _REMEDIES if op in lines), _REGISTER)
             raise UnsupportedOpError(
                 f"composite {self.name!r} has no rule for {len(missing)} operation(s) of this model; expected one for"
-                f" each, got none for\n{lines}\nRegister one with relprop.register_rule and name it in a Composite"
+                f" each, got none for\n{lines}\n{remedy}"
             )
         return rules
 

@@ -24,7 +24,7 @@ from relprop.execute import Forward, PassResult, Trace, run_pass, run_sampled
 from relprop.explanation import Explanation
 from relprop.export import example_batch, export_program, save
 from relprop.graph import Graph
-from relprop.inputs import bind_inputs, check_mode, placement
+from relprop.inputs import bind_inputs, check_mode, check_weights, placement
 from relprop.lowering import PassFunction, output_shape
 from relprop.methods import Reading, find_method
 from relprop.methods.sampled import SampledMap
@@ -116,6 +116,7 @@ def compile(
     chosen = find_method(method)
     rules = find_composite(composite if composite is not None else chosen.composite)
     check_mode(model)
+    check_weights(model)
     device, dtype = placement(model, args, dict(kwargs or {}))
     kernels = choose_kernels(backend, dtype, device, precision)
     key = (method, rules, _hashable(method_options), backend, dtype, str(device), precision, tuple(latents))
@@ -172,9 +173,14 @@ def _signature(leaf: Any) -> Any:
 
 
 def fingerprint(model: nn.Module) -> int:
-    """A fingerprint of what a capture depends on: modules, plain attributes, parameter shapes and dtypes."""
+    """A fingerprint of what a capture depends on: modules, plain attributes, also of a `config`, parameter shapes and
+    dtypes.
+    """
     parts: list[Any] = []
+    configs: dict[int, Any] = {}
     for name, module in model.named_modules():
+        config = vars(module).get("config")
+        configs[id(config)] = getattr(config, "__dict__", None)
         plain = tuple(
             (k, v)
             for k, v in vars(module).items()
@@ -187,7 +193,7 @@ def fingerprint(model: nn.Module) -> int:
             if t is not None
         )
         parts.append((name, type(module), plain, tensors))
-    return hash(tuple(parts))
+    return hash((*parts, str(list(configs.values()))))
 
 
 def _hashable(options: Mapping[str, Any] | None) -> Any:

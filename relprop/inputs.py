@@ -27,6 +27,23 @@ def check_mode(model: nn.Module) -> None:
         )
 
 
+def check_weights(model: nn.Module) -> None:
+    """Raises:
+    ModelStateError: bitsandbytes holds weights, in a form that torch.export cannot see through.
+    """
+    packed = [(name, type(p).__name__) for name, p in model.named_parameters() if _package(p) == "bitsandbytes"]
+    if packed:
+        (name, kind), count = packed[0], len(packed)
+        raise ModelStateError(
+            f"{type(model).__name__}: expected weights that torch.export sees through, got {count} of bitsandbytes, the"
+            f" first {name!r} ({kind}); call model.dequantize(), or quantise with torchao's Int8WeightOnlyConfig"
+        )
+
+
+def _package(tensor: Tensor) -> str:
+    return type(tensor).__module__.split(".")[0]
+
+
 def placement(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[torch.device, torch.dtype]:
     """Where a model and its example inputs are, and the dtype of its streams.
 

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 import relprop
-from relprop.errors import DeviceError
+from relprop.errors import DeviceError, ModelStateError, UnsupportedOpError
 from tests.engine.models import relative
-from tests.families.text_models import build, inputs
+from tests.families.text_models import FAMILIES, VOCABULARY, build, inputs, made
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 
@@ -66,6 +66,48 @@ def test_adapters_are_branches_of_their_layers() -> None:
         found = relprop.compile(model, (), GIVEN, method=method)(**GIVEN, target=1, ledger=True)
         assert found.relevance.isfinite().all() and found.ledger is not None
         assert found.ledger.imbalance.abs().max() < 1e-10
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("kind", ["int8", "4-bit"])
+def test_bitsandbytes_is_refused(kind: str) -> None:
+    """Its layers compute outside of PyTorch; dequantised they are layers like others."""
+    layers = pytest.importorskip("bitsandbytes").nn
+    model = bert(torch.float32)
+    query = model.bert.encoder.layer[0].attention.self
+    if kind == "int8":
+        query.query = layers.Linear8bitLt(48, 48, has_fp16_weights=False)
+    else:
+        query.query = layers.Linear4bit(48, 48)
+    stored = "Int8Params" if kind == "int8" else "Params4bit"
+    with pytest.raises(ModelStateError, match=rf"got 1 of bitsandbytes, the first .*query.weight' \({stored}\)"):
+        relprop.compile(model.eval(), (), GIVEN)
+
+
+def test_weights_that_only_bitsandbytes_reads_are_refused() -> None:
+    """The same by a class that says it is from there, where the package is not installed."""
+    stored = type("Params4bit", (nn.Parameter,), {"__module__": "bitsandbytes.nn.modules"})
+    model = bert()
+    model.classifier.weight = stored(torch.zeros(4, 1, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(ModelStateError, match=r"got 1 of bitsandbytes.*model.dequantize\(\), or quantise with torchao"):
+        relprop.compile(model, (), GIVEN)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_experts_in_sorted_groups_are_refused(name: str) -> None:
+    """What transformers 5 takes by default; the remedy that the refusal names is what the table of models has."""
+    pytest.importorskip("transformers", "5.0")
+    model = made(FAMILIES[name], {"vocab_size": VOCABULARY, **FAMILIES[name].sizes})
+    given = inputs(name, 2)
+    model.set_experts_implementation("grouped_mm")
+    with pytest.raises(UnsupportedOpError, match=r'grouped_mm[^?]*set_experts_implementation\("batched_mm"\)'):
+        relprop.compile(model, (), given, method="full")
+    with torch.no_grad():
+        expected = model(**given).logits
+    model.set_experts_implementation("batched_mm")
+    found = relprop.explain(model, method="full", target=FAMILIES[name].target(9), **given)
+    assert relative(found.logits, expected) < 1e-5
 
 
 def test_weights_on_several_devices_are_refused() -> None:
