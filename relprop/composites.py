@@ -208,6 +208,14 @@ register_composite(
 )
 register_composite(
     Composite(
+        "chefer_detr",
+        _replace(_chefer, entry("add", "identity", role="positional")),
+        "chefer as its authors wrote it for DETR: position embeddings take no share",
+        "Chefer et al., ICCV 2021, code (DETR)",
+    )
+)
+register_composite(
+    Composite(
         "chefer_original",
         _replace(
             _chefer,

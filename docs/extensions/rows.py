@@ -27,22 +27,20 @@ def shown(text: str) -> str:
 
 
 def chosen(rows: list[dict[str, str]], conditions: str) -> list[dict[str, str]]:
-    """Rows with these values: "dtype=float32 part=check", or a column that is not empty: "minus!="."""
-    for condition in conditions.split():
-        column, _, wanted = condition.partition("=")
-        if column.endswith("!"):
-            rows = [row for row in rows if row[column[:-1]] != wanted]
-        else:
-            rows = [row for row in rows if row[column] == wanted]
+    """Rows with these values: "dtype=float32; part=check"."""
+    for condition in filter(None, conditions.split(";")):
+        column, _, wanted = condition.strip().partition("=")
+        rows = [row for row in rows if row[column] == wanted]
     return rows
 
 
-def ran_on(rows: list[dict[str, str]], name: str) -> str:
-    """The line below a table: the machine, the versions, and where the rows are."""
+def ran_on(rows: list[dict[str, str]], count: int, name: str) -> str:
+    """The line below a table: how many of the rows it has, where they are, the machine and the versions."""
     parts = {column: sorted({row[column] for row in rows if row.get(column)}) for column in MACHINE}
     said = [", ".join(parts["device"]), f"{', '.join(parts['threads'])} thread(s)" if parts["threads"] else ""]
     said += [f"torch {', '.join(parts['torch'])}" if parts["torch"] else "", ", ".join(parts["date"])]
-    return f"{len(rows)} rows of `benchmarks/results/{name}`: {', '.join(part for part in said if part)}."
+    number = f"{count} of {len(rows)}" if count < len(rows) else str(count)
+    return f"{number} rows of `benchmarks/results/{name}`: {', '.join(part for part in said if part)}."
 
 
 class Rows(SphinxDirective):
@@ -51,11 +49,17 @@ class Rows(SphinxDirective):
     Options:
         columns: "column" or "column as its heading", separated by commas; all but the machine's without it.
         where: which rows; see `chosen`.
+        largest: a column of numbers; rows are sorted by it, the largest first.
         limit: how many are shown at most.
     """
 
     required_arguments = 1
-    option_spec = {"columns": directives.unchanged, "where": directives.unchanged, "limit": directives.positive_int}
+    option_spec = {
+        "columns": directives.unchanged,
+        "where": directives.unchanged,
+        "largest": directives.unchanged,
+        "limit": directives.positive_int,
+    }
 
     def run(self) -> list[nodes.Node]:
         path = RESULTS / self.arguments[0]
@@ -71,9 +75,12 @@ class Rows(SphinxDirective):
         unknown = [column for column in columns if column not in rows[0]]
         if unknown:
             raise self.error(f"{path.name}: expected columns among {', '.join(rows[0])}, got {', '.join(unknown)}")
+        if "largest" in self.options:
+            rows = sorted(rows, key=lambda row: -float(row[self.options["largest"]]))
         body = [[shown(row[column]).replace("|", "\\|") for column in columns] for row in rows]
-        text = table(list(columns.values()), body[: self.options.get("limit")])
-        return self.parse_text_to_nodes(f"{text}\n\n{ran_on(rows, path.name)}")
+        body = body[: self.options.get("limit")]
+        text = table(list(columns.values()), body)
+        return self.parse_text_to_nodes(f"{text}\n\n{ran_on(rows, len(body), path.name)}")
 
 
 class ReadmeTable(SphinxDirective):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from relprop.compat.chefer_index import ClassIndexError, LayerIndexError, alone, class_score
-from relprop.compat.chefer_multimodal import DetrGenerator, GeneratorOurs, interpret
+from relprop.compat.chefer_multimodal import DetrGenerator, GeneratorBaselines, GeneratorOurs, interpret
 from relprop.compat.engines import Engines
 from relprop.composites import Composite
 from relprop.errors import OptionError, unknown_name
@@ -30,6 +30,7 @@ __all__ = [
     "ClassIndexError",
     "DetrGenerator",
     "Generator",
+    "GeneratorBaselines",
     "GeneratorOurs",
     "LayerIndexError",
     "generate_relevance",

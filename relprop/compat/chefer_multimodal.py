@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +14,11 @@ from torch.overrides import TorchFunctionMode
 from relprop.capture.export import bind_arguments
 from relprop.compat.chefer_index import LayerIndexError, alone, class_score
 from relprop.compat.engines import Engines
+from relprop.composites import Composite
+from relprop.engine import Engine
 from relprop.errors import OptionError, TargetError, UnsupportedTopologyError
 
-__all__ = ["DetrGenerator", "GeneratorOurs", "interpret"]
+__all__ = ["DetrGenerator", "GeneratorBaselines", "GeneratorOurs", "interpret"]
 
 
 def interpret(
@@ -45,10 +48,8 @@ def interpret(
     engines = Engines(model.eval())
     given = {"input_ids": texts, "pixel_values": images}
     engine = engines((), given, method="generic_attention", output="logits_per_image", options={"rows": "all"})
-    maps = engine.trace(**given).maps
-    sites = [site.module for site in engine.program.graph.attention_sites()]
-    edges = {site: (maps[site, "gradient"] * maps[site, "attention"])[0].clamp(min=0).mean(1) for site in sites}
-    towers = [[edge for site, edge in edges.items() if site.split(".")[0] == name] for name in _towers(sites)]
+    edges = {site: _positive(maps, "attention") for site, maps in _traced(engine, given, None)}
+    towers = [[edge for site, edge in edges.items() if site.split(".")[0] == name] for name in _towers(list(edges))]
     image_relevance, text_relevance = (
         _walked(tower, start, name)
         for tower, start, name in zip(
@@ -80,23 +81,15 @@ def _walked(edges: list[Tensor], start: int, name: str) -> Tensor:
     return found
 
 
-class GeneratorOurs:
-    """`lxmert/lxmert/src/ExplanationGenerator.py: GeneratorOurs`, for Hugging Face's LxmertForQuestionAnswering.
-
-    Args:
-        model_usage: an object with `model` and `forward(input)` as in the original, which calls the model with what it
-            makes of the input; or the model itself, whose `input` is then its keyword arguments.
-        save_visualization: as in the original, where it has no effect on the answer.
-        composite: rules for `use_lrp`.
-        backend, precision: as `relprop.compile` takes them.
-    """
+class _LxmertGenerator:
+    """What the generators for LXMERT share; arguments as those of `GeneratorOurs`."""
 
     def __init__(
         self,
         model_usage: Any,
         save_visualization: bool = False,
         *,
-        composite: str = "chefer",
+        composite: str | Composite = "chefer",
         backend: str = "auto",
         precision: str = "highest",
     ) -> None:
@@ -105,45 +98,20 @@ class GeneratorOurs:
         self.composite = composite
         self._engines = Engines(self.model.eval(), backend=backend, precision=precision)
 
-    def generate_ours(
-        self,
-        input: Any,
-        index: Any = None,
-        use_lrp: bool = True,
-        normalize_self_attention: bool = True,
-        apply_self_in_rule_10: bool = True,
-        method_name: str = "ours",
-    ) -> tuple[Tensor, Tensor]:
-        """R_t_t [N, N] and R_t_i [N, regions]: relevance of words and of regions for each word; row 0 is the answer's.
-
-        A batch of several has its axis in front. A row without relevance, as of padding, is not divided by its sum of
-        zero, where the original stops or gives NaN.
-
-        Raises:
-            ClassIndexError, TargetError: the index.
-        """
+    def _compiled(self, input: Any, **options: Any) -> tuple[Engine, dict[str, Any]]:
+        """The engine of the generic method with these options, and what the model is called with."""
         given = {name: value for name, value in self._arguments(input).items() if value is not None}
-        options = {
-            "rows": "all",
-            "edge": "gradient_x_relevance" if use_lrp else "gradient_x_attention",
-            "normalise_between": bool(normalize_self_attention),
-            "self_between": bool(apply_self_in_rule_10),
-        }
         engine = self._engines(
             (),
             given,
             method="generic_attention",
             composite=self.composite,
-            options=options,
+            options={"rows": "all", **options},
             output="question_answering_score",
         )
-        found = engine(**given, target=class_score(index)).relevances
-        words, regions = found["input_ids"].clone(), found["visual_feats"]
-        words[:, 0, 0] = 0
-        return alone(words, True), alone(regions, True)
+        return engine, given
 
     def _arguments(self, input: Any) -> Mapping[str, Any]:
-        """What the model is called with."""
         if self.model_usage is self.model:
             if not isinstance(input, Mapping):
                 raise OptionError(f"input: expected the model's keyword arguments, got {type(input).__name__}")
@@ -162,15 +130,177 @@ class GeneratorOurs:
         return calls[0]
 
 
+class GeneratorOurs(_LxmertGenerator):
+    """`lxmert/lxmert/src/ExplanationGenerator.py: GeneratorOurs`, for Hugging Face's LxmertForQuestionAnswering.
+
+    Args:
+        model_usage: an object with `model` and `forward(input)` as in the original, which calls the model with what it
+            makes of the input; or the model itself, whose `input` is then its keyword arguments.
+        save_visualization: as in the original, where it has no effect on the answer.
+        composite: rules for `use_lrp`.
+        backend, precision: as `relprop.compile` takes them.
+    """
+
+    def generate_ours(
+        self,
+        input: Any,
+        index: Any = None,
+        use_lrp: bool = True,
+        normalize_self_attention: bool = True,
+        apply_self_in_rule_10: bool = True,
+        method_name: str = "ours",
+    ) -> tuple[Tensor, Tensor]:
+        """R_t_t [N, N] and R_t_i [N, regions]: relevance of words and of regions for each word; row 0 is the answer's.
+
+        A batch of several has its axis in front. A row without relevance, as of padding, is not divided by its sum of
+        zero, where the original stops or gives NaN.
+
+        Raises:
+            ClassIndexError, TargetError: the index.
+        """
+        engine, given = self._compiled(
+            input,
+            edge="gradient_x_relevance" if use_lrp else "gradient_x_attention",
+            normalise_between=bool(normalize_self_attention),
+            self_between=bool(apply_self_in_rule_10),
+        )
+        found = engine(**given, target=class_score(index)).relevances
+        return _answer(found["input_ids"].clone(), found["visual_feats"])
+
+
+class GeneratorBaselines(_LxmertGenerator):
+    """`lxmert/lxmert/src/ExplanationGenerator.py: GeneratorBaselines`; arguments as those of `GeneratorOurs`.
+
+    Every method gives R_t_t [N, N] and R_t_i [N, regions], with a batch's axis in front for several samples. All raise
+    ClassIndexError or TargetError for the index.
+    """
+
+    def generate_transformer_attr(
+        self, input: Any, index: Any = None, method_name: str = "transformer_attr"
+    ) -> tuple[Tensor, Tensor]:
+        """Positive gradient x relevance: walked through the layers of the words, and of the last layer between."""
+        layers = self._layers(input, index, "gradient_x_relevance")
+        words = _walked([_positive(maps, "relevance") for maps in layers.words], 0, "start_layer")
+        return _answer(words, _positive(layers.between, "relevance"))
+
+    def generate_partial_lrp(
+        self, input: Any, index: Any = None, method_name: str = "partial_lrp"
+    ) -> tuple[Tensor, Tensor]:
+        """Relevance of the last layers' attention maps, each stretched to [0, 1]; zero where it is constant."""
+        layers = self._layers(input, index, "relevance")
+        return _answer(*(_stretched(maps["relevance"].mean(1)) for maps in (layers.words[-1], layers.between)))
+
+    def generate_raw_attn(self, input: Any, method_name: str = "raw_attention") -> tuple[Tensor, Tensor]:
+        """The last layers' attention maps themselves."""
+        layers = self._layers(input, None, "attention")
+        return _answer(*(maps["attention"].mean(1) for maps in (layers.words[-1], layers.between)))
+
+    def generate_attn_gradcam(
+        self, input: Any, index: Any = None, method_name: str = "gradcam"
+    ) -> tuple[Tensor, Tensor]:
+        """Grad-CAM on the last layers' attention maps."""
+        layers = self._layers(input, index, "gradient_x_attention")
+        return _answer(*(_gradcam(maps) for maps in (layers.words[-1], layers.between)))
+
+    def generate_rollout(self, input: Any, method_name: str = "rollout") -> tuple[Tensor, Tensor]:
+        """Rollout of the words' layers; between the sequences through the last layer, without the words' last."""
+        layers = self._layers(input, None, "attention")
+        words = [maps["attention"].mean(1) for maps in layers.words]
+        regions = _rollout([maps["attention"].mean(1) for maps in layers.regions])
+        between = _rollout(words[:-1]).mT @ (layers.between["attention"].mean(1) @ regions)
+        return _answer(_rollout(words), between)
+
+    def _layers(self, input: Any, index: Any, edge: str) -> _Layers:
+        """The maps that an edge is made of."""
+        engine, given = self._compiled(input, edge=edge)
+        found = _traced(engine, given, class_score(index))
+        words = [maps for site, maps in found if ".encoder.layer." in site or ".lang_self_att." in site]
+        regions = [maps for site, maps in found if ".r_layers." in site or ".visn_self_att." in site]
+        between = [maps for site, maps in found if ".visual_attention." in site]
+        if not words or not regions or not between:
+            raise UnsupportedTopologyError(
+                "LXMERT: expected attention layers among words, among regions and between them, got"
+                f" {', '.join(site for site, _ in found) or 'none'}"
+            )
+        return _Layers(words, regions, between[-1])
+
+
+_Maps: TypeAlias = "dict[str, Tensor]"  # attention, gradient or relevance of one layer. Each [B, H, Nq, Nk]
+
+
+@dataclass(frozen=True)
+class _Layers:
+    """LXMERT's attention in the order of execution; `between` is the last layer from words to regions."""
+
+    words: list[_Maps]
+    regions: list[_Maps]
+    between: _Maps
+
+
+def _traced(engine: Engine, given: Mapping[str, Any], target: Any) -> list[tuple[str, _Maps]]:
+    """Attention layers in the order of execution, by module, with the maps that the engine's edge is made of."""
+    maps = engine.trace(**given, target=target).maps
+    sites = dict.fromkeys(site.module for site in engine.program.graph.attention_sites())
+    return [(site, {name: found[0] for (of, name), found in maps.items() if of == site}) for site in sites]
+
+
+def _answer(words: Tensor, regions: Tensor) -> tuple[Tensor, Tensor]:
+    """R_t_t, whose class token shows nothing of itself, and R_t_i."""
+    words[:, 0, 0] = 0
+    return alone(words, True), alone(regions, True)
+
+
+def _positive(maps: _Maps, what: str) -> Tensor:
+    """Mean over heads of the positive part of gradient x attention or relevance. [B, Nq, Nk]"""
+    return (maps["gradient"] * maps[what]).clamp(min=0).mean(1)
+
+
+def _gradcam(maps: _Maps) -> Tensor:
+    """Attention with heads weighted by their mean gradient, cut at zero. [B, Nq, Nk]"""
+    return (maps["attention"] * maps["gradient"].mean((-2, -1), keepdim=True)).mean(1).clamp(min=0)
+
+
+def _stretched(matrix: Tensor) -> Tensor:
+    """Each sample's values stretched to [0, 1]. [B, Nq, Nk]"""
+    low, high = matrix.amin((-2, -1), keepdim=True), matrix.amax((-2, -1), keepdim=True)
+    return (matrix - low) / torch.where(high > low, high - low, 1.0)
+
+
+def _rollout(edges: list[Tensor]) -> Tensor:
+    """The product of I + A with rows divided by their sums. [B, N, N]"""
+    identity = torch.eye(edges[0].shape[-1], dtype=edges[0].dtype, device=edges[0].device)
+    found = identity.expand_as(edges[0])
+    for edge in edges:
+        found = (edge + identity) / (edge + identity).sum(-1, keepdim=True) @ found
+    return found
+
+
 class DetrGenerator:
     """`DETR/modules/ExplanationGenerator.py: Generator`, for Hugging Face's DetrForObjectDetection.
 
-    Its rules need attention maps of the learned queries among themselves, which no relevance of the image reaches:
-    all maps and gradients come from one backward pass of the model.
+    Every method explains one object query and gives relevance of positions of the feature map: [1, B, positions], or
+    [1, B, 1, positions] for a query given as a tensor [1].
+
+    Args:
+        model: put into evaluation mode, and not changed otherwise.
+        composite: rules of the methods that propagate relevance. The original also scales what each linear layer
+            passes on to what arrived, which moves the numbers by about 1e-6.
+        backend, precision: as `relprop.compile` takes them.
+
+    Every method takes images without padding [B, 3, H, W], a query and, where the answer depends on it, the query's
+    class (None for the largest one but the last, "no object"), and raises TargetError and ClassIndexError for these.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model.eval()
+    def __init__(
+        self,
+        model: nn.Module,
+        composite: str | Composite = "chefer_detr",
+        *,
+        backend: str = "auto",
+        precision: str = "highest",
+    ) -> None:
+        self._engines = Engines(model, backend=backend, precision=precision)
+        self.model, self.composite = model.eval(), composite
 
     def generate_ours(
         self,
@@ -181,34 +311,15 @@ class DetrGenerator:
         normalize_self_attention: bool = True,
         apply_self_in_rule_10: bool = True,
     ) -> Tensor:
-        """Relevance of positions of the feature map for an object query. [1, B, positions]; [1, B, 1, positions] for a
-        query given as a tensor [1]
-
-        Args:
-            img: images without padding. [B, 3, H, W]
-            target_index: the query.
-            index: its class; None for the largest one but the last ("no object").
-            use_lrp: expected False: relevance of the queries' own attention is not there.
-            normalize_self_attention, apply_self_in_rule_10: as in the original.
-        Raises:
-            OptionError: `use_lrp`. TargetError, ClassIndexError: query and class.
-        """
-        if use_lrp:
-            raise OptionError("use_lrp: expected False, got True; relevance of queries among themselves is not there")
-        query = int(target_index)
-        logits, edges = self._edges(img, query, index)
-        parts = self.model.get_submodule("model")
-        encoders, decoders = len(parts.encoder.layers), len(parts.decoder.layers)  # type: ignore[union-attr, arg-type]
-        if len(edges) != encoders + 2 * decoders:
-            raise UnsupportedTopologyError(
-                f"DETR: expected {encoders} attention layers of the image and {decoders} pairs of the queries, got"
-                f" {len(edges)}"
-            )
-        r_ii = _walked(edges[:encoders], 0, "start_layer")
-        r_qq = torch.eye(logits.shape[1], dtype=r_ii.dtype, device=r_ii.device).expand(len(r_ii), -1, -1)
-        r_qi = r_ii.new_zeros(len(r_ii), logits.shape[1], r_ii.shape[-1])
-        for own, cross in zip(edges[encoders::2], edges[encoders + 1 :: 2], strict=True):
-            r_qq, r_qi = r_qq + own @ r_qq, r_qi + own @ r_qi
+        """The paper's rules; with `use_lrp` attention maps are replaced by their relevance."""
+        layers = self._relevance(img, target_index, index) if use_lrp else self._attention(img, target_index, index)
+        edges = [_positive(maps, "relevance" if use_lrp else "attention") for maps in layers]
+        image, own, between = self._parts(edges)
+        r_ii = _walked(image, 0, "start_layer")
+        r_qq = torch.eye(own[0].shape[-1], dtype=r_ii.dtype, device=r_ii.device).expand(len(r_ii), -1, -1)
+        r_qi = r_ii.new_zeros(len(r_ii), r_qq.shape[-1], r_ii.shape[-1])
+        for among, cross in zip(own, between, strict=True):
+            r_qq, r_qi = r_qq + among @ r_qq, r_qi + among @ r_qi
             gain = cross
             if apply_self_in_rule_10:
                 inner, outer = (_bar(r_ii), _bar(r_qq)) if normalize_self_attention else (r_ii, r_qq)
@@ -216,18 +327,83 @@ class DetrGenerator:
             r_qi = r_qi + torch.where(gain.isnan(), 0.0, gain)
         return r_qi[:, target_index][None]
 
-    def _edges(self, img: Tensor, query: int, index: Any) -> tuple[Tensor, list[Tensor]]:
-        """The logits, and E of every attention layer in the order of execution. Each [B, Nq, Nk]"""
+    def generate_transformer_att(self, img: Tensor, target_index: int | Tensor, index: Any = None) -> Tensor:
+        """Positive gradient x relevance of the last attention map between queries and image."""
+        maps = self._relevance(img, target_index, index)[-1]
+        return _positive(maps, "relevance")[:, target_index][None]
+
+    def generate_partial_lrp(self, img: Tensor, target_index: int | Tensor, index: Any = None) -> Tensor:
+        """Relevance of the last attention map between queries and image, stretched to [0, 1] over all queries."""
+        maps = self._relevance(img, target_index, index)[-1]
+        return _stretched(maps["relevance"].mean(1))[:, target_index][None]
+
+    def generate_raw_attn(self, img: Tensor, target_index: int | Tensor) -> Tensor:
+        """The last attention map between queries and image itself."""
+        return self._attention(img, target_index)[-1]["attention"].mean(1)[:, target_index][None]
+
+    def generate_rollout(self, img: Tensor, target_index: int | Tensor) -> Tensor:
+        """Rollout within the image and among the queries, and the last attention map between them."""
+        layers = [maps["attention"].mean(1) for maps in self._attention(img, target_index)]
+        image, own, between = self._parts(layers)
+        return (_rollout(own).mT @ (between[-1] @ _rollout(image)))[:, target_index][None]
+
+    def generate_attn_gradcam(self, img: Tensor, target_index: int | Tensor, index: Any = None) -> Tensor:
+        """Grad-CAM on the last attention map between queries and image."""
+        return _gradcam(self._attention(img, target_index, index)[-1])[:, target_index][None]
+
+    def _parts(self, edges: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Of layers in the order of execution those within the image, among queries, and between the two."""
+        model = self.model.get_submodule("model")
+        encoders, decoders = len(model.encoder.layers), len(model.decoder.layers)  # type: ignore[union-attr, arg-type]
+        if len(edges) != encoders + 2 * decoders:
+            raise UnsupportedTopologyError(
+                f"DETR: expected {encoders} attention layers of the image and {decoders} pairs of the queries, got"
+                f" {len(edges)} (one less where transformers' DETR ignores decoder_inputs_embeds)"
+            )
+        return edges[:encoders], edges[encoders::2], edges[encoders + 1 :: 2]
+
+    def _score(self, target_index: int | Tensor, index: Any) -> Callable[[Tensor], Tensor]:
+        """From logits to those of the query's class. [B, Q, C] -> [B]"""
+        several = isinstance(target_index, Tensor) and target_index.numel() != 1
+        if several or isinstance(target_index, (bool, float)):
+            raise TargetError(f"target_index: expected one query, an int or a tensor [1], got {target_index!r}")
+        query = int(target_index)
+
+        def score(logits: Tensor) -> Tensor:
+            if not -logits.shape[1] <= query < logits.shape[1]:
+                raise TargetError(f"target_index: expected one of {logits.shape[1]} queries, got {query}")
+            return class_score(index)(logits[:, query, :-1] if index is None else logits[:, query])
+
+        return score
+
+    def _attention(self, img: Tensor, target_index: int | Tensor, index: Any = None) -> list[_Maps]:
+        """Attention and its gradient of every layer in the order of execution, from the model's own backward pass.
+
+        So the queries' first attention among themselves is there, which no relevance of the image reaches.
+        """
         with torch.enable_grad(), _AttentionMaps() as kept:
             logits = self.model(img).logits
-        if not -logits.shape[1] <= query < logits.shape[1]:
-            raise TargetError(f"target_index: expected one of {logits.shape[1]} queries, got {query}")
-        score = class_score(index)(logits[:, query, :-1] if index is None else logits[:, query])
+        score = self._score(target_index, index)(logits)
         gradients = torch.autograd.grad(score.sum(), kept.maps, allow_unused=True)
-        return logits, [
-            torch.zeros_like(a).mean(1) if g is None else (a * g).detach().clamp(min=0).mean(1)
-            for a, g in zip(kept.maps, gradients, strict=True)
+        return [
+            {"attention": found.detach(), "gradient": torch.zeros_like(found) if gradient is None else gradient}
+            for found, gradient in zip(kept.maps, gradients, strict=True)
         ]
+
+    def _relevance(self, img: Tensor, target_index: int | Tensor, index: Any) -> list[_Maps]:
+        """Relevance and gradient of every attention map in the order of execution.
+
+        The queries start from zeros that are given as an input, so that relevance is followed down to them.
+        """
+        score = self._score(target_index, index)
+        sizes = self.model.config
+        zeros = img.new_zeros(len(img), sizes.num_queries, sizes.d_model)  # type: ignore[union-attr, arg-type]
+        given = {"pixel_values": img, "decoder_inputs_embeds": zeros}
+        options = {"rows": "all", "edge": "gradient_x_relevance"}
+        engine = self._engines(
+            (), given, method="generic_attention", composite=self.composite, options=options, output="logits"
+        )
+        return [maps for _, maps in _traced(engine, given, score) if "relevance" in maps]
 
 
 class _AttentionMaps(TorchFunctionMode):

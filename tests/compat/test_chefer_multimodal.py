@@ -12,7 +12,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import relprop
-from relprop.compat.chefer import ClassIndexError, DetrGenerator, GeneratorOurs, LayerIndexError, interpret
+from relprop.compat.chefer import (
+    ClassIndexError,
+    DetrGenerator,
+    GeneratorBaselines,
+    GeneratorOurs,
+    LayerIndexError,
+    interpret,
+)
 from relprop.errors import OptionError, TargetError, UnsupportedTopologyError
 from tests.engine.models import GOLDEN, relative
 
@@ -83,6 +90,42 @@ def test_lxmert(name: str) -> None:
                     assert relative(both[i], expected) < 1e-6
 
 
+@pytest.mark.parametrize(
+    ("name", "targeted"),
+    [
+        ("transformer_attr", True),
+        ("partial_lrp", True),
+        ("attn_gradcam", True),
+        ("raw_attn", False),
+        ("rollout", False),
+    ],
+)
+def test_lxmert_baselines(name: str, targeted: bool) -> None:
+    model, given, tensors = lxmert()
+    generate = getattr(GeneratorBaselines(model), f"generate_{name}")
+    for t in range(2):
+        targets = tensors["inputs/targets"][:, t]
+        together = generate(given, targets) if targeted else generate(given)
+        for i in range(3):
+            one = {key: value[i : i + 1] for key, value in given.items()}
+            alone = generate(one, int(targets[i])) if targeted else generate(one)
+            for found, both, part in zip(alone, together, ("R_t_t", "R_t_i"), strict=True):
+                expected = tensors[f"expected/lxmert/generate_{name}/{part}"][i, t]
+                assert found.shape == expected.shape
+                for answer in (found, both[i]):
+                    assert (answer - expected).norm() <= 1e-6 * expected.norm()  # some of Grad-CAM's are all zero
+
+
+def test_lxmert_index_of_the_largest_answer() -> None:
+    model, given, _ = lxmert()
+    generator = GeneratorBaselines(model)
+    best = model(**given).question_answering_score.argmax(-1)
+    for left, right in zip(
+        generator.generate_attn_gradcam(given), generator.generate_attn_gradcam(given, best), strict=True
+    ):
+        assert torch.equal(left, right)
+
+
 def test_lxmert_through_a_wrapper_as_in_the_original() -> None:
     """An object with `model` and `forward(input)`, as the notebook's own."""
     model, given, _ = lxmert()
@@ -134,6 +177,56 @@ def test_detr(name: str) -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+DETR_BASELINES = ("transformer_att", "partial_lrp", "attn_gradcam", "raw_attn", "rollout")
+
+
+@pytest.mark.parametrize("name", DETR_BASELINES)
+def test_detr_baselines(name: str) -> None:
+    model, tensors = golden("detr_A_seed0")
+    x, generate = tensors["inputs/pixel_values"], getattr(DetrGenerator(model), f"generate_{name}")
+    for i in range(2):
+        for t, (query, index) in enumerate(tensors["inputs/targets"][i].tolist()):
+            classes = () if name in ("raw_attn", "rollout") else (index,)
+            expected = tensors[f"expected/detr/generate_{name}"][i, t]
+            found, both = generate(x[i : i + 1], query, *classes), generate(x, torch.tensor([query]), *classes)
+            assert found.shape == (1, 1, 12)
+            assert both.shape == (1, 2, 1, 12)
+            for answer in (found[0, 0], both[0, i, 0]):
+                assert (answer - expected).norm() <= 1e-6 * expected.norm()  # some of Grad-CAM's are all zero
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_detr_with_relevance() -> None:
+    """The original scales what each linear layer passes on, so numbers agree to 1e-5 only."""
+    model, tensors = golden("detr_A_seed0")
+    x, generator = tensors["inputs/pixel_values"], DetrGenerator(model)
+    for i in range(2):
+        for t, (query, index) in enumerate(tensors["inputs/targets"][i].tolist()):
+            expected = tensors["expected/detr/generate_ours_use_lrp"][i, t]
+            assert relative(generator.generate_ours(x[i : i + 1], query, index)[0, 0], expected) < 1e-5
+            assert relative(generator.generate_ours(x, query, index)[0, i], expected) < 1e-5
+
+
+def test_detr_whose_queries_cannot_be_given() -> None:
+    """As in older versions of transformers: relevance of their first attention is not there."""
+    stock, tensors = golden("detr_A_seed0")
+
+    class Older(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.config = stock, stock.config
+            self.model = stock.model
+
+        def forward(self, pixel_values: Tensor, decoder_inputs_embeds: Tensor | None = None) -> Any:
+            return self.inner(pixel_values)
+
+    generator = DetrGenerator(Older())
+    with pytest.raises(UnsupportedTopologyError, match="pairs of the queries, got 8 .one less where"):
+        generator.generate_ours(tensors["inputs/pixel_values"], 0)
+    expected = DetrGenerator(stock).generate_partial_lrp(tensors["inputs/pixel_values"], 0, 1)
+    assert relative(generator.generate_partial_lrp(tensors["inputs/pixel_values"], 0, 1), expected) < 1e-6
+
+
 def test_bad_input() -> None:
     model, tensors = golden("clip_A_seed0")
     img, text = tensors["inputs/pixel_values"], tensors["inputs/input_ids"]
@@ -141,8 +234,15 @@ def test_bad_input() -> None:
         interpret(img, text, model, start_layer_text=3)
     model, tensors = golden("detr_A_seed0")
     x, generator = tensors["inputs/pixel_values"], DetrGenerator(model)
-    with pytest.raises(OptionError, match="use_lrp: expected False, got True"):
-        generator.generate_ours(x, 0)
+    with pytest.raises(TargetError, match="target_index: expected one query, an int or a tensor .1., got tensor"):
+        generator.generate_raw_attn(x, torch.tensor([0, 1]))
+    with pytest.raises(TargetError, match="target_index: expected one query, an int or a tensor .1., got 1.5"):
+        generator.generate_partial_lrp(x, 1.5)
+    for generate in (generator.generate_ours, generator.generate_rollout, generator.generate_transformer_att):
+        with pytest.raises(TargetError, match="target_index: expected one of 7 queries, got 7"):
+            generate(x, 7)
+    with pytest.raises(ClassIndexError, match="expected classes of an output with 6"):
+        generator.generate_attn_gradcam(x, 0, 6)
     with pytest.raises(TargetError, match="target_index: expected one of 7 queries, got 7"):
         generator.generate_ours(x, 7, use_lrp=False)
     with pytest.raises(ClassIndexError, match="expected classes of an output with 6"):
@@ -152,6 +252,10 @@ def test_bad_input() -> None:
         GeneratorOurs(model).generate_ours([1, 2])
     with pytest.raises(TargetError, match="one class for each sample"):
         GeneratorOurs(model).generate_ours(given, torch.tensor([1, 2]))
+    with pytest.raises(TargetError, match="several classes of one sample would be explained as one sum"):
+        GeneratorBaselines(model).generate_partial_lrp(given, torch.zeros(3, 8, dtype=torch.long))
+    with pytest.raises(ClassIndexError, match="expected classes of an output with 8"):
+        GeneratorBaselines(model).generate_transformer_attr(given, 8)
     with pytest.raises(OptionError, match="edge: expected one of"):
         relprop.explain(model, method="generic_attention", method_options={"edge": "relevant"}, **given)
 
