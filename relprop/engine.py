@@ -30,7 +30,8 @@ from relprop.methods import Reading, find_method
 from relprop.methods.sampled import SampledMap
 from relprop.methods.topology import patch_grid
 from relprop.program import Program, build_program
-from relprop.replay import CudaRecorder, Replays
+from relprop.replay import CudaRecorder, Recorder, Recording, Replays
+from relprop.tape import CpuRecorder
 from relprop.targets import Target, TargetLike, find_index, resolve_target
 from relprop.weights import DeriveOnce, Weights
 
@@ -77,6 +78,7 @@ def compile(
     latents: Sequence[str] = (),
     compile: bool = False,
     cuda_graph: bool = False,
+    tape: bool = False,
 ) -> Engine:
     """Capture a model and plan a method on it.
 
@@ -96,6 +98,8 @@ def compile(
         compile: run the pass as one graph through torch.compile, kernels as custom ops in it. Made once per padded
             batch size, which takes long.
         cuda_graph: record the pass as a CUDA graph once per padded batch size, and replay it.
+        tape: the same on the CPU: replay the calls of torch's and this package's kernels, without the plan's Python.
+            It gives the same bits, and most on small models.
     Returns:
         An engine. A second call for the same model, method and kind of input is served from a cache.
     Raises:
@@ -147,9 +151,13 @@ def compile(
 
     if cuda_graph and device.type != "cuda":
         raise BackendError(f"cuda_graph: expected a model on a CUDA device, got one on {device}")
+    if tape and device.type != "cpu":
+        raise BackendError(f"tape: expected a model on the CPU, got one on {device}")
+    if tape and compile:
+        raise OptionError("tape: expected it without compile, got both")
     engine = Engine(model, plan.captured, program, backend, precision, dtype, device, booked)
-    if compile or cuda_graph:
-        engine._replay(compile, cuda_graph)
+    if compile or cuda_graph or tape:
+        engine._replay(compile, CudaRecorder(device) if cuda_graph else CpuRecorder() if tape else None)
     return engine
 
 
@@ -232,10 +240,10 @@ class Engine:
         self._forecast = memory.Forecast(self._probe)
         self._replays: Replays | None = None
 
-    def _replay(self, compiled: bool, recorded: bool) -> None:
+    def _replay(self, compiled: bool, recorder: Recorder | None) -> None:
         """Explain by runs of fixed shapes from now on."""
-        self._one_pass("compile, cuda_graph")
-        self._replays = self._make_replays(compiled, recorded)
+        self._one_pass("compile, cuda_graph, tape")
+        self._replays = self._make_replays(compiled, recorder)
 
     def _one_pass(self, what: str) -> None:
         if len(self._explained_names()) > 1 or self._pairs():
@@ -250,14 +258,14 @@ class Engine:
                 f" {len(self.program.requirements.latents)} latent(s)"
             )
 
-    def _make_replays(self, compiled: bool, recorded: bool) -> Replays:
+    def _make_replays(self, compiled: bool, recorder: Recorder | None) -> Replays:
         return Replays(
             PassFunction(self.program, self._indices, self._dtype, self._precision),
             list(self._batched.values()),
             self._lasting,
             self._weights.derived,
             compiled=compiled,
-            recorder=CudaRecorder(self._device) if recorded else None,
+            recorder=recorder,
         )
 
     @property
@@ -368,6 +376,11 @@ class Engine:
         reading = Reading(batch, targets, outcome.profile, explained_tokens=layout.explained_tokens)
         aim = Target(outcome.relevance, outcome.index, several)
         return self._explanation(PassResult(outcome.relevance, outcome.logits, aim, reading, layout.shapes))
+
+    @property
+    def recordings(self) -> list[Recording]:
+        """What there is to replay, the one used last at the end; empty without `tape` or `cuda_graph`."""
+        return [] if self._replays is None else self._replays.recordings
 
     def memory(self, batch: int, *, targets: int = 1) -> int:
         """Peak bytes of explaining a batch, beside the model's own weights: the inputs, what is derived from weights,
