@@ -104,11 +104,12 @@ def ways_through(model: nn.Module) -> dict[str, Callable[[], Any]]:
 def blocks(rounds: int, shallow: int = 4, deep: int = 12) -> list[dict[str, Any]]:
     """One row per way through a model: microseconds of a block."""
     ways = [ways_through(tiny(depth)) for depth in (shallow, deep)]
-    rows = []
-    for name in ways[0]:
-        pairs = zip(*(microseconds(way[name], 1 + rounds, calls=10) for way in ways), strict=True)
-        rows.append(summary("block", name, [(more - less) / (deep - shallow) for less, more in pairs][1:]))
-    return rows
+    times: dict[str, list[float]] = {name: [] for name in ways[0]}
+    for _ in range(rounds):  # in turns, so that what else the machine does meets all of them
+        for name, found in times.items():
+            less, more = (microseconds(way[name], 1, calls=5)[0] for way in ways)
+            found.append((more - less) / (deep - shallow))
+    return [summary("block", name, found) for name, found in times.items()]
 
 
 def main() -> None:
@@ -118,7 +119,7 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     with torch.no_grad():
-        rows = kernels(given.rounds) + blocks(given.rounds)
+        rows = kernels(given.rounds) + blocks(5 * given.rounds)
     write_rows(given.out, rows)
     for row in rows:
         print(f"{row['what']:<28} {row['call']:<20} {row['us_median']:>7.1f} us")
