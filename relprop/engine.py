@@ -2,33 +2,29 @@
 
 from __future__ import annotations
 
-import threading
-import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from relprop import cost, memory, trust
 from relprop.backends import choose_kernels
 from relprop.batches import check_batch_size, join, pieces
-from relprop.capture import Captured, capture, lower
-from relprop.capture.export import bind_arguments
+from relprop.capture import Captured
 from relprop.composites import Composite, find_composite
 from relprop.errors import BackendError, OptionError
 from relprop.execute import Forward, PassResult, Trace, run_pass, run_sampled
 from relprop.explanation import Explanation
 from relprop.export import example_batch, export_program, save
-from relprop.graph import Graph
 from relprop.inputs import bind_inputs, check_mode, placement
 from relprop.lowering import PassFunction, output_shape
 from relprop.methods import Reading, find_method
 from relprop.methods.sampled import SampledMap
 from relprop.methods.topology import patch_grid
+from relprop.plans import CACHE, plan_of
 from relprop.program import Program, build_program
 from relprop.replay import CudaRecorder, Recorder, Recording, Replays
 from relprop.tape import CpuRecorder
@@ -36,32 +32,6 @@ from relprop.targets import Target, TargetLike, find_index, resolve_target
 from relprop.weights import DeriveOnce, Weights
 
 PRECISIONS = ("highest", "high", "medium")
-
-
-@dataclass
-class _Plan:
-    """What compilation makes of a model; holds no tensor of it."""
-
-    captured: Captured
-    graphs: dict[bool, Graph] = field(default_factory=dict)  # by whether all rows are computed
-    programs: dict[Any, Program] = field(default_factory=dict)
-
-    def graph(self, all_rows: bool) -> Graph:
-        """The canonical graph; without `all_rows` rows that the output does not read are left out."""
-        if all_rows not in self.graphs:
-            self.graphs[all_rows] = lower(self.captured, hoist=not all_rows)
-        return self.graphs[all_rows]
-
-
-class _Cache:
-    """Captures and plans per model, dropped with the model."""
-
-    def __init__(self) -> None:
-        self.plans: weakref.WeakKeyDictionary[nn.Module, dict[Any, _Plan]] = weakref.WeakKeyDictionary()
-        self.lock = threading.RLock()
-
-
-_CACHE = _Cache()
 
 
 def compile(
@@ -136,15 +106,15 @@ def compile(
             latents=latents,
         )
 
-    with _CACHE.lock:
-        plan = _plan(model, args, dict(kwargs or {}), output)
+    with CACHE.lock:
+        plan = plan_of(model, args, dict(kwargs or {}), output)
         program = plan.programs.get(key)
         if program is None:
             program = build(False)
             plan.programs[key] = program
 
     def booked() -> Program:
-        with _CACHE.lock:
+        with CACHE.lock:
             if (key, "books") not in plan.programs:
                 plan.programs[key, "books"] = build(True)
             return plan.programs[key, "books"]
@@ -159,43 +129,6 @@ def compile(
     if compile or cuda_graph or tape:
         engine._replay(compile, CudaRecorder(device) if cuda_graph else CpuRecorder() if tape else None)
     return engine
-
-
-def _plan(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> _Plan:
-    named = bind_arguments(model, args, kwargs)
-    leaves, spec = pytree.tree_flatten(named)
-    inputs = tuple(_signature(leaf) for leaf in leaves)
-    key = (str(spec), inputs, output if not callable(output) else id(output), fingerprint(model))
-    plans = _CACHE.plans.setdefault(model, {})
-    if key not in plans:
-        plans[key] = _Plan(capture(model, args, kwargs, output))
-    return plans[key]
-
-
-def _signature(leaf: Any) -> Any:
-    if not isinstance(leaf, Tensor):
-        return repr(leaf)
-    free = 2 if leaf.ndim == 2 and not leaf.is_floating_point() else 1
-    return (leaf.dtype, str(leaf.device), leaf.ndim, tuple(leaf.shape[free:]))
-
-
-def fingerprint(model: nn.Module) -> int:
-    """A fingerprint of what a capture depends on: modules, plain attributes, parameter shapes and dtypes."""
-    parts: list[Any] = []
-    for name, module in model.named_modules():
-        plain = tuple(
-            (k, v)
-            for k, v in vars(module).items()
-            if isinstance(v, (int, float, str, bool, type(None))) and not k.startswith("_")
-        )
-        tensors = tuple(
-            (k, tuple(t.shape), t.dtype, str(t.device))
-            for store in (module._parameters, module._buffers)
-            for k, t in store.items()
-            if t is not None
-        )
-        parts.append((name, type(module), plain, tensors))
-    return hash(tuple(parts))
 
 
 def _hashable(options: Mapping[str, Any] | None) -> Any:
