@@ -1,6 +1,11 @@
-"""Python time of one kernel call, as the engine makes it and as a custom op: python -m benchmarks.op_overhead.
+"""Processor time of calls where there is next to no work: python -m benchmarks.op_overhead.
 
-The tensors are so small that what is timed is checks, dispatch and the call itself.
+Of one kernel, as the engine calls it and as a custom op: what is timed is checks, dispatch and the call itself.
+
+Of one Transformer block in a whole explanation, as the difference between two depths of a model of width 16. `plan` is
+the engine step by step, `tape` the engine with tape=True, `calls` the tape's own calls of torch's and our kernels in a
+bare loop, inputs and answer not counted. plan - calls and tape - calls are Python's share; beside them what the model's
+forward pass and forward with autograd's backward take in plain PyTorch.
 """
 
 from __future__ import annotations
@@ -12,8 +17,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
+from torch import nn
 
+import relprop
 from benchmarks.numerics.rows import RESULTS, write_rows
 from relprop import native
 from relprop.ops.registry import SPECS
@@ -32,34 +40,76 @@ def examples() -> dict[str, tuple[Any, ...]]:
 
 
 def microseconds(run: Callable[[], Any], rounds: int, calls: int = 200) -> list[float]:
-    """Time of one call, by round."""
+    """Processor time of one call, by round."""
     found = []
     for _ in range(rounds):
-        start = time.perf_counter()
+        start = time.thread_time()
         for _ in range(calls):
             run()
-        found.append((time.perf_counter() - start) / calls * 1e6)
+        found.append((time.thread_time() - start) / calls * 1e6)
     return found
 
 
-def measure(rounds: int) -> list[dict[str, Any]]:
+def summary(what: str, call: str, times: list[float]) -> dict[str, Any]:
+    """One row of times in microseconds."""
+    times = sorted(times)
+    return {
+        "what": what,
+        "call": call,
+        "us_median": round(statistics.median(times), 2),
+        "us_p20": round(times[len(times) // 5], 2),
+        "us_p80": round(times[len(times) * 4 // 5], 2),
+    }
+
+
+def kernels(rounds: int) -> list[dict[str, Any]]:
     """One row per kernel and way to call it."""
     rows = []
     for name, given in examples().items():
         op = getattr(torch.ops.relprop, name).default
         ways = {"wrapper": lambda k=SPECS[name].kernel, g=given: k(*g), "op": lambda o=op, g=given: o(*g)}
-        for way, run in ways.items():
-            times = sorted(microseconds(run, rounds))
-            rows.append(
-                {
-                    "kernel": name,
-                    "call": way,
-                    "us_median": round(statistics.median(times), 2),
-                    "us_p20": round(times[len(times) // 5], 2),
-                    "us_p80": round(times[len(times) * 4 // 5], 2),
-                }
-            )
+        rows += [summary(name, way, microseconds(run, rounds)) for way, run in ways.items()]
     return rows
+
+
+def tiny(depth: int) -> nn.Module:
+    """A ViT with next to no work in it."""
+    model = timm.models.vision_transformer.VisionTransformer(
+        img_size=16, patch_size=4, embed_dim=16, depth=depth, num_heads=2, num_classes=10
+    )
+    return model.eval()
+
+
+def ways_through(model: nn.Module) -> dict[str, Callable[[], Any]]:
+    """Everything that is timed on one model."""
+    x, target = torch.randn(1, 3, 16, 16), torch.tensor([3])
+    plan, tape = (relprop.compile(model, (x,), tape=taped) for taped in (False, True))
+    for engine in (plan, tape):
+        engine(x, target=target)
+    (calls,) = tape.recordings
+
+    def autograd() -> None:
+        with torch.enable_grad():
+            model(x.clone().requires_grad_())[0, 3].backward()
+
+    return {
+        "forward": lambda: model(x),
+        "forward and backward": autograd,
+        "plan": lambda: plan(x, target=target),
+        "tape": lambda: tape(x, target=target),
+        "calls": calls.replay,
+    }
+
+
+def blocks(rounds: int, shallow: int = 4, deep: int = 12) -> list[dict[str, Any]]:
+    """One row per way through a model: microseconds of a block."""
+    ways = [ways_through(tiny(depth)) for depth in (shallow, deep)]
+    times: dict[str, list[float]] = {name: [] for name in ways[0]}
+    for _ in range(rounds):  # in turns, so that what else the machine does meets all of them
+        for name, found in times.items():
+            less, more = (microseconds(way[name], 1, calls=5)[0] for way in ways)
+            found.append((more - less) / (deep - shallow))
+    return [summary("block", name, found) for name, found in times.items()]
 
 
 def main() -> None:
@@ -69,10 +119,10 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     with torch.no_grad():
-        rows = measure(given.rounds)
+        rows = kernels(given.rounds) + blocks(5 * given.rounds)
     write_rows(given.out, rows)
     for row in rows:
-        print(f"{row['kernel']:<28} {row['call']:<8} {row['us_median']:>6.1f} us")
+        print(f"{row['what']:<28} {row['call']:<20} {row['us_median']:>7.1f} us")
 
 
 if __name__ == "__main__":

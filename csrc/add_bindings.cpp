@@ -3,6 +3,7 @@
 #include "add_normalised.h"
 #include "bindings.h"
 #include "fanout_epsilon.h"
+#include "tape.h"
 
 namespace relprop {
 namespace {
@@ -88,17 +89,19 @@ void bind_fanout_epsilon(TensorArgument out, const std::vector<TensorArgument>& 
 }
 
 const Bindings bindings([](py::module_& module) {
-  module.def("add_normalised", &bind_add_normalised, release_gil(), py::arg("relevance_a"), py::arg("relevance_b"),
+  module.def("add_normalised", taped<&bind_add_normalised>, release_gil(), py::arg("relevance_a"),
+             py::arg("relevance_b"), py::arg("relevance"), py::arg("a"), py::arg("b"), py::arg("targets"),
+             py::arg("batch"), py::arg("b_batch"), py::arg("size"), py::arg("stabiliser_kind"), py::arg("epsilon"),
+             py::arg("threads"));
+  module.def("add_epsilon", taped<&bind_add_epsilon>, release_gil(), py::arg("relevance_a"), py::arg("relevance_b"),
              py::arg("relevance"), py::arg("a"), py::arg("b"), py::arg("targets"), py::arg("batch"), py::arg("b_batch"),
              py::arg("size"), py::arg("stabiliser_kind"), py::arg("epsilon"), py::arg("threads"));
-  module.def("add_epsilon", &bind_add_epsilon, release_gil(), py::arg("relevance_a"), py::arg("relevance_b"),
-             py::arg("relevance"), py::arg("a"), py::arg("b"), py::arg("targets"), py::arg("batch"), py::arg("b_batch"),
-             py::arg("size"), py::arg("stabiliser_kind"), py::arg("epsilon"), py::arg("threads"));
-  module.def("add_gamma", &bind_add_gamma, release_gil(), py::arg("relevance_a"), py::arg("relevance_b"),
+  module.def("add_gamma", taped<&bind_add_gamma>, release_gil(), py::arg("relevance_a"), py::arg("relevance_b"),
              py::arg("relevance"), py::arg("a"), py::arg("b"), py::arg("targets"), py::arg("batch"), py::arg("b_batch"),
              py::arg("size"), py::arg("gamma"), py::arg("stabiliser_kind"), py::arg("epsilon"), py::arg("threads"));
-  module.def("fanout_epsilon", &bind_fanout_epsilon, release_gil(), py::arg("out"), py::arg("relevances"), py::arg("x"),
-             py::arg("targets"), py::arg("size"), py::arg("stabiliser_kind"), py::arg("epsilon"), py::arg("threads"));
+  module.def("fanout_epsilon", taped<&bind_fanout_epsilon>, release_gil(), py::arg("out"), py::arg("relevances"),
+             py::arg("x"), py::arg("targets"), py::arg("size"), py::arg("stabiliser_kind"), py::arg("epsilon"),
+             py::arg("threads"));
 });
 
 }  // namespace

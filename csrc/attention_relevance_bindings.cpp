@@ -2,6 +2,8 @@
 
 #include <tuple>
 
+#include "tape.h"
+
 namespace relprop {
 namespace {
 
@@ -61,10 +63,10 @@ void bind_attention_relevance(int itemsize, const AttentionSizes& sizes, const A
 }
 
 void bind(py::module_& module) {
-  module.def("attention_relevance", &bind_attention_relevance, release_gil(), py::arg("itemsize"), py::arg("sizes"),
-             py::arg("tensors"), py::arg("scale"), py::arg("causal"), py::arg("exact_output"), py::arg("qk"),
-             py::arg("edge"), py::arg("qk_stabiliser_kind"), py::arg("qk_epsilon"), py::arg("av_stabiliser_kind"),
-             py::arg("av_epsilon"), py::arg("threads"));
+  module.def("attention_relevance", taped<&bind_attention_relevance>, release_gil(), py::arg("itemsize"),
+             py::arg("sizes"), py::arg("tensors"), py::arg("scale"), py::arg("causal"), py::arg("exact_output"),
+             py::arg("qk"), py::arg("edge"), py::arg("qk_stabiliser_kind"), py::arg("qk_epsilon"),
+             py::arg("av_stabiliser_kind"), py::arg("av_epsilon"), py::arg("threads"));
 }
 
 const Bindings bindings(bind);

@@ -2,6 +2,7 @@
 #include "linear_alpha_beta.h"
 #include "linear_epsilon.h"
 #include "linear_gamma.h"
+#include "tape.h"
 
 namespace relprop {
 namespace {
@@ -75,18 +76,18 @@ void bind_gamma_share_out(TensorArgument p1, TensorArgument p2, TensorArgument r
 }
 
 const Bindings bindings([](py::module_& module) {
-  module.def("linear_alpha_beta_share_out", &bind_share_out, release_gil(), py::arg("p1"), py::arg("p2"),
+  module.def("linear_alpha_beta_share_out", taped<&bind_share_out>, release_gil(), py::arg("p1"), py::arg("p2"),
              py::arg("relevance"), py::arg("y"), py::arg("bias"), py::arg("absz"), py::arg("targets"), py::arg("rows"),
              py::arg("n"), py::arg("alpha"), py::arg("beta"), py::arg("tolerance"), py::arg("stabiliser_kind"),
              py::arg("epsilon"), py::arg("threads"));
-  module.def("linear_alpha_beta_select", &bind_select, release_gil(), py::arg("out"), py::arg("x"), py::arg("c1"),
-             py::arg("c2"), py::arg("targets"), py::arg("size"), py::arg("threads"));
-  module.def("linear_epsilon_share_out", &bind_epsilon_share_out, release_gil(), py::arg("s"), py::arg("relevance"),
-             py::arg("y"), py::arg("bias"), py::arg("targets"), py::arg("rows"), py::arg("n"), py::arg("bias_factor"),
-             py::arg("stabiliser_kind"), py::arg("epsilon"), py::arg("threads"));
-  module.def("linear_epsilon_select", &bind_epsilon_select, release_gil(), py::arg("out"), py::arg("x"), py::arg("c"),
-             py::arg("targets"), py::arg("size"), py::arg("threads"));
-  module.def("linear_gamma_share_out", &bind_gamma_share_out, release_gil(), py::arg("p1"), py::arg("p2"),
+  module.def("linear_alpha_beta_select", taped<&bind_select>, release_gil(), py::arg("out"), py::arg("x"),
+             py::arg("c1"), py::arg("c2"), py::arg("targets"), py::arg("size"), py::arg("threads"));
+  module.def("linear_epsilon_share_out", taped<&bind_epsilon_share_out>, release_gil(), py::arg("s"),
+             py::arg("relevance"), py::arg("y"), py::arg("bias"), py::arg("targets"), py::arg("rows"), py::arg("n"),
+             py::arg("bias_factor"), py::arg("stabiliser_kind"), py::arg("epsilon"), py::arg("threads"));
+  module.def("linear_epsilon_select", taped<&bind_epsilon_select>, release_gil(), py::arg("out"), py::arg("x"),
+             py::arg("c"), py::arg("targets"), py::arg("size"), py::arg("threads"));
+  module.def("linear_gamma_share_out", taped<&bind_gamma_share_out>, release_gil(), py::arg("p1"), py::arg("p2"),
              py::arg("relevance"), py::arg("y"), py::arg("bias"), py::arg("absz"), py::arg("targets"), py::arg("rows"),
              py::arg("n"), py::arg("gamma"), py::arg("biased"), py::arg("bias_share"), py::arg("stabiliser_kind"),
              py::arg("epsilon"), py::arg("threads"));

@@ -1,5 +1,6 @@
 #include "bindings.h"
 #include "linear_products.h"
+#include "tape.h"
 
 namespace relprop {
 namespace {
@@ -34,6 +35,12 @@ struct PythonLinear {
   int64_t rows, k, n;
   int operands;
 };
+
+void each_pointer(PythonLinear& layer, const EachPointer& each) {
+  each(layer.x.first);
+  relprop::each_pointer(layer.w, each);
+  each(layer.packed);
+}
 
 // The layer, and whether there is anything to do.
 std::pair<Linear, bool> checked(const PythonLinear& given, int64_t targets, int threads) {
@@ -100,17 +107,17 @@ const Bindings bindings([](py::module_& module) {
            py::arg("w"), py::arg("packed"), py::arg("rows"), py::arg("k"), py::arg("n"), py::arg("operands"));
   module.def("gemm_fast", [](int operands) { return gemm_fast(checked_operands(operands)); }, py::arg("operands"));
   module.def("linear_packed_bytes", &bind_packed_bytes, py::arg("n"), py::arg("depth"), py::arg("operands"));
-  module.def("linear_pack", &bind_pack, release_gil(), py::arg("packed"), py::arg("w"), py::arg("n"), py::arg("k"),
-             py::arg("transpose"), py::arg("operands"), py::arg("threads"));
-  module.def("linear_apply", &bind_apply, release_gil(), py::arg("y"), py::arg("bias"), py::arg("layer"),
+  module.def("linear_pack", taped<&bind_pack>, release_gil(), py::arg("packed"), py::arg("w"), py::arg("n"),
+             py::arg("k"), py::arg("transpose"), py::arg("operands"), py::arg("threads"));
+  module.def("linear_apply", taped<&bind_apply>, release_gil(), py::arg("y"), py::arg("bias"), py::arg("layer"),
              py::arg("threads"));
-  module.def("linear_transpose", &bind_transpose, release_gil(), py::arg("out"), py::arg("r"), py::arg("layer"),
+  module.def("linear_transpose", taped<&bind_transpose>, release_gil(), py::arg("out"), py::arg("r"), py::arg("layer"),
              py::arg("targets"), py::arg("threads"));
-  module.def("linear_alpha_beta_share_out_product", &bind_share_out, release_gil(), py::arg("shares"),
+  module.def("linear_alpha_beta_share_out_product", taped<&bind_share_out>, release_gil(), py::arg("shares"),
              py::arg("relevance"), py::arg("y"), py::arg("bias"), py::arg("layer"), py::arg("targets"),
              py::arg("alpha"), py::arg("tolerance"), py::arg("stabiliser_kind"), py::arg("epsilon"),
              py::arg("threads"));
-  module.def("linear_alpha_beta_back_product", &bind_back, release_gil(), py::arg("out"), py::arg("shares"),
+  module.def("linear_alpha_beta_back_product", taped<&bind_back>, release_gil(), py::arg("out"), py::arg("shares"),
              py::arg("layer"), py::arg("targets"), py::arg("threads"));
 });
 

@@ -1,6 +1,7 @@
 #include "bindings.h"
 #include "matmul_half.h"
 #include "softmax_taylor.h"
+#include "tape.h"
 
 namespace relprop {
 namespace {
@@ -59,14 +60,14 @@ void bind_softmax_taylor(TensorArgument out, TensorArgument relevance, TensorArg
 }
 
 const Bindings bindings([](py::module_& module) {
-  module.def("matmul_half_share", &bind_share, release_gil(), py::arg("s"), py::arg("relevance"), py::arg("z"),
+  module.def("matmul_half_share", taped<&bind_share>, release_gil(), py::arg("s"), py::arg("relevance"), py::arg("z"),
              py::arg("targets"), py::arg("size"), py::arg("stabiliser_kind"), py::arg("epsilon"), py::arg("threads"));
-  module.def("matmul_half_attention_shares", &bind_attention_shares, release_gil(), py::arg("s_prime"),
+  module.def("matmul_half_attention_shares", taped<&bind_attention_shares>, release_gil(), py::arg("s_prime"),
              py::arg("relevance"), py::arg("attention"), py::arg("sv"), py::arg("dots"), py::arg("targets"),
              py::arg("size"), py::arg("stabiliser_kind"), py::arg("epsilon"), py::arg("threads"));
-  module.def("matmul_half_rollout_matrix", &bind_rollout_matrix, release_gil(), py::arg("e"), py::arg("grad"),
+  module.def("matmul_half_rollout_matrix", taped<&bind_rollout_matrix>, release_gil(), py::arg("e"), py::arg("grad"),
              py::arg("relevance"), py::arg("samples"), py::arg("heads"), py::arg("size"), py::arg("threads"));
-  module.def("softmax_taylor", &bind_softmax_taylor, release_gil(), py::arg("out"), py::arg("relevance"),
+  module.def("softmax_taylor", taped<&bind_softmax_taylor>, release_gil(), py::arg("out"), py::arg("relevance"),
              py::arg("logits"), py::arg("probabilities"), py::arg("targets"), py::arg("rows"), py::arg("n"),
              py::arg("threads"));
 });

@@ -3,6 +3,7 @@
 #include "bindings.h"
 #include "norm_gradient.h"
 #include "norm_sigma_constant.h"
+#include "tape.h"
 
 namespace relprop {
 namespace {
@@ -81,16 +82,17 @@ void bind_activation_slope(TensorArgument out, TensorArgument relevance, TensorA
 }
 
 const Bindings bindings([](py::module_& module) {
-  module.def("norm_gradient", &bind_norm_gradient, release_gil(), py::arg("out"), py::arg("gradient"), py::arg("x"),
-             py::arg("weight"), py::arg("targets"), py::arg("rows"), py::arg("n"), py::arg("norm"), py::arg("epsilon"),
+  module.def("norm_gradient", taped<&bind_norm_gradient>, release_gil(), py::arg("out"), py::arg("gradient"),
+             py::arg("x"), py::arg("weight"), py::arg("targets"), py::arg("rows"), py::arg("n"), py::arg("norm"),
+             py::arg("epsilon"), py::arg("threads"));
+  module.def("norm_sigma_constant", taped<&bind_norm_sigma_constant>, release_gil(), py::arg("out"),
+             py::arg("relevance"), py::arg("x"), py::arg("y"), py::arg("weight"), py::arg("targets"), py::arg("rows"),
+             py::arg("n"), py::arg("norm"), py::arg("norm_epsilon"), py::arg("stabiliser_kind"), py::arg("epsilon"),
              py::arg("threads"));
-  module.def("norm_sigma_constant", &bind_norm_sigma_constant, release_gil(), py::arg("out"), py::arg("relevance"),
-             py::arg("x"), py::arg("y"), py::arg("weight"), py::arg("targets"), py::arg("rows"), py::arg("n"),
-             py::arg("norm"), py::arg("norm_epsilon"), py::arg("stabiliser_kind"), py::arg("epsilon"),
+  module.def("activation_gradient", taped<&bind_activation_gradient>, release_gil(), py::arg("out"),
+             py::arg("gradient"), py::arg("x"), py::arg("targets"), py::arg("size"), py::arg("activation"),
              py::arg("threads"));
-  module.def("activation_gradient", &bind_activation_gradient, release_gil(), py::arg("out"), py::arg("gradient"),
-             py::arg("x"), py::arg("targets"), py::arg("size"), py::arg("activation"), py::arg("threads"));
-  module.def("activation_slope", &bind_activation_slope, release_gil(), py::arg("out"), py::arg("relevance"),
+  module.def("activation_slope", taped<&bind_activation_slope>, release_gil(), py::arg("out"), py::arg("relevance"),
              py::arg("x"), py::arg("y"), py::arg("targets"), py::arg("size"), py::arg("stabiliser_kind"),
              py::arg("epsilon"), py::arg("threads"));
 });

@@ -2,65 +2,36 @@
 
 from __future__ import annotations
 
-import threading
-import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from relprop import cost, memory, trust
 from relprop.backends import choose_kernels
 from relprop.batches import check_batch_size, join, pieces
-from relprop.capture import Captured, capture, lower
-from relprop.capture.export import bind_arguments
+from relprop.capture import Captured
 from relprop.composites import Composite, find_composite
 from relprop.errors import BackendError, OptionError
 from relprop.execute import Forward, PassResult, Trace, run_pass, run_sampled
 from relprop.explanation import Explanation
 from relprop.export import example_batch, export_program, save
-from relprop.graph import Graph
 from relprop.inputs import bind_inputs, check_mode, check_weights, placement
 from relprop.lowering import PassFunction, output_shape
 from relprop.methods import Reading, find_method
 from relprop.methods.sampled import SampledMap
 from relprop.methods.topology import patch_grid
+from relprop.plans import CACHE, plan_of
 from relprop.program import Program, build_program
-from relprop.replay import CudaRecorder, Replays
+from relprop.replay import CudaRecorder, Recorder, Recording, Replays
+from relprop.tape import CpuRecorder
 from relprop.targets import Target, TargetLike, find_index, resolve_target
 from relprop.weights import DeriveOnce, Weights
 
 PRECISIONS = ("highest", "high", "medium")
-
-
-@dataclass
-class _Plan:
-    """What compilation makes of a model; holds no tensor of it."""
-
-    captured: Captured
-    graphs: dict[bool, Graph] = field(default_factory=dict)  # by whether all rows are computed
-    programs: dict[Any, Program] = field(default_factory=dict)
-
-    def graph(self, all_rows: bool) -> Graph:
-        """The canonical graph; without `all_rows` rows that the output does not read are left out."""
-        if all_rows not in self.graphs:
-            self.graphs[all_rows] = lower(self.captured, hoist=not all_rows)
-        return self.graphs[all_rows]
-
-
-class _Cache:
-    """Captures and plans per model, dropped with the model."""
-
-    def __init__(self) -> None:
-        self.plans: weakref.WeakKeyDictionary[nn.Module, dict[Any, _Plan]] = weakref.WeakKeyDictionary()
-        self.lock = threading.RLock()
-
-
-_CACHE = _Cache()
 
 
 def compile(
@@ -77,6 +48,7 @@ def compile(
     latents: Sequence[str] = (),
     compile: bool = False,
     cuda_graph: bool = False,
+    tape: bool = False,
 ) -> Engine:
     """Capture a model and plan a method on it.
 
@@ -96,6 +68,8 @@ def compile(
         compile: run the pass as one graph through torch.compile, kernels as custom ops in it. Made once per padded
             batch size, which takes long.
         cuda_graph: record the pass as a CUDA graph once per padded batch size, and replay it.
+        tape: the same on the CPU: replay the calls of torch's and this package's kernels, without the plan's Python.
+            It gives the same bits, and most on small models.
     Returns:
         An engine. A second call for the same model, method and kind of input is served from a cache.
     Raises:
@@ -133,67 +107,29 @@ def compile(
             latents=latents,
         )
 
-    with _CACHE.lock:
-        plan = _plan(model, args, dict(kwargs or {}), output)
+    with CACHE.lock:
+        plan = plan_of(model, args, dict(kwargs or {}), output)
         program = plan.programs.get(key)
         if program is None:
             program = build(False)
             plan.programs[key] = program
 
     def booked() -> Program:
-        with _CACHE.lock:
+        with CACHE.lock:
             if (key, "books") not in plan.programs:
                 plan.programs[key, "books"] = build(True)
             return plan.programs[key, "books"]
 
     if cuda_graph and device.type != "cuda":
         raise BackendError(f"cuda_graph: expected a model on a CUDA device, got one on {device}")
+    if tape and device.type != "cpu":
+        raise BackendError(f"tape: expected a model on the CPU, got one on {device}")
+    if tape and compile:
+        raise OptionError("tape: expected it without compile, got both")
     engine = Engine(model, plan.captured, program, backend, precision, dtype, device, booked)
-    if compile or cuda_graph:
-        engine._replay(compile, cuda_graph)
+    if compile or cuda_graph or tape:
+        engine._replay(compile, CudaRecorder(device) if cuda_graph else CpuRecorder() if tape else None)
     return engine
-
-
-def _plan(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> _Plan:
-    named = bind_arguments(model, args, kwargs)
-    leaves, spec = pytree.tree_flatten(named)
-    inputs = tuple(_signature(leaf) for leaf in leaves)
-    key = (str(spec), inputs, output if not callable(output) else id(output), fingerprint(model))
-    plans = _CACHE.plans.setdefault(model, {})
-    if key not in plans:
-        plans[key] = _Plan(capture(model, args, kwargs, output))
-    return plans[key]
-
-
-def _signature(leaf: Any) -> Any:
-    if not isinstance(leaf, Tensor):
-        return repr(leaf)
-    free = 2 if leaf.ndim == 2 and not leaf.is_floating_point() else 1
-    return (leaf.dtype, str(leaf.device), leaf.ndim, tuple(leaf.shape[free:]))
-
-
-def fingerprint(model: nn.Module) -> int:
-    """A fingerprint of what a capture depends on: modules, plain attributes, also of a `config`, parameter shapes and
-    dtypes.
-    """
-    parts: list[Any] = []
-    configs: dict[int, Any] = {}
-    for name, module in model.named_modules():
-        config = vars(module).get("config")
-        configs[id(config)] = getattr(config, "__dict__", None)
-        plain = tuple(
-            (k, v)
-            for k, v in vars(module).items()
-            if isinstance(v, (int, float, str, bool, type(None))) and not k.startswith("_")
-        )
-        tensors = tuple(
-            (k, tuple(t.shape), t.dtype, str(t.device))
-            for store in (module._parameters, module._buffers)
-            for k, t in store.items()
-            if t is not None
-        )
-        parts.append((name, type(module), plain, tensors))
-    return hash((*parts, str(list(configs.values()))))
 
 
 def _hashable(options: Mapping[str, Any] | None) -> Any:
@@ -238,10 +174,10 @@ class Engine:
         self._forecast = memory.Forecast(self._probe)
         self._replays: Replays | None = None
 
-    def _replay(self, compiled: bool, recorded: bool) -> None:
+    def _replay(self, compiled: bool, recorder: Recorder | None) -> None:
         """Explain by runs of fixed shapes from now on."""
-        self._one_pass("compile, cuda_graph")
-        self._replays = self._make_replays(compiled, recorded)
+        self._one_pass("compile, cuda_graph, tape")
+        self._replays = self._make_replays(compiled, recorder)
 
     def _one_pass(self, what: str) -> None:
         if len(self._explained_names()) > 1 or self._pairs():
@@ -256,14 +192,14 @@ class Engine:
                 f" {len(self.program.requirements.latents)} latent(s)"
             )
 
-    def _make_replays(self, compiled: bool, recorded: bool) -> Replays:
+    def _make_replays(self, compiled: bool, recorder: Recorder | None) -> Replays:
         return Replays(
             PassFunction(self.program, self._indices, self._dtype, self._precision),
             list(self._batched.values()),
             self._lasting,
             self._weights.derived,
             compiled=compiled,
-            recorder=CudaRecorder(self._device) if recorded else None,
+            recorder=recorder,
         )
 
     @property
@@ -374,6 +310,11 @@ class Engine:
         reading = Reading(batch, targets, outcome.profile, explained_tokens=layout.explained_tokens)
         aim = Target(outcome.relevance, outcome.index, several)
         return self._explanation(PassResult(outcome.relevance, outcome.logits, aim, reading, layout.shapes))
+
+    @property
+    def recordings(self) -> list[Recording]:
+        """What there is to replay, the one used last at the end; empty without `tape` or `cuda_graph`."""
+        return [] if self._replays is None else self._replays.recordings
 
     def memory(self, batch: int, *, targets: int = 1) -> int:
         """Peak bytes of explaining a batch, beside the model's own weights: the inputs, what is derived from weights,

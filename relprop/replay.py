@@ -1,4 +1,4 @@
-"""Passes of fixed shapes, made once each and run again: compiled, recorded as a CUDA graph, or both."""
+"""Passes of fixed shapes, made once each and run again: compiled, recorded (a CUDA graph, a tape), or both."""
 
 from __future__ import annotations
 
@@ -96,6 +96,7 @@ class _Noted(DeriveOnce):
     def __init__(self, graph: Graph, weights: DerivedWeights) -> None:
         super().__init__(graph, weights)
         self.asked: dict[DerivedKey, Tensor] = {}
+        self.packings: dict[tuple[int, bool, torch.dtype], Tensor] = {}
 
     def __call__(self, value: Value, tensor: Tensor, transform: str, dtype: torch.dtype) -> Tensor:
         found = super().__call__(value, tensor, transform, dtype)
@@ -104,12 +105,19 @@ class _Noted(DeriveOnce):
             self.asked[name, transform, dtype] = found
         return found
 
+    def packed(self, value: Value, tensor: Tensor, transpose: bool, dtype: torch.dtype) -> Tensor | None:
+        found = super().packed(value, tensor, transpose, dtype)
+        if found is not None:
+            self.packings[value.index, transpose, dtype] = found
+        return found
+
 
 @dataclass
 class _Made:
     run: Run
     layout: Layout
     held: Any  # what the run reads without owning it
+    recording: Recording | None = None
 
 
 class Replays:
@@ -171,6 +179,11 @@ class Replays:
         """The shapes that runs are there for, the one used last at the end."""
         return list(self._made)
 
+    @property
+    def recordings(self) -> list[Recording]:
+        """Of the same shapes, where there are any."""
+        return [made.recording for made in self._made.values() if made.recording is not None]
+
     def _piece(self, inputs: Sequence[Tensor], index: Tensor | None) -> tuple[Outcome, Layout]:
         batch = next(len(t) for t, is_batch in zip(inputs, self.batched, strict=True) if is_batch)
         size = padded_size(batch, self.largest)
@@ -182,7 +195,8 @@ class Replays:
     def _find(self, inputs: Sequence[Tensor], index: Tensor | None) -> _Made:
         weights = list(self.weights())
         fingerprint = [(t.data_ptr(), -1 if t.is_inference() else t._version) for t in weights]
-        key = (*(tuple(t.shape) for t in inputs), None if index is None else tuple(index.shape))
+        aimed = None if index is None else tuple(index.shape)
+        key = (*(tuple(t.shape) for t in inputs), aimed, torch.get_num_threads())
         with self._lock:
             if fingerprint != self._fingerprint:
                 self._made.clear()
@@ -200,7 +214,7 @@ class Replays:
         self.function([*inputs, *weights], index, noted)
         layout = self.function.layout
         assert layout is not None
-        held: Any = (weights, list(noted.asked.values()), layout.explained_tokens)
+        held: Any = (weights, [*noted.asked.values(), *noted.packings.values()], layout.explained_tokens)
         run: Run
         if self.compiled:
             run, graph = self._compile(inputs, weights, index, noted.asked, layout)
@@ -210,9 +224,10 @@ class Replays:
             def run(given: Sequence[Tensor], aimed: Tensor | None) -> Outcome:
                 return self.function([*given, *weights], aimed, noted, layout.explained_tokens)
 
-        if self.recorder is not None:
-            run = self._record(run, inputs, index, self.recorder)
-        return _Made(run, layout, held)
+        if self.recorder is None:
+            return _Made(run, layout, held)
+        run, recording = self._record(run, inputs, index, self.recorder)
+        return _Made(run, layout, held, recording)
 
     def _compile(
         self,
@@ -233,7 +248,9 @@ class Replays:
 
         return run, graph
 
-    def _record(self, run: Run, inputs: Sequence[Tensor], index: Tensor | None, recorder: Recorder) -> Run:
+    def _record(
+        self, run: Run, inputs: Sequence[Tensor], index: Tensor | None, recorder: Recorder
+    ) -> tuple[Run, Recording]:
         """The same run on tensors of its own, recorded."""
         mine, aim = [t.clone() for t in inputs], None if index is None else index.clone()
         outcome: list[Outcome] = []
@@ -255,7 +272,7 @@ class Replays:
                 found = [t.clone() for t in recording.outputs]
             return outcome_of(found)
 
-        return replayed
+        return replayed, recording
 
 
 def _cut(outcome: Outcome, batch: int) -> Outcome:

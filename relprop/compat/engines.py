@@ -10,8 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from relprop.composites import Composite
-from relprop.engine import Engine, compile, fingerprint
+from relprop.engine import Engine, compile
 from relprop.errors import MissingDependencyError, OptionError
+from relprop.plans import fingerprint
 
 
 class Engines:

@@ -62,8 +62,7 @@ def recorded(model: nn.Module, **options: Any) -> tuple[Engine, FakeRecorder, En
     settings = {"composite": "chefer_stable", **options}
     engine, plain = (relprop.compile(model, (images(2),), **settings) for _ in range(2))
     recorder = FakeRecorder()
-    engine._replays = engine._make_replays(False, False)
-    engine._replays.recorder = recorder
+    engine._replays = engine._make_replays(False, recorder)
     return engine, recorder, plain
 
 
