@@ -9,7 +9,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,11 @@ from relprop.composites import Composite
 from relprop.engine import Engine, compile
 from relprop.errors import OptionError, ShapeError, UnsupportedTopologyError
 from relprop.explanation import Explanation
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from relprop.pictures.view import View
 
 WINDOW = 16  # targets that share a pass at most, where their number is chosen by memory
 
@@ -35,6 +41,7 @@ class Generation:
         written: whether a token was generated, not filled in after the sample's end; rows of others are 0. [B, G]
         targets_at_a_time: targets that shared a pass.
         memory: bytes that a pass was predicted to take beside the weights; None where nothing was predicted.
+        source_ids: the encoder's tokens, None for a decoder alone. [B, S]
     """
 
     relevance: Tensor
@@ -44,11 +51,60 @@ class Generation:
     written: Tensor
     targets_at_a_time: int
     memory: int | None = None
+    source_ids: Tensor | None = None
 
     @property
     def prompt_length(self) -> int:
         """Tokens before the first generated one."""
         return self.ids.shape[1] - self.relevance.shape[1]
+
+    def view(
+        self,
+        tokens: Any = None,
+        *,
+        sample: int = 0,
+        form: str = "matrix",
+        source: bool | None = None,
+        source_tokens: Any = None,
+    ) -> View:
+        """What `show` and `save` show of one sample.
+
+        Args:
+            tokens: a tokenizer of transformers, or a list of strings for each sample; the ids by default.
+            sample: which of the batch.
+            form: "matrix", a row for each generated token and a column for each that it was explained by, or "text",
+                the text once for each generated token.
+            source: the encoder's tokens as columns; by default where there are any.
+            source_tokens: the same as `tokens` for these; by default `tokens` where that is a tokenizer.
+        Raises:
+            OptionError: sample, form or source. ShapeError: lists of strings that do not fit.
+        """
+        from relprop.pictures.generation import generation_view
+
+        return generation_view(self, tokens, sample, form, source, source_tokens)
+
+    def picture(self, tokens: Any = None, **options: Any) -> Image.Image:
+        """The matrix of `view` as a picture."""
+        return self.view(tokens, **options).image()
+
+    def html(self, tokens: Any = None, *, theme: str = "auto", **options: Any) -> str:
+        """`view` as a fragment of HTML that stands alone. theme: "auto", "light" or "dark"."""
+        return self.view(tokens, **options).html(theme)
+
+    def show(self, tokens: Any = None, **options: Any) -> None:
+        """Show `view`: as the output of a notebook, in the terminal (texts), or in the system's viewer (pictures)."""
+        self.view(tokens, **options).show()
+
+    def save(self, path: str | Path, tokens: Any = None, *, theme: str = "auto", **options: Any) -> Path:
+        """Write `view` as a picture (.png, .jpg, .webp) or a page (.html).
+
+        Raises:
+            OptionError: another suffix. OutputError: it cannot be written.
+        """
+        return self.view(tokens, **options).save(path, theme)
+
+    def _repr_html_(self) -> str | None:
+        return self.view()._repr_html_()
 
 
 def explain_generation(
@@ -228,6 +284,7 @@ class _Writing:
             written,
             window,
             predicted,
+            self.given if source else None,
         )
 
     def own(self, found: Explanation) -> Tensor:

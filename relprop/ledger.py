@@ -41,6 +41,21 @@ class LedgerEntry:
         return self.arriving - self.passed - sum(self.absorbed.values(), torch.zeros_like(self.arriving))
 
 
+@dataclass(frozen=True)
+class LayerBooks:
+    """A layer's steps together; all tensors [T, B], in units of the explained score.
+
+    Attributes:
+        name: module path of the layer ("blocks.5"), or names of steps outside of any module.
+        arriving: relevance on its way before the layer: the seed less all that was absorbed above.
+        absorbed: kept in the layer, by cause.
+    """
+
+    name: str
+    arriving: Tensor
+    absorbed: dict[str, Tensor]
+
+
 @dataclass
 class Ledger:
     """The books of one relevance pass.
@@ -68,6 +83,37 @@ class Ledger:
     def imbalance(self) -> Tensor:
         """seed - frontier - absorbed: zero up to rounding. [T, B]"""
         return self.seed - self.frontier - sum(self.absorbed.values(), torch.zeros_like(self.seed))
+
+    def by_layer(self) -> list[LayerBooks]:
+        """The books layer by layer, from the output down.
+
+        A layer is a module path up to its first number ("blocks.5", "bert.encoder.layer.3"); other modules go by one
+        or two names ("norm", "bert.embeddings"), and steps outside of all modules by their own, where they keep
+        anything.
+        """
+        numbers = [index for entry in self.entries if (index := first_number(entry.module)) is not None]
+        depth = max(1, min([2, *numbers]))
+        groups: list[tuple[str, list[LedgerEntry]]] = []
+        places: dict[str, list[LedgerEntry]] = {}
+        for entry in self.entries:
+            name = layer_name(entry.module, depth)
+            if name in places and name:
+                places[name].append(entry)
+            elif groups and not name and not groups[-1][0]:
+                groups[-1][1].append(entry)
+            else:
+                places[name] = [entry]
+                groups.append((name, places[name]))
+        found, arriving = [], self.seed
+        for name, entries in groups:
+            absorbed = Ledger(self.seed, self.frontier, entries).absorbed
+            kept = sum(absorbed.values(), torch.zeros_like(self.seed))
+            negligible = 1e-5 * float(self.seed.abs().max())
+            if name or float(kept.abs().max()) > negligible:
+                steps = [e.step for e in entries if any(float(t.abs().max()) > negligible for t in e.absorbed.values())]
+                found.append(LayerBooks(name or ", ".join(steps[:2]), arriving, absorbed))
+            arriving = arriving - kept
+        return found
 
     def worst(self, count: int = 5) -> list[LedgerEntry]:
         """The steps that amplified most, where conditioning was lost."""
@@ -101,6 +147,17 @@ class Ledger:
             f" imbalance {float(self.imbalance.abs().max()):.2g} (means over targets and samples)"
         )
         return "\n".join(rows)
+
+
+def first_number(module: str) -> int | None:
+    """Where the first number stands in a module path."""
+    return next((i for i, part in enumerate(module.split(".")) if part.isdecimal()), None)
+
+
+def layer_name(module: str, depth: int) -> str:
+    """A module path up to its first number, or `depth` names."""
+    number = first_number(module)
+    return ".".join(module.split(".")[: depth if number is None else number + 1])
 
 
 def book(

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,9 @@ from relprop.compat.engines import Engines, needed
 from relprop.composites import Composite
 from relprop.errors import OptionError, unknown_name
 from relprop.explanation import Explanation
+
+if TYPE_CHECKING:
+    from relprop.pictures.view import View
 
 __all__ = ["Explained", "Pipeline", "pipeline"]
 
@@ -44,6 +48,35 @@ class Explained:
     relevances: Mapping[str, Tensor] = field(default_factory=dict)
     explanation: Explanation | None = field(default=None, repr=False)
     sample: int = 0
+
+    def view(self, **options: Any) -> View:
+        """What `show` and `save` show: the image with its heat map, the text in colours, or both.
+
+        Args:
+            options: scale, signed, side and heading, as `Explanation.view` takes them.
+        """
+        from relprop.pictures.explanations import explained_view
+
+        return explained_view(self, **options)
+
+    def show(self, **options: Any) -> None:
+        """Show `view`: as the output of a notebook, in the terminal (texts), or in the system's viewer (pictures)."""
+        self.view(**options).show()
+
+    def html(self, *, theme: str = "auto", **options: Any) -> str:
+        """`view` as a fragment of HTML that stands alone. theme: "auto", "light" or "dark"."""
+        return self.view(**options).html(theme)
+
+    def save(self, path: str | Path, *, theme: str = "auto", **options: Any) -> Path:
+        """Write `view` as a picture (.png, .jpg, .webp) or a page (.html).
+
+        Raises:
+            OptionError: another suffix. OutputError: it cannot be written.
+        """
+        return self.view(**options).save(path, theme)
+
+    def _repr_html_(self) -> str | None:
+        return self.view()._repr_html_()
 
     def __getitem__(self, name: str) -> Any:
         if name not in self.keys():
@@ -127,7 +160,13 @@ class Pipeline:
         engine = self._engines(
             (), given, method=self.method, composite=self.composite, options=self.options, output=output
         )
-        return engine(**given, target=target)
+        reader = getattr(self.inner, "image_processor", None)
+        mean, std = (getattr(reader, name, None) for name in ("image_mean", "image_std"))
+        return engine(**given, target=target).annotated(
+            labels=getattr(self.model.config, "id2label", None),
+            tokens=getattr(self.inner, "tokenizer", None),
+            normalisation=(mean, std) if mean and std and getattr(reader, "do_normalize", True) else None,
+        )
 
     def _best(self, inputs: Mapping[str, Any], count: int) -> Tensor | None:
         """The classes with the largest outputs, where more than one is asked for. [B, T]"""

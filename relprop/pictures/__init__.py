@@ -6,7 +6,7 @@ Pictures are PIL images and need matplotlib (`pip install relprop[images]`); HTM
 from relprop.pictures.explanations import compare
 from relprop.pictures.figures import require
 from relprop.pictures.images import colour_bar, enlarge, normalise, overlay
-from relprop.pictures.ledger import conditioning_picture
+from relprop.pictures.ledger import conditioning_picture, ledger_picture
 from relprop.pictures.matrix import matrix_html, token_matrix
 from relprop.pictures.panels import panel, save_png
 from relprop.pictures.text import Passage, colour_depth, text_html, text_terminal
@@ -20,6 +20,7 @@ __all__ = [
     "compare",
     "conditioning_picture",
     "enlarge",
+    "ledger_picture",
     "matrix_html",
     "normalise",
     "overlay",

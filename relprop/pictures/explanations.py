@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from relprop.errors import OptionError, ShapeError
 from relprop.explanation import Explanation
+from relprop.pictures.colours import as_numbers
 from relprop.pictures.grids import (
+    Block,
+    HeatMap,
     chosen_samples,
     compared_blocks,
     draw_blocks,
     explanation_blocks,
+    is_signed,
 )
 from relprop.pictures.text import Passage, text_html, text_terminal
 from relprop.pictures.tokens import token_strings
 from relprop.pictures.view import View
 
-__all__ = ["compare", "explanation_view", "passages"]
+if TYPE_CHECKING:
+    from relprop.pipelines import Explained
+
+__all__ = ["compare", "explained_view", "explanation_view", "passages"]
 
 
 def explanation_view(
@@ -118,6 +126,31 @@ def _kept(explanation: Explanation, tokens: int, sample: int) -> Tensor:
         if "attention_mask" in name and mask.ndim == 2 and mask.shape[-1] == tokens:
             return mask[sample].bool().cpu()
     return torch.ones(tokens, dtype=torch.bool)
+
+
+def explained_view(
+    explained: Explained, *, scale: str = "map", signed: bool | None = None, side: int = 180, heading: str = ""
+) -> View:
+    """See `Explained.view`."""
+    named = f"{explained.label}, score {explained.score:.3f}"
+    title = heading or named
+    explanation = explained.explanation
+    found = {"": explained.relevance, **explained.relevances}
+    heat = next(
+        (m for m in found.values() if explanation is not None and tuple(m.shape) == explanation.image_size), None
+    )
+    view = View(title)
+    if heat is not None:
+        assert explanation is not None
+        image = explanation.annotation.pictures(explanation.image_input(), explanation.batch)[explained.sample]
+        kind = is_signed(explanation) if signed is None else signed
+        blocks = [Block("", image, [HeatMap(named, as_numbers(heat, "map", 2), kind)])]
+        view = View(title, lambda: draw_blocks(blocks, scale=scale, side=side, heading=heading))
+    words = next((m for m in found.values() if m.ndim == 1 and len(m) == len(explained.tokens)), None)
+    if words is not None:
+        text = text_view([Passage(explained.tokens, words, named)], title, scale, signed)
+        view = replace(text, picture=view.picture)
+    return view
 
 
 def compare(

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from PIL import Image
+from torch import Tensor
 
+from relprop.errors import OptionError
 from relprop.ledger import Ledger
-from relprop.pictures.figures import drawn, make_figure
+from relprop.pictures.colours import DARK, LIGHT
+from relprop.pictures.figures import drawn, make_figure, style_axes
+
+_CAUSES = {"bias": "#e69f00", "epsilon": "#999999", "constant": "#009e73", "rule": "#cc79a7"}  # Okabe and Ito
+_LEAST = 0.002  # of the largest amount that is absorbed: causes below it are not drawn
+_OTHER, _FLOW, _END = "#d55e00", "#56b4e9", "#0072b2"
 
 
 def conditioning_picture(ledgers: Mapping[str, Ledger]) -> Image.Image:
@@ -35,3 +43,74 @@ def conditioning_picture(ledgers: Mapping[str, Ledger]) -> Image.Image:
         plot.set(title=title, xlabel="residual add, from the input", yscale="log")
     axes[0].legend()
     return drawn(figure)
+
+
+def ledger_picture(
+    ledger: Ledger, *, sample: int | None = None, target: int | None = None, dark: bool = False, scale: int = 1
+) -> Image.Image:
+    """Relevance on its way from the output to the input, layer by layer: what arrives, and what is absorbed by what.
+
+    Args:
+        ledger: of a run with `ledger=True`.
+        sample, target: which; the mean over all by default.
+        dark: on a dark ground.
+        scale: 2 for twice as many pixels.
+    Raises:
+        OptionError: a sample or target that the pass did not have. MissingDependencyError: matplotlib is not
+            installed.
+    """
+    layers = ledger.by_layer()
+    read = _reader(ledger, sample, target)
+    names = [*(layer.name for layer in layers), "input"]
+    width = max(4.5, 1.4 + 0.42 * len(names))
+    figure = make_figure(width, 4.4, dark=dark, scale=scale)
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+    places = range(len(names))
+    above.bar(list(places)[:-1], [read(layer.arriving) for layer in layers], width=0.7, color=_FLOW)
+    above.bar(places[-1], read(ledger.frontier), width=0.7, color=_END)
+    kept = {cause: [read(layer.absorbed.get(cause)) for layer in layers] for cause in ledger.absorbed}
+    least = _LEAST * max((abs(amount) for amounts in kept.values() for amount in amounts), default=0.0)
+    kept = {cause: amounts for cause, amounts in kept.items() if max(map(abs, amounts)) > least}
+    _stack(below, kept)
+    below.set_xticks(list(places), names, rotation=90, fontsize=8.5, parse_math=False)
+    ink = tuple(part / 255 for part in (DARK if dark else LIGHT).ink)
+    for axes, title in ((above, "relevance that arrives"), (below, "absorbed")):
+        style_axes(axes, dark=dark)
+        axes.set_title(title, fontsize=10, loc="left", color=ink)
+        axes.axhline(0, color=ink, linewidth=0.6)
+        axes.grid(axis="y", color=ink, alpha=0.15, linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.tick_params(axis="y", labelsize=8.5)
+    if kept:
+        box = below.legend(fontsize=8.5, frameon=False, ncols=len(kept), loc="lower right", bbox_to_anchor=(1, 1))
+        for text in box.get_texts():
+            text.set_color(ink)
+    return drawn(figure)
+
+
+def _reader(ledger: Ledger, sample: int | None, target: int | None) -> Any:
+    """From [T, B] to the number that is drawn."""
+    targets, batch = ledger.seed.shape
+    for what, index, size in (("sample", sample, batch), ("target", target, targets)):
+        if index is not None and not 0 <= index < size:
+            raise OptionError(f"{what}: expected None or 0 to {size - 1}, got {index!r}")
+
+    def read(values: Tensor | None) -> float:
+        if values is None:
+            return 0.0
+        values = values.expand(targets, batch)
+        values = values if target is None else values[target : target + 1]
+        values = values if sample is None else values[:, sample : sample + 1]
+        return float(values.mean())
+
+    return read
+
+
+def _stack(axes: Any, kept: dict[str, list[float]]) -> None:
+    """Bars on top of one another, those below 0 hanging from it."""
+    ends = {side: [0.0] * max(map(len, kept.values()), default=0) for side in (True, False)}
+    for cause, amounts in kept.items():
+        bottoms = [ends[amount >= 0][i] for i, amount in enumerate(amounts)]
+        axes.bar(range(len(amounts)), amounts, bottom=bottoms, width=0.7, color=_CAUSES.get(cause, _OTHER), label=cause)
+        for i, amount in enumerate(amounts):
+            ends[amount >= 0][i] += amount

@@ -113,8 +113,8 @@ def matrix_html(
     )
     scale = legend(shown(low, signed=True), shown(high, signed=True), signed=True)
     return fragment(
-        f"<figure><figcaption><span>{escape(title)}</span>{scale}</figcaption>"
-        f'<div class="scroll"><table class="matrix"><thead><tr><td class="none"></td>{head}</tr></thead>'
+        f'<figure class="cells"><figcaption><span>{escape(title)}</span>{scale}</figcaption>'
+        f'<div class="scroll"><table class="matrix"><thead><tr><td class="corner"></td>{head}</tr></thead>'
         f"<tbody>{body}</tbody></table></div></figure>",
         theme,
     )

@@ -55,6 +55,8 @@ rgb(var(--positive)/var(--strongest)))}}
 .relprop .matrix thead th span{{writing-mode:vertical-rl;transform:rotate(180deg);white-space:pre}}
 .relprop .matrix tbody th{{text-align:right}}
 .relprop .matrix td{{min-width:1.9em;height:1.9em;padding:0;border:1px solid rgb(var(--quiet)/.18)}}
+.relprop .matrix td.corner{{border-color:transparent}}
+.relprop .cells{{--strongest:1}}
 .relprop .matrix td.none{{background:rgb(var(--quiet)/.1);border-color:transparent}}
 """
 

@@ -123,6 +123,33 @@ def test_zero_shot(tokenizer: Any) -> None:
         assert result.tokens[1:-1] == (*["this", "is", "a", "photo", "of"], *result.label.split(), ".")
     assert not torch.equal(found[0].relevance, found[1].relevance)
     assert len(why([image(0), image(1)], candidate_labels=labels)) == 2
+    both = found[1].html()
+    assert "data:image/png;base64," in both and "photo</span>" in both
+
+
+def test_results_show_themselves(tokenizer: Any, tmp_path: Path) -> None:
+    why = relprop.pipeline("text-classification", model=classifier(), tokenizer=tokenizer, method="attnlrp")
+    (word,) = why("a film that is <b>")
+    html = word.html()
+    assert html == word._repr_html_() and f"{word.label}, score {word.score:.3f}" in html
+    assert "that</span>" in html and "data:image" not in html and "<b>" not in html
+    assert "never" in why(["not", "never dull"])[1].save(tmp_path / "a.html").read_text()
+    config = transformers.ViTConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, image_size=32, patch_size=8
+    )
+    processor = transformers.ViTImageProcessor(size={"height": 32, "width": 32}, image_mean=[0.2] * 3)
+    why = relprop.pipeline(
+        "image-classification", model=transformers.ViTForImageClassification(config), image_processor=processor
+    )
+    first, second = why([image(0), image(1)], top_k=1)
+    assert "data:image/png;base64," in first[0].html()
+    seen = image(1).resize((32, 32), Image.Resampling.BILINEAR)
+    found = second[0].explanation
+    assert found is not None
+    shown = found.annotation.pictures(found.image_input(), 2)[1]
+    assert np.abs(np.asarray(shown).astype(int) - np.asarray(seen)).max() <= 1
+    with Image.open(second[0].save(tmp_path / "a.png", side=100)) as stored:
+        assert stored.width == 8 + 2 * 108
 
 
 def test_bad_input(tokenizer: Any) -> None:
