@@ -18,6 +18,7 @@ from pathlib import Path
 from relprop import __version__
 from relprop.cli.explain import explain_images
 from relprop.cli.models import names_a_file
+from relprop.cli.report import explain_texts, report_images, report_texts
 from relprop.errors import RelpropError
 from relprop.info import describe_installation, describe_methods
 
@@ -27,6 +28,8 @@ _EXAMPLES = """\
 examples:
   relprop explain photos/ --model vit_base_patch16_224 --target top:2
   relprop explain cat.jpg --model vit_base_patch16_224 --target "tabby" --method full --out maps
+  relprop explain cat.jpg --model vit_base_patch16_224 --report cat.html
+  relprop explain --text "Never dull." --model textattack/bert-base-uncased-SST-2 --method attnlrp
   relprop explain scan.png --model mine.safetensors --arch vit_tiny_patch16_224
 """
 
@@ -80,12 +83,22 @@ def build_parser() -> argparse.ArgumentParser:
         parents=[debug],
         help="write pictures of what a model looked at",
         description="Explain images: for each image and class one PNG, the image as the model sees it beside its"
-        " relevance. Prints file, class, probability and PNG, separated by tabs (with --check also the disagreement).",
+        " relevance. Prints file, class, probability and PNG, separated by tabs (with --check also the disagreement)."
+        " With --text prints the text in colours; with --report writes one page about everything.",
     )
-    explain.set_defaults(run=explain_images, parser=explain)
-    explain.add_argument("images", nargs="+", metavar="IMAGE", help="image files, or folders to search")
+    explain.set_defaults(run=_explain, parser=explain)
+    explain.add_argument("images", nargs="*", metavar="IMAGE", help="image files, or folders to search")
     explain.add_argument(
-        "--model", help="timm model name, or a .safetensors file with --arch (default: the bundled digits model)"
+        "--text",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="a text in place of images, for a --model of transformers; may be given several times",
+    )
+    explain.add_argument(
+        "--model",
+        help="timm model name, or a .safetensors file with --arch (default: the bundled digits model); for --text a"
+        " name or folder of transformers",
     )
     explain.add_argument("--arch", help="timm model name whose weights a --model file holds")
     explain.add_argument("--weights", type=Path, help="safetensors file to use in place of the model's own weights")
@@ -108,6 +121,12 @@ def build_parser() -> argparse.ArgumentParser:
     explain.add_argument("--backend", default="auto", help="see `relprop info`; %(default)s")
     explain.add_argument("--device", default="cpu", help="of torch, such as cuda; %(default)s")
     explain.add_argument("--out", type=Path, default=Path("relprop-output"), help="folder of the PNGs; %(default)s")
+    explain.add_argument(
+        "--report",
+        type=Path,
+        metavar="PAGE.html",
+        help="write one page instead: every method side by side, classes, ledger, timings, versions",
+    )
     explain.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="images at once; %(default)s")
     explain.add_argument("--check", action="store_true", help="explain twice and say where an answer is not stable")
 
@@ -116,6 +135,12 @@ def build_parser() -> argparse.ArgumentParser:
     methods = commands.add_parser("methods", parents=[debug], help="table of methods and composites")
     methods.set_defaults(run=lambda options: _show(describe_methods(shutil.get_terminal_size((100, 24)).columns)))
     return parser
+
+
+def _explain(options: argparse.Namespace) -> int:
+    if options.text:
+        return explain_texts(options) if options.report is None else report_texts(options)
+    return explain_images(options) if options.report is None else report_images(options)
 
 
 def _show(text: str) -> int:
@@ -135,6 +160,24 @@ def _positive(text: str) -> int:
 
 def _check_usage(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """End with a usage error where options do not go together."""
+    if bool(options.images) == bool(options.text):
+        parser.error(f"expected images or --text, got {'both' if options.text else 'neither'}")
+    if options.text:
+        given = {"--arch": options.arch, "--weights": options.weights, "--image-size": options.image_size}
+        given["--check"] = options.check or None
+        wrong = [name for name, value in given.items() if value is not None]
+        if wrong:
+            parser.error(f"{wrong[0]}: not together with --text")
+        if options.model is None:
+            parser.error("--text: expected the --model that reads it, a name or folder of transformers")
+    if options.report is not None:
+        if options.report.suffix.lower() not in (".html", ".htm"):
+            parser.error(f"--report: expected a name that ends in .html, got {options.report}")
+        wrong = [f"--{name}" for name in ("option", "composite", "check") if getattr(options, name)]
+        if wrong:
+            parser.error(f"{wrong[0]}: not together with --report, which runs every method as it is")
+    if options.text:
+        return
     file = options.model is not None and names_a_file(options.model)
     if file and options.arch is None:
         parser.error(f"--model {options.model}: a file of weights needs --arch, the timm name of its architecture")

@@ -7,7 +7,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from relprop.cli.models import Subject, load_subject
+from relprop.cli.output import Progress, conclude, say
 from relprop.cli.targets import LIKELY, Selection, parse_target, short_label
 from relprop.composites import find_composite
 from relprop.engine import explain
@@ -25,7 +26,7 @@ from relprop.images import find_images, load_image, prepare_output
 from relprop.methods import Method, find_method
 from relprop.pictures import enlarge, overlay, panel, require, save_png
 
-__all__ = ["explain_images", "output_names", "parse_options", "stack_targets"]
+__all__ = ["batches", "collect", "explain_images", "output_names", "parse_options", "stack_targets"]
 
 _SIDE = 320  # pixels of a picture's longer side, at least
 _LONGEST = 80  # characters of an image's name that its outputs keep
@@ -44,9 +45,9 @@ def explain_images(options: argparse.Namespace) -> int:
         find_composite(options.composite)
     require("matplotlib")
     out = prepare_output(options.out)
-    paths, failed = _collect(options.images, out)
+    paths, failed = collect(options.images, out)
     if not paths:
-        return _conclude(failed, failed)
+        return conclude(failed, failed)
     subject = load_subject(
         options.model,
         arch=options.arch,
@@ -57,7 +58,7 @@ def explain_images(options: argparse.Namespace) -> int:
     selection = parse_target(options.target, subject.labels, multi_label=subject.multi_label)
     if not method.uses_target:
         if options.target is not None:
-            _say(f"note: {method.name} is the same for every class; --target is not used")
+            say(f"note: {method.name} is the same for every class; --target is not used")
         selection = parse_target("top:1", subject.labels)
     settings: dict[str, Any] = {
         "method": method.name,
@@ -70,15 +71,15 @@ def explain_images(options: argparse.Namespace) -> int:
     run = _Run(subject, method, selection, settings, out, likely)
     names = dict(zip(paths, output_names(paths), strict=True))
     with require("tqdm").tqdm(total=len(paths), unit="image", disable=None, leave=False, file=sys.stderr) as bar:
-        run.bar = bar
-        for batch in _batches(paths, subject, options.batch_size, run):
+        run.progress.bar = bar
+        for batch in batches(paths, subject, options.batch_size, run.progress):
             run.explain_batch([(path, names[path], prepared) for path, prepared in batch])
-    return _conclude(failed + run.failed, len(paths) + failed)
+    return conclude(failed + run.progress.failed, len(paths) + failed)
 
 
 @dataclass
 class _Run:
-    """What stays the same from batch to batch, and the count of images that failed."""
+    """What stays the same from batch to batch."""
 
     subject: Subject
     method: Method
@@ -86,14 +87,7 @@ class _Run:
     settings: dict[str, Any]
     out: Path
     likely: bool  # whether the selection is every class with p > LIKELY
-    failed: int = 0
-    bar: Any = None
-
-    def fail(self, path: Path, error: Exception) -> None:
-        """Report an image that cannot be explained; the others still are."""
-        text = str(error)
-        _say(f"error: {text if text.startswith(str(path)) else f'{path}: {text}'}", self.bar)
-        self.failed += 1
+    progress: Progress = field(default_factory=Progress)
 
     def explain_batch(self, batch: Sequence[tuple[Path, str, Tensor]]) -> None:
         """Explain images (path, name of outputs, input [3, H, W]) with one call of the engine."""
@@ -105,7 +99,7 @@ class _Run:
         maps = explanation.image_map()
         for sample, (path, name, prepared) in enumerate(batch):
             if self.likely and float(probabilities[sample].max()) <= LIKELY:
-                _say(f"note: {path}: no class with p > {LIKELY}, explaining the likeliest", self.bar)
+                self.progress.say(f"note: {path}: no class with p > {LIKELY}, explaining the likeliest")
             picture = enlarge(self.subject.picture(prepared), _SIDE)
             try:
                 for rank, index in enumerate(chosen[sample]):
@@ -113,8 +107,8 @@ class _Run:
                     heat, probability = maps[sample, rank], float(probabilities[sample, index])
                     self.write(path, name, picture, heat, index, probability, stability)
             except NonFiniteError as error:
-                self.fail(path, error)
-            self.bar.update()
+                self.progress.fail(path, error)
+            self.progress.done()
 
     def write(
         self, path: Path, name: str, picture: Image.Image, heat: Tensor, index: int, probability: float, stability: str
@@ -129,7 +123,7 @@ class _Run:
         warning = f"\n{stability}" if stability.startswith("unstable") else ""
         painted = overlay(picture, heat, signed=self.method.output == "input")
         save_png(panel([(path.name, picture), (title + warning, painted)]), file)
-        _print("\t".join([str(path), label, score, str(file), *([stability] if stability else [])]), self.bar)
+        self.progress.print("\t".join([str(path), label, score, str(file), *([stability] if stability else [])]))
 
 
 def _stability(explanation: Explanation, sample: int, rank: int) -> str:
@@ -192,7 +186,7 @@ def _slug(number: str, label: str) -> str:
     return number if words in ("", number) else f"{number}_{words}"
 
 
-def _collect(arguments: Sequence[str], out: Path) -> tuple[list[Path], int]:
+def collect(arguments: Sequence[str], out: Path) -> tuple[list[Path], int]:
     """Images of all arguments, and how many arguments had none."""
     found: list[str | Path] = []
     failed = 0
@@ -200,19 +194,22 @@ def _collect(arguments: Sequence[str], out: Path) -> tuple[list[Path], int]:
         try:
             found += find_images([argument], skip=out)
         except ImageError as error:
-            _say(f"error: {error}")
+            say(f"error: {error}")
             failed += 1
     return find_images(found), failed
 
 
-def _batches(paths: Sequence[Path], subject: Subject, size: int, run: _Run) -> Iterator[list[tuple[Path, Tensor]]]:
+def batches(
+    paths: Sequence[Path], subject: Subject, size: int, progress: Progress
+) -> Iterator[list[tuple[Path, Tensor]]]:
+    """Images read and prepared, at most `size` at a time; those that cannot be read are reported and left out."""
     batch: list[tuple[Path, Tensor]] = []
     for path in paths:
         try:
             image: Image.Image = load_image(path)
         except ImageError as error:
-            run.fail(path, error)
-            run.bar.update()
+            progress.fail(path, error)
+            progress.done()
             continue
         batch.append((path, subject.prepare(image)))
         if len(batch) == size:
@@ -220,28 +217,3 @@ def _batches(paths: Sequence[Path], subject: Subject, size: int, run: _Run) -> I
             batch = []
     if batch:
         yield batch
-
-
-def _conclude(failed: int, total: int) -> int:
-    if not failed:
-        return 0
-    _say(f"{failed} of {total} could not be explained")
-    return 1
-
-
-def _say(text: str, bar: Any = None) -> None:
-    """A line on stderr, above the progress bar."""
-    _line(f"relprop: {text}", bar, sys.stderr)
-
-
-def _print(text: str, bar: Any) -> None:
-    """A line of results on stdout; letters that its encoding lacks are written as escapes."""
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    _line(text.encode(encoding, "backslashreplace").decode(encoding), bar, sys.stdout)
-
-
-def _line(text: str, bar: Any, stream: Any) -> None:
-    if bar is None:
-        print(text, file=stream)
-    else:
-        bar.write(text, file=stream)

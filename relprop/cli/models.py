@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from relprop.errors import DeviceError, OptionError, UnknownNameError, WeightsError
 from relprop.images import load_weights
 
-__all__ = ["Subject", "fit_weights", "load_digits", "load_subject", "load_timm", "names_a_file"]
+__all__ = ["Subject", "fit_weights", "load_digits", "load_subject", "load_timm", "names_a_file", "place_of"]
 
 _WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".pkl", ".npz", ".h5")
 _SHOWN = 5  # keys of a misfit
@@ -84,12 +84,7 @@ def load_subject(
     Raises:
         UnknownNameError, WeightsError, OptionError, DeviceError
     """
-    try:
-        place = torch.device(device)
-        torch.empty(0, device=place)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise DeviceError(f"device: expected one that torch can use here, got {device!r}: {reason}") from error
+    place = place_of(device)
     if model is None:
         subject = load_digits(weights)
     elif names_a_file(model):
@@ -100,6 +95,19 @@ def load_subject(
         subject = load_timm(model, weights, image_size)
     subject.model.to(place)
     return subject
+
+
+def place_of(device: str) -> torch.device:
+    """Raises:
+    DeviceError: torch cannot use it here.
+    """
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise DeviceError(f"device: expected one that torch can use here, got {device!r}: {reason}") from error
+    return place
 
 
 def load_digits(weights: Path | None = None) -> Subject:

@@ -67,13 +67,18 @@ def _mixed(image: Image.Image, values: NDArray[np.float64], *, signed: bool) -> 
     return Image.fromarray((mixed * 255).round().astype(np.uint8))
 
 
+def painted_scale(*, signed: bool, size: tuple[int, int] = (256, 1)) -> Image.Image:
+    """The colours of `overlay` over grey, from the lowest value on the left to the highest. RGB"""
+    width, height = size
+    steps = np.linspace(-1 if signed else 0, 1, width)[None].repeat(height, 0)
+    return _mixed(Image.new("RGB", size, _GREY), steps, signed=signed)
+
+
 def colour_bar(low: str, high: str, *, signed: bool, width: int = 360) -> Image.Image:
     """The colours of `overlay` from the lowest to the highest value, over grey. RGB, width x 42"""
     figure = make_figure(width / 100, 0.42)
     axes = figure.subplots()
-    steps = np.linspace(-1 if signed else 0, 1, 256)[None]
-    ground = Image.new("RGB", (256, 1), _GREY)
-    axes.imshow(np.asarray(_mixed(ground, steps, signed=signed)), aspect="auto", extent=(0, 1, 0, 1))
+    axes.imshow(np.asarray(painted_scale(signed=signed)), aspect="auto", extent=(0, 1, 0, 1))
     ends = [0, 0.5, 1] if signed else [0, 1]
     texts = [low, "0", high] if signed else [low, high]
     axes.set_xticks(ends, texts, fontsize=8.5, parse_math=False)

@@ -14,7 +14,7 @@ from relprop.pictures.colours import DARK, LIGHT
 from relprop.pictures.figures import drawn, make_figure, style_axes
 
 _CAUSES = {"bias": "#e69f00", "epsilon": "#999999", "constant": "#009e73", "rule": "#cc79a7"}  # Okabe and Ito
-_LEAST = 0.002  # of the largest amount that is absorbed: causes below it are not drawn
+_LEAST, _NEGLIGIBLE = 0.002, 1e-4  # of the largest amount absorbed, and of the seed: causes below it are not drawn
 _OTHER, _FLOW, _END = "#d55e00", "#56b4e9", "#0072b2"
 
 
@@ -48,7 +48,9 @@ def conditioning_picture(ledgers: Mapping[str, Ledger]) -> Image.Image:
 def ledger_picture(
     ledger: Ledger, *, sample: int | None = None, target: int | None = None, dark: bool = False, scale: int = 1
 ) -> Image.Image:
-    """Relevance on its way from the output to the input, layer by layer: what arrives, and what is absorbed by what.
+    """Relevance on its way from the output down, layer by layer: what arrives, and what is absorbed by what.
+
+    The last bar is the frontier, where the pass ends: the first attention map of a row walk, else the input.
 
     Args:
         ledger: of a run with `ledger=True`.
@@ -61,7 +63,7 @@ def ledger_picture(
     """
     layers = ledger.by_layer()
     read = _reader(ledger, sample, target)
-    names = [*(layer.name for layer in layers), "input"]
+    names = [*(layer.name for layer in layers), "frontier"]
     width = max(4.5, 1.4 + 0.42 * len(names))
     figure = make_figure(width, 4.4, dark=dark, scale=scale)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
@@ -69,7 +71,8 @@ def ledger_picture(
     above.bar(list(places)[:-1], [read(layer.arriving) for layer in layers], width=0.7, color=_FLOW)
     above.bar(places[-1], read(ledger.frontier), width=0.7, color=_END)
     kept = {cause: [read(layer.absorbed.get(cause)) for layer in layers] for cause in ledger.absorbed}
-    least = _LEAST * max((abs(amount) for amounts in kept.values() for amount in amounts), default=0.0)
+    most = max((abs(amount) for amounts in kept.values() for amount in amounts), default=0.0)
+    least = max(_LEAST * most, _NEGLIGIBLE * abs(read(ledger.seed)))
     kept = {cause: amounts for cause, amounts in kept.items() if max(map(abs, amounts)) > least}
     _stack(below, kept)
     below.set_xticks(list(places), names, rotation=90, fontsize=8.5, parse_math=False)
@@ -81,7 +84,10 @@ def ledger_picture(
         axes.grid(axis="y", color=ink, alpha=0.15, linewidth=0.6)
         axes.set_axisbelow(True)
         axes.tick_params(axis="y", labelsize=8.5)
-    if kept:
+    if not kept:
+        below.set_yticks([0])
+        below.text(0.5, 0.6, "next to nothing", transform=below.transAxes, ha="center", fontsize=8.5, color=ink)
+    else:
         box = below.legend(fontsize=8.5, frameon=False, ncols=len(kept), loc="lower right", bbox_to_anchor=(1, 1))
         for text in box.get_texts():
             text.set_color(ink)

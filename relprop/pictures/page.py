@@ -106,11 +106,11 @@ def legend(low: str, high: str, *, signed: bool) -> str:
     )
 
 
-def data_uri(image: Image.Image) -> str:
-    """A PNG as an address that holds it."""
+def data_uri(image: Image.Image, format: str = "PNG") -> str:
+    """An address that holds the image itself. format: "PNG", or "JPEG" for photographs."""
     stream = io.BytesIO()
-    image.save(stream, format="PNG", optimize=True)
-    return f"data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}"
+    image.save(stream, format=format, optimize=True, quality=90)
+    return f"data:image/{format.lower()};base64,{base64.b64encode(stream.getvalue()).decode()}"
 
 
 def picture(draw: Callable[[bool], Image.Image] | Image.Image, alt: str, theme: str = "auto", *, scale: int = 1) -> str:

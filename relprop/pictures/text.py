@@ -72,22 +72,30 @@ class _Line:
     values: NDArray[np.float64]
     shares: NDArray[np.float64]  # of the largest magnitude, from -1 to 1
     limits: Range
+    signed: bool
 
 
-def _lines(passages: Sequence[Passage], scale: str, signed: bool | None) -> tuple[list[_Line], bool]:
-    """Every passage with its shares, and whether the scale has two sides."""
+def _lines(passages: Sequence[Passage], scale: str, signed: bool | None) -> list[_Line]:
+    """Every passage with its shares of the largest magnitude of a word; special tokens may be beyond, and are cut."""
     if not passages:
         raise OptionError("passages: expected at least one text, got none")
     read = [passage.read() for passage in passages]
-    signed = any(bool((values < 0).any()) for _, values in read) if signed is None else signed
-    values_of, samples = [values for _, values in read], [passage.sample for passage in passages]
-    ranges = shared_ranges(values_of, samples, scale, signed=[True] * len(passages))
+    own = [_of_words(pieces, values) for pieces, values in read]
+    ranges = shared_ranges(own, [passage.sample for passage in passages], scale, signed=[True] * len(passages))
+    negative = [bool((values < 0).any()) for _, values in read]
+    sides = negative if scale == "map" else [any(negative)] * len(passages)
     lines = []
-    for passage, (pieces, values), (_, largest) in zip(passages, read, ranges, strict=True):
-        shares = values / largest if largest > 0 else np.zeros_like(values)
-        limits = (-largest if signed else 0.0, largest)
-        lines.append(_Line(passage.title, pieces, values, shares if signed else shares.clip(min=0), limits))
-    return lines, signed
+    for passage, (pieces, values), (_, largest), two in zip(passages, read, ranges, sides, strict=True):
+        two = two if signed is None else signed
+        shares = np.clip(values / largest, -1 if two else 0, 1) if largest > 0 else np.zeros_like(values)
+        lines.append(_Line(passage.title, pieces, values, shares, (-largest if two else 0.0, largest), two))
+    return lines
+
+
+def _of_words(pieces: Sequence[Piece], values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Without special tokens, whose relevance often outweighs all words; all of it where nothing else is left."""
+    own = values[[not piece.special for piece in pieces]]
+    return own if own.any() else values
 
 
 def text_html(
@@ -99,7 +107,8 @@ def text_html(
 
     Args:
         passages: any number.
-        scale: "map" (each passage from its own largest magnitude), "sample" or "batch" (comparable).
+        scale: "map" (each passage from the largest magnitude of its own words), "sample" or "batch" (comparable).
+            Special tokens do not stretch it: what is beyond it is painted as its end.
         signed: None for both sides only where there is something negative.
         theme: "auto", "light" or "dark".
     Returns:
@@ -107,15 +116,14 @@ def text_html(
     Raises:
         ShapeError, NonFiniteError: a passage's relevance. OptionError: scale, theme, no passage.
     """
-    lines, signed = _lines(passages, scale, signed)
-    return fragment(
-        "\n".join(_figure(line, signed, alone=scale != "batch" or i == 0) for i, line in enumerate(lines)), theme
-    )
+    lines = _lines(passages, scale, signed)
+    figures = [_figure(line, alone=scale != "batch" or i == 0) for i, line in enumerate(lines)]
+    return fragment("\n".join(figures), theme)
 
 
-def _figure(line: _Line, signed: bool, *, alone: bool) -> str:
-    low, high = (shown(limit, signed=signed) for limit in line.limits)
-    scale = legend(low, high, signed=signed) if alone else ""
+def _figure(line: _Line, *, alone: bool) -> str:
+    low, high = (shown(limit, signed=line.signed) for limit in line.limits)
+    scale = legend(low, high, signed=line.signed) if alone else ""
     words = "".join(
         escape(piece.before) + _span(piece, float(value), float(share))
         for piece, value, share in zip(line.pieces, line.values, line.shares, strict=True)
@@ -176,13 +184,13 @@ def text_terminal(
         raise OptionError(f"colours: expected one of {', '.join(DEPTHS)}, got {colours!r}")
     if theme not in (None, "light", "dark"):
         raise OptionError(f"theme: expected light or dark, got {theme!r}")
-    lines, signed = _lines(passages, scale, signed)
+    lines = _lines(passages, scale, signed)
     ground = os.environ.get("COLORFGBG", "").rpartition(";")[2]
     look = LIGHT if theme == "light" or (theme is None and ground in ("7", "15")) else DARK
-    return "\n".join(part for line in lines for part in _terminal_lines(line, depth, look, signed))
+    return "\n".join(part for line in lines for part in _terminal_lines(line, depth, look))
 
 
-def _terminal_lines(line: _Line, depth: str, theme: Theme, signed: bool) -> list[str]:
+def _terminal_lines(line: _Line, depth: str, theme: Theme) -> list[str]:
     title = [line.title] if line.title else []
     words = list(zip(line.pieces, line.shares.tolist(), strict=True))
     if depth == "none":
@@ -194,9 +202,9 @@ def _terminal_lines(line: _Line, depth: str, theme: Theme, signed: bool) -> list
         return [*title, text, f"  strongest: {strongest}"]
     text = "".join(piece.before + _painted(_visible(piece.text), share, depth, theme) for piece, share in words)
     low, high = line.limits
-    steps = np.linspace(-1 if signed else 0, 1, 17)
+    steps = np.linspace(-1 if line.signed else 0, 1, 17)
     bar = "".join(_painted(" ", float(step), depth, theme) for step in steps)
-    return [*title, text, f"  {shown(low, signed=signed)} {bar} {shown(high, signed=signed)}"]
+    return [*title, text, f"  {shown(low, signed=line.signed)} {bar} {shown(high, signed=line.signed)}"]
 
 
 def _visible(text: str) -> str:

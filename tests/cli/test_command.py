@@ -194,7 +194,7 @@ class TestUsage:
         ("arguments", "message"),
         [
             ([], "the following arguments are required: command"),
-            (["explain"], "the following arguments are required: IMAGE"),
+            (["explain"], "expected images or --text, got neither"),
             (["explain", "a.png", "--batch-size", "0"], "expected a whole number from 1, got '0'"),
             (["explain", "a.png", "--batch-size", "x"], "expected a whole number from 1, got 'x'"),
             (["explain", "a.png", "--model", "w.safetensors"], "a file of weights needs --arch"),

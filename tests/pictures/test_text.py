@@ -79,6 +79,19 @@ def test_one_side_where_nothing_is_negative() -> None:
     assert [share for _, share, _, _ in spans(text_html([Passage(["a", "b"], [-4.0, 2.0])], signed=False))] == [0, 0.5]
 
 
+def test_special_tokens_do_not_stretch_the_scale() -> None:
+    html = text_html([Passage(["[CLS]", "a", "b", "[SEP]"], [9.0, 0.5, -1.0, -3.0])])
+    assert [share for _, share, _, _ in spans(html)] == [1, 0.5, 1, 1]
+    assert "[CLS]: +9" in html and "−1</span>" in html
+    assert [share for _, share, _, _ in spans(text_html([Passage(["[CLS]", "a"], [2.0, 0.0])]))] == [1, 0]
+
+
+def test_sides_by_passage() -> None:
+    texts = [Passage(["a"], [1.0]), Passage(["a"], [-1.0])]
+    assert re.findall(r'class="bar (\w+)"', text_html(texts)) == ["unsigned", "signed"]
+    assert re.findall(r'class="bar (\w+)"', text_html(texts, scale="sample")) == ["signed", "signed"]
+
+
 def test_scales() -> None:
     texts = [Passage(["a"], [1.0], sample=0), Passage(["a"], [2.0], sample=0), Passage(["a"], [4.0], sample=1)]
 
