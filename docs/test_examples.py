@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import json
 import re
 from pathlib import Path
 
@@ -27,8 +28,9 @@ def name_of(path: Path) -> str:
 
 
 @pytest.mark.parametrize("path", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=name_of)
-def test_page(path: Path) -> None:
+def test_page(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of `python` run one after the other; those of other packages' code are `py`, and only shown."""
+    monkeypatch.chdir(tmp_path)  # where they write
     document = Sybil([PythonCodeBlockParser(doctest_optionflags=FLAGS)]).parse(path)
     for example in document.examples():
         example.evaluate()
@@ -49,6 +51,11 @@ def test_reference_has_every_public_name() -> None:
 def test_every_method_has_its_part() -> None:
     text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
     assert sorted(re.findall(r"^```{method-card} (\w+)$", text, re.MULTILINE)) == sorted(METHODS)
+
+
+def test_notebook_has_no_outputs() -> None:
+    cells = json.loads((ROOT / "notebooks" / "quickstart.ipynb").read_text(encoding="utf-8"))["cells"]
+    assert all(not cell.get("outputs") and cell.get("execution_count") is None for cell in cells)
 
 
 def test_citation_names_this_version() -> None:
