@@ -10,11 +10,12 @@ from PIL import Image
 from sphinx.application import Sphinx
 
 import relprop
-from relprop.demo import bundled_scenes, load_model, preprocess
+from relprop.demo import CLASS_NAMES, MEAN, STD, bundled_scenes, load_model, preprocess
 from relprop.methods import METHODS
-from relprop.pictures import conditioning_picture, enlarge, overlay, panel, save_png
+from relprop.pictures import compare, conditioning_picture, enlarge, overlay, panel, save_png
 
 SCENE, DIGITS, SIDE = "scene_3_7", (3, 7), 176
+OVERVIEW = ("transformer_attribution", "generic_attention", "attention_rollout", "full")
 
 
 def draw(folder: Path) -> None:
@@ -46,11 +47,23 @@ def draw_conditioning(path: Path) -> None:
     save_png(conditioning_picture(books), path)
 
 
+def draw_overview(folder: Path) -> None:
+    """Some methods side by side, and relevance inside the model layer by layer."""
+    model, scene = load_model(), bundled_scenes()["scene_5_9"]
+    images, notes = preprocess(scene.image[None]), {"labels": CLASS_NAMES, "normalisation": (MEAN, STD)}
+    found = {name: relprop.explain(model, images, target=[[5, 9]], method=name) for name in OVERVIEW}
+    save_png(compare(found, **notes).image(), folder / "overview.png")
+    inside = relprop.explain(model, images, target=5, method="attnlrp", latents=["blocks.*.mlp"])
+    save_png(inside.picture(over="layers", columns=6, side=128, **notes), folder / "layers.png")
+
+
 def prepare(app: Sphinx) -> None:
     """Before anything is read."""
     folder = Path(app.srcdir) / "_generated" / "methods"
     folder.mkdir(parents=True, exist_ok=True)
     draw(folder)
+    if not (folder.parent / "layers.png").exists():
+        draw_overview(folder.parent)
     if not (folder.parent / "conditioning.png").exists():
         draw_conditioning(folder.parent / "conditioning.png")
 
