@@ -68,6 +68,7 @@ def contenders(model: Any, images: Tensor, reference: Path | None) -> dict[str, 
         **({"relprop_medium": {"precision": "medium"}} if native_bfloat16() else {}),
         "relprop_torch": {"backend": "torch"},
         "relprop_stable": {"composite": "chefer_stable"},
+        "relprop_tape": {"tape": True},
     }.items():
         engine = relprop.compile(model, (images,), **options)  # type: ignore[arg-type]
         found[name] = lambda engine=engine: engine(images, target=targets)

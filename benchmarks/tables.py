@@ -30,6 +30,7 @@ def speed() -> str:
         "relprop_medium": 'relprop, `precision="medium"`',
         "relprop_bfloat16": 'relprop, bfloat16 model, `precision="medium"`',
         "relprop_stable": "relprop, `chefer_stable`",
+        "relprop_tape": "relprop, `tape=True`",
         "relprop_torch": "relprop, plain PyTorch rules",
         "forward_backward": "forward and backward",
         "reference": "the authors' code",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -171,6 +172,22 @@ def test_strided_inputs() -> None:
         for name, part in want.items():
             ours = got[name]
             assert part is not None and ours is not None and torch.equal(ours, part)
+
+
+def test_strides_beyond_an_int32() -> None:
+    """Views over 8 GiB of which a few pages are touched: batch, head and row offsets are 64 bits wide."""
+    case, rule = Case(3, 5, 2, 2, 2, 16, 16, 1), RULES["half"](ROUGH)
+    tensors, options = prepared(case, FLOAT, FLOAT), options_of(case, rule, torch.float32, "half")
+    want, room = run(tensors, **options), torch.empty(2**31 + 2**16)
+    for name, axis in itertools.product("qkv", (0, 1, 2)):
+        tensor = tensors[name]
+        step = 2**31 // (tensor.shape[axis] - 1)
+        strides = [step if i == axis else stride for i, stride in enumerate(tensor.stride())]
+        got = run({**tensors, name: room.as_strided(tensor.shape, strides).copy_(tensor)}, **options)
+        for key, part in want.items():
+            ours = got[key]
+            assert (part is None) == (ours is None), key
+            assert part is None or (ours is not None and torch.equal(ours, part)), (name, axis, key)
 
 
 @pytest.mark.parametrize("change", [{"batch": 0}, {"queries": 0}, {"keys": 0}, {"targets": 0}])
