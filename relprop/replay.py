@@ -160,13 +160,14 @@ class Replays:
         index: on the inputs' device, None for the largest output. [B, T, k]
         """
         batch = next(len(t) for t, is_batch in zip(inputs, self.batched, strict=True) if is_batch)
-        found = [
-            self._piece(
-                [t[at : at + self.largest] if b else t for t, b in zip(inputs, self.batched, strict=True)], part
-            )
-            for at in range(0, batch, self.largest)
-            for part in (None if index is None else index[at : at + self.largest],)
-        ]
+        with torch.inference_mode(False), torch.no_grad():  # what is kept may be written to outside of it
+            found = [
+                self._piece(
+                    [t[at : at + self.largest] if b else t for t, b in zip(inputs, self.batched, strict=True)], part
+                )
+                for at in range(0, batch, self.largest)
+                for part in (None if index is None else index[at : at + self.largest],)
+            ]
         return _joined([outcome for outcome, _ in found]), found[0][1]
 
     def clear(self) -> None:

@@ -98,6 +98,16 @@ def test_weights_that_change() -> None:
     assert_same(taped, plain, x, 1)
 
 
+def test_inference_mode() -> None:
+    """Recorded within, replayed without, and the other way round."""
+    model, x = vit(depth=1), images(2)
+    for first, then in ((True, False), (False, True)):
+        taped, plain = engines(model, x)
+        for within in (first, then):
+            with torch.inference_mode(within):
+                assert_same(taped, plain, x.clone(), 1)
+
+
 def test_number_of_threads() -> None:
     model, x = vit(depth=2), images(2)
     taped, plain = engines(model, x)
