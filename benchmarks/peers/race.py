@@ -144,7 +144,7 @@ def _heats(point: Point, names: list[str], options: Options, enter: Enter) -> di
 
 
 def _held(entrants: Iterable[Entrant]) -> float:
-    return sum(entrant.first["held_bytes"] - entrant.first.get("shared_bytes", 0) for entrant in entrants)
+    return sum(entrant.first["held_bytes"] for entrant in entrants)
 
 
 def _expected(name: str, forward: float, options: Options) -> None:
