@@ -35,10 +35,17 @@ fi
 run info 10 "$PYTHON" -m relprop info
 run ceilings 20 "$PYTHON" -m benchmarks.gpu.ceilings "$@"
 run parity 30 "$PYTHON" -m benchmarks.gpu.end_to_end parity "$@"
-run vit 120 "$PYTHON" -m benchmarks.gpu.end_to_end vit "$@"
+run vit 105 "$PYTHON" -m benchmarks.gpu.end_to_end vit "$@"
 run latency 30 "$PYTHON" -m benchmarks.gpu.end_to_end latency "$@"
 run tokens 40 "$PYTHON" -m benchmarks.gpu.end_to_end tokens "$@"
-run llama 100 "$PYTHON" -m benchmarks.gpu.end_to_end llama "$@"
+run llama 85 "$PYTHON" -m benchmarks.gpu.end_to_end llama "$@"
 run several 40 "$PYTHON" -m benchmarks.gpu.end_to_end several "$@"
-run kernels 120 "$PYTHON" -m benchmarks.gpu.kernels "$@"
+if [ "${1:-}" = "--dry-run" ]; then
+  race=(--quick --contenders forward forward_backward relprop_stable)
+else
+  race=(--device cuda --models vit_base_patch16_224 --batches 8 --dtypes bfloat16 --budget 5 --memory 40
+    --contenders forward forward_backward relprop_stable relprop_attnlrp captum_gradient_shap zennit)
+fi
+run peers 50 "$PYTHON" -m benchmarks.peers "${race[@]}" ${REFERENCE:+--reference "$REFERENCE"} --out "$OUT/peers.csv"
+run kernels 100 "$PYTHON" -m benchmarks.gpu.kernels "$@"
 exit $status

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,22 +27,12 @@ import relprop
 from benchmarks.numerics.lxt import Lxt, available, error_to
 from benchmarks.numerics.reference import Reference
 from benchmarks.numerics.rows import write_rows
+from benchmarks.timing import in_turn, matrix_rate, spread
 from relprop.rules.linear_map import native_bfloat16
 
 _LXT = "torchvision vit_b_16"
 HALF = ("relprop_medium", "relprop_bfloat16")  # their products are bfloat16, and so is the rate they are held to
 MODELS = ("vit_base_patch16_224", "vit_tiny_patch16_224")
-
-
-def matrix_rate(dtype: torch.dtype, seconds: float = 0.3) -> float:
-    """Best rate of a matrix product by the platform's library on this machine, in GFLOP/s."""
-    a, b = torch.randn(1024, 1024).to(dtype), torch.randn(1024, 1024).to(dtype)
-    best, end = 0.0, time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        start = time.perf_counter()
-        a @ b
-        best = max(best, 2 * 1024**3 / (time.perf_counter() - start) / 1e9)
-    return best
 
 
 def passes(model: Any, images: Tensor) -> dict[str, Callable[[], Any]]:
@@ -159,32 +148,16 @@ def measure_lxt(batch: int, rounds: int) -> list[dict[str, Any]]:
 
 def timed(runs: dict[str, Callable[[], Any]], rounds: int) -> list[dict[str, Any]]:
     """A row for every contender, each run once a round, in turn."""
-    for run in runs.values():
-        run()
-    times: dict[str, list[float]] = {contender: [] for contender in runs}
-    for _ in range(rounds):
-        for contender, run in runs.items():
-            start = time.perf_counter()
-            run()
-            times[contender].append(time.perf_counter() - start)
-    rows: list[dict[str, Any]] = []
-    for contender, seconds in times.items():
-        ratios = sorted(t / f for t, f in zip(seconds, times["forward"], strict=True))
-        ordered = sorted(seconds)
-        rows.append(
-            {
-                "contender": contender,
-                "ms_median": round(1e3 * statistics.median(seconds), 2),
-                "ms_p20": round(1e3 * ordered[len(ordered) // 5], 2),
-                "ms_p80": round(1e3 * ordered[(4 * len(ordered)) // 5], 2),
-                "ratio_to_forward": round(statistics.median(ratios), 3),
-                "ratio_p20": round(ratios[len(ratios) // 5], 3),
-                "ratio_p80": round(ratios[(4 * len(ratios)) // 5], 3),
-                "matrix_gflop_per_s": round(matrix_rate(torch.bfloat16 if contender in HALF else torch.float32), 1),
-                "rounds": rounds,
-            }
-        )
-    return rows
+    times = in_turn(runs, rounds)
+    return [
+        {
+            "contender": contender,
+            **spread(seconds, times["forward"]),
+            "matrix_gflop_per_s": round(matrix_rate(torch.bfloat16 if contender in HALF else torch.float32), 1),
+            "rounds": rounds,
+        }
+        for contender, seconds in times.items()
+    ]
 
 
 def main() -> None:

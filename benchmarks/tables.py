@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.numerics.rows import RESULTS, read_rows
+from benchmarks.peers.names import NAMES
 
 README = Path(__file__).parents[1] / "README.md"
 NOT_YET = "not yet measured"
@@ -115,8 +116,38 @@ def generation() -> str:
     return f"{table(head, rows)}\n\n{where}; `benchmarks/results/generation.csv`."
 
 
+def race() -> str:
+    """Times of one input against the forward pass, and memory, by contender and model."""
+    path = RESULTS / "peers_cpu.csv"
+    if not path.exists():
+        return NOT_YET
+    found = [
+        row
+        for row in read_rows(path)
+        if (row["batch"], row["tokens"], row["dtype"]) == ("1", "197", "float32") and row["contender"] in NAMES
+    ]
+    if not found:
+        return NOT_YET
+    models = list(dict.fromkeys(row["model"] for row in found))
+    cells = {
+        (row["contender"], row["model"]): f"{float(row['ratio_to_forward']):.1f} / {int(row['peak_bytes']) / 2**20:.0f}"
+        for row in found
+        if row["ratio_to_forward"]
+    }
+    rows = [[NAMES[name], *(cells.get((name, model), "-") for model in models)] for name in NAMES]
+    rows = [row for row in rows if set(row[1:]) != {"-"}]
+    first = found[0]
+    where = (
+        f"Times of the forward pass / MiB beyond the model; batch 1, 197 tokens. {first['device']}, {first['threads']}"
+        f" threads, float32, torch {first['torch']}. A dash is a row with its reason; these, larger batches, longer"
+        " inputs and bfloat16 are in `benchmarks/results/peers_cpu.csv`."
+    )
+    return f"{table(['contender', *models], rows)}\n\n{where}"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "speed": speed,
+    "race": race,
     "localisation": localisation,
     "similarity": similarity,
     "generation": generation,

@@ -1,11 +1,13 @@
-"""LXT (Achtibat et al., ICML 2024) where it is installed: torchvision's Vision Transformer with its patched classes.
+"""LXT (Achtibat et al., ICML 2024) where it is installed: its patched classes for torchvision's ViT, BERT and Llama.
 
 Tried with LXT 2.1 (which needs zennit) beside torchvision 0.29 and transformers 5.23.
 """
 
 from __future__ import annotations
 
+import copy
 import importlib.util
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -52,6 +54,38 @@ class Lxt:
             model(leaf)[:, target].sum().backward()
         assert leaf.grad is not None
         return (leaf * leaf.grad).detach().sum(1)
+
+
+class LxtText:
+    """AttnLRP as LXT sets it up for a BERT or Llama of transformers; its patches stay in this process.
+
+    Three things it wants of transformers 4 are put in place: a setting, a method, and the way attention is looked up.
+
+    Args:
+        family: "bert" or "llama".
+    """
+
+    def __init__(self, family: str) -> None:
+        lxt = _import_lxt()
+        self.family, self.module = family, importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # dropout is patched already, by its Llama
+            lxt.monkey_patch(self.module)
+        if family == "llama":
+            kinds = type("Found", (dict,), {"get_interface": lambda self, name, default: self.get(name, default)})
+            self.module.ALL_ATTENTION_FUNCTIONS = kinds(self.module.ALL_ATTENTION_FUNCTIONS)  # type: ignore[attr-defined]
+
+    def patched(self, model: Any) -> Any:
+        """A model made before, with LXT's classes: itself, or for BERT one of them with its weights."""
+        if self.family == "llama":
+            return model
+        config = copy.deepcopy(model.config)
+        config.position_embedding_type = "absolute"
+        importlib.import_module("transformers").PreTrainedModel.get_head_mask = lambda self, mask, n, *rest: [None] * n
+        built = self.module.BertForSequenceClassification(config).eval()  # type: ignore[attr-defined]
+        built.load_state_dict(model.state_dict())
+        weight = model.classifier.weight
+        return built.to(weight.device, weight.dtype)
 
 
 def _import_lxt() -> Any:

@@ -42,15 +42,22 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], kept: Sequence[Mapping[str, str]] = ()) -> None:
+def write_rows(
+    path: Path,
+    rows: Sequence[Mapping[str, Any]],
+    kept: Sequence[Mapping[str, str]] = (),
+    device: str | None = None,
+) -> None:
     """Write rows with their provenance; numbers keep six digits.
 
     Args:
         kept: rows of an earlier file, with the provenance they had; they come first.
+        device: what was measured on, where that is not this machine's processor.
     Raises:
         ValueError: no rows, or rows with different columns.
     """
     made = provenance()
+    made["device"] = device or made["device"]
     table = [*kept, *({**{k: _text(v) for k, v in row.items()}, **made} for row in rows)]
     if not table or any(list(row) != list(table[0]) for row in table):
         raise ValueError(f"expected rows with the same columns, got {sorted({tuple(row) for row in table})}")

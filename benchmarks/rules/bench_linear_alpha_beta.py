@@ -13,7 +13,7 @@ from torch import nn
 
 import relprop
 from benchmarks.numerics.rows import RESULTS, write_rows
-from benchmarks.speed import matrix_rate
+from benchmarks.timing import matrix_rate
 
 # Rows (tokens), inputs, outputs: the four linear layers of ViT-B/16 and of ViT-Ti/16 at 224 x 224.
 SHAPES = (

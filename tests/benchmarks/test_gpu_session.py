@@ -52,6 +52,7 @@ def test_dry_run(tmp_path: Path) -> None:
         assert expected <= {row["run"] for row in rows}
         assert not [row["failed"] for row in rows if row.get("failed")]
     assert all(row["dry_run"] == "True" for row in kernels)
+    assert all(float(row["ms_median"]) > 0 for row in rows_of(tmp_path / "peers.csv") if not row["error"])
 
 
 def test_limits_add_up_to_ten_minutes() -> None:

@@ -1,0 +1,103 @@
+"""relprop and the packages that people use, on the same models, inputs and machine, in the same run.
+
+    python -m benchmarks.peers [--reference CHECKOUT] [--quick] [--models ...] [--batches ...] [--tokens ...]
+                               [--dtypes ...] [--contenders ...] [--device cuda] [--budget 60] [--memory 5] [--out FILE]
+
+Every contender's answer is checked first, on two layers of the model; what is wrong gets no time (`check`, `error`).
+Then it runs in a fresh process, in turn with the others: times are medians of interleaved rounds, ratios are to the
+forward pass of the same round, `peak_bytes` is what its first run took beyond what its process held before it (the
+model is loaded and its weights are read), `process_bytes` the process's own peak. Contenders that are not installed,
+cannot explain a model, or run out of the budget of time or memory are rows that say so. Rows of other points and
+contenders in the file stay. Pictures are made with `python -m benchmarks.peers.pictures`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.numerics.rows import RESULTS, read_rows, write_rows
+from benchmarks.peers.cases import DEFAULT, MODELS, QUICK, Point
+from benchmarks.peers.contenders import CONTENDERS, Options
+from benchmarks.peers.race import Out, compete
+
+KEY = ("model", "batch", "tokens", "dtype", "contender")
+DTYPES = ("float32", "bfloat16")
+
+
+def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.peers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--reference", type=Path, help="a checkout of the authors' code, hila-chefer's repository")
+    parser.add_argument("--quick", action="store_true", help="tiny models: does everything run?")
+    parser.add_argument("--models", nargs="+", choices=list(MODELS))
+    parser.add_argument("--batches", nargs="+", type=int)
+    parser.add_argument("--tokens", nargs="+", type=int)
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES)
+    parser.add_argument("--contenders", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS))
+    parser.add_argument("--budget", type=float, default=60.0, help="seconds of a contender's runs of one point")
+    parser.add_argument("--memory", type=float, default=5.0, help="GiB that a contender's process may allocate")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--out", type=Path, help="peers_DEVICE.csv among the results by default")
+    return parser.parse_args(arguments)
+
+
+def points(given: argparse.Namespace) -> list[Point]:
+    """The points asked for: all combinations where models are named, else those of the plan that fit."""
+    if given.models:
+        sizes = (given.models, given.batches or [1], given.tokens or [197], given.dtypes or ["float32"])
+        return [Point(*found) for found in itertools.product(*sizes)]
+    return [
+        point
+        for point in (QUICK if given.quick else DEFAULT)
+        if (not given.batches or point.batch in given.batches)
+        and (not given.tokens or point.tokens in given.tokens)
+        and (not given.dtypes or point.dtype in given.dtypes)
+    ]
+
+
+def merged(path: Path, rows: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """Rows of an earlier file that are not measured anew."""
+    if not path.is_file():
+        return []
+    new = {tuple(str(row[key]) for key in KEY) for row in rows}
+    return [row for row in read_rows(path) if tuple(row[key] for key in KEY) not in new]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Race, print and write the rows; 1 where a point had none."""
+    given, status = parsed(arguments), 0
+    if given.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("--device cuda: expected a CUDA device, got none")
+    named = {field.name: getattr(given, field.name) for field in dataclasses.fields(Options)}
+    out = given.out or RESULTS / f"peers_{given.device}.csv"
+    device = torch.cuda.get_device_name() if given.device == "cuda" else None
+    for point in points(given):
+        print(point, flush=True)
+        try:
+            rows = compete(point, given.contenders, Options(**named))
+        except (Out, ValueError) as problem:
+            print(f"  no rows: {problem}", flush=True)
+            status = 1
+            continue
+        for row in rows:
+            if not row["error"]:
+                print(
+                    f"  {row['contender']:<22} {row['ms_median']:>10} ms  x{row['ratio_to_forward']:<7}"
+                    f" {row['peak_bytes'] / 2**20:>7.0f} MiB",
+                    flush=True,
+                )
+        write_rows(out, rows, merged(out, rows), device=device)
+    return status
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,145 @@
+"""One contender on one point: its proof, its first answer with the memory that took, and runs to be timed."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import resource
+import warnings
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+
+import relprop
+from benchmarks.peers.cases import Case, proof_of
+from benchmarks.peers.contenders import CONTENDERS, Options
+from benchmarks.peers.packages import Answer, CannotExplain
+from benchmarks.peers.proofs import usable
+from benchmarks.timing import seconds_of
+
+
+class Refused(Exception):
+    """No time for this contender; the message says why."""
+
+
+class Contestant:
+    """A contender that was prepared for a case.
+
+    Args:
+        name: of CONTENDERS. case: on the CPU; its numbers are moved to the device that `options` name.
+    Raises:
+        CannotExplain: it has no answer for such a model. Refused: a check failed.
+    """
+
+    def __init__(self, name: str, case: Case, options: Options, proved: str = "") -> None:
+        self.contender, self.options = CONTENDERS[name], options
+        self.proof = proved or self._prove(case)
+        self.case = case if options.device == "cpu" else case.to(case.inputs.dtype, options.device)
+        self.run: Answer = self.contender.make(self.case, options)
+
+    def _prove(self, case: Case) -> str:
+        cut = proof_of(case.point)
+        low = cut.to(case.inputs.dtype, self.options.device)
+        proofs = self.contender.prove(self.contender.make, cut, low, self.options)
+        wrong = [str(proof) for proof in proofs if not proof.passed]
+        if wrong:
+            raise Refused(f"wrong answer: {'; '.join(wrong)}")
+        return "; ".join(map(str, proofs))
+
+    def first(self) -> dict[str, float]:
+        """The first run: seconds, bytes that it took at its peak beyond what was there, and the process's peak.
+
+        Raises:
+            Refused: the answer cannot be one.
+        """
+        before = _rest(self.case, self.options.device)
+        answers: list[torch.Tensor] = []
+        seconds = seconds_of(lambda: answers.append(self.run()), self.options.device)
+        peak, whole = _peak(self.options.device)
+        why = usable(answers[0].detach().float().cpu(), len(self.case.inputs))
+        if why:
+            raise Refused(f"wrong answer: {why}")
+        return {"seconds": seconds, "peak_bytes": peak - before, "process_bytes": whole, "held_bytes": _own()}
+
+    def again(self) -> float:
+        """Seconds of one more run."""
+        return seconds_of(self.run, self.options.device)
+
+
+def serve(pipe: Connection, name: str, folder: Path, options: Options, threads: int, proved: str) -> None:
+    """A process's work: prepare, answer once, then run whenever asked to. Messages are (kind, content)."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(threads)
+    try:
+        if options.device == "cpu":
+            _limit(options.memory)
+        case = torch.load(folder / "case.pt", weights_only=False, mmap=True)
+        contestant = Contestant(name, case, options, proved)
+        pipe.send(("proved", contestant.proof))
+        pipe.send(("first", contestant.first()))
+        while pipe.recv():
+            pipe.send(("ran", contestant.again()))
+    except (EOFError, KeyboardInterrupt):
+        return
+    except Exception as problem:
+        pipe.send(("failed", reason(problem, options)))
+
+
+def reason(problem: Exception, options: Options) -> str:
+    """Why there is no time, in one line."""
+    if isinstance(problem, CannotExplain):
+        return f"cannot explain: {problem}"
+    if isinstance(problem, Refused):
+        return str(problem)
+    text = " ".join(str(problem).split())
+    if isinstance(problem, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in text:
+        return f"over the memory budget of {options.memory:g} GiB"
+    return f"{type(problem).__name__}: {text}"[:300]
+
+
+def _limit(gib: float) -> None:
+    """What this process may allocate beyond what it has; an allocation over it fails as one without memory does."""
+    limit = _status("VmData") + int(gib * 2**30)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+
+
+def _rest(case: Case, device: str) -> int:
+    """Read all weights, give back what is not needed, and forget the peak so far; bytes that stay."""
+    with torch.no_grad():
+        sum(float(parameter.sum()) for parameter in case.model.parameters())
+    gc.collect()
+    relprop.empty_cache()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return _resident()
+
+
+def _peak(device: str) -> tuple[int, int]:
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+    return _status("VmHWM"), _status("VmHWM")
+
+
+def _resident() -> int:
+    return _status("VmRSS")
+
+
+def _own() -> int:
+    """Bytes of memory, pages that several processes share counted in parts."""
+    for line in Path("/proc/self/smaps_rollup").read_text().splitlines():
+        if line.startswith("Pss:"):
+            return int(line.split()[1]) * 1024
+    return _resident()
+
+
+def _status(field: str) -> int:
+    """Bytes, as the kernel books them for this process."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status: expected {field}")

@@ -1,0 +1,191 @@
+"""The other packages, driven as their own documentation does. Each function makes what is then timed."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.numerics.lxt import Lxt, LxtText
+from benchmarks.numerics.reference import COMMIT, Reference, ReferenceBert
+from benchmarks.peers.cases import PATCH, TARGET, Case
+from benchmarks.peers.proofs import ROUNDED, Proof, centred, complete, in_range, same
+
+Answer = Callable[[], Tensor]
+STEPS = 50  # Captum's default
+TOGETHER = 8  # inputs that its sampling methods put through the model at once
+LASSO = 1e-4  # Captum's 0.01 makes every coefficient 0 where random weights' logits hardly change
+_MODULES = {"zennit": "zennit", "captum": "captum", "lxt": "lxt", "grad-cam": "pytorch_grad_cam"}
+
+
+class CannotExplain(Exception):
+    """A contender has no answer for a case; the message says why."""
+
+
+def version(package: str) -> str:
+    """Name and version, or CannotExplain where it is not installed."""
+    if importlib.util.find_spec(_MODULES[package]) is None:
+        raise CannotExplain(f"{package} is not installed")
+    return f"{package} {importlib.metadata.version(package)}"
+
+
+def authors(case: Case, checkout: Path | None) -> Answer:
+    """The authors' code on its own model with the case's weights, one sample after the other. [B, N - 1]"""
+    if checkout is None:
+        raise CannotExplain("no checkout of the authors' code; name one with --reference")
+    if case.family == "timm":
+        model: Any = case.model
+        theirs = Reference(checkout, model, case.inputs.dtype)
+        targets = torch.full((len(case.inputs),), TARGET)
+        return lambda: theirs.explain(case.inputs, targets, "transformer_attribution")
+    if case.family == "bert" and case.ids is not None:
+        text, ids = ReferenceBert(checkout, case.model.model), case.ids
+        return lambda: text.explain(ids, TARGET)[:, 1:]
+    raise CannotExplain(f"the authors' code ({COMMIT}) has timm's Vision Transformer and BERT alone")
+
+
+def lxt(case: Case) -> Answer:
+    """CP-LRP on torchvision's Vision Transformer, AttnLRP on texts. [B, H, W] or [B, N]"""
+    version("lxt")
+    version("zennit")
+    if case.family == "torchvision":
+        vision = Lxt()
+        return lambda: vision.explain(case.model, case.inputs, TARGET)
+    if case.family not in ("bert", "llama"):
+        raise CannotExplain("LXT has no patches for timm's classes")
+    wrapper: Any = case.model
+    model: Any = type(wrapper)(LxtText(case.family).patched(wrapper.model), bool(wrapper.options)).eval()
+
+    def run() -> Tensor:
+        leaf = case.inputs.clone().requires_grad_()
+        model(leaf)[:, TARGET].sum().backward()
+        assert leaf.grad is not None
+        return (leaf * leaf.grad).detach().sum(-1)
+
+    return run
+
+
+def zennit(case: Case) -> Answer:
+    """EpsilonPlus. [B, H, W] or [B, N]"""
+    version("zennit")
+    attribution, composites = (importlib.import_module(f"zennit.{name}") for name in ("attribution", "composites"))
+    classes = case.model(case.inputs[:1]).shape[-1]
+    one_hot = torch.zeros(len(case.inputs), classes).to(case.inputs)
+    one_hot[:, TARGET] = 1
+
+    def run() -> Tensor:
+        with attribution.Gradient(model=case.model, composite=composites.EpsilonPlus()) as attributor:
+            _, relevance = attributor(case.inputs.clone(), one_hot)
+        return relevance.sum(1 if case.images else -1)
+
+    return run
+
+
+def _captum() -> Any:
+    version("captum")
+    return importlib.import_module("captum.attr")
+
+
+def integrated_gradients(case: Case) -> Answer:
+    """Integrated gradients from zero. The shape of the inputs."""
+    explainer = _captum().IntegratedGradients(case.model)
+    together = max(TOGETHER, len(case.inputs))
+    return lambda: explainer.attribute(case.inputs, target=TARGET, n_steps=STEPS, internal_batch_size=together)
+
+
+def gradient_shap(case: Case) -> Answer:
+    """GradientShap from zero, with its default of five samples. The shape of the inputs."""
+    explainer = _captum().GradientShap(case.model)
+    baselines = torch.zeros_like(case.inputs[:1])
+    return lambda: explainer.attribute(case.inputs, baselines, target=TARGET)
+
+
+def lime(case: Case, function: Callable[[Tensor], Tensor] | None = None, mask: Tensor | None = None) -> Answer:
+    """LIME over patches or tokens, with its default of fifty samples. The shape of the inputs.
+
+    Args:
+        function: in place of the model. mask: in place of the patches.
+    """
+    if importlib.util.find_spec("sklearn") is None:
+        raise CannotExplain("Captum's LIME needs scikit-learn, which is not installed")
+    lasso = importlib.import_module("captum._utils.models.linear_model").SkLearnLasso(alpha=LASSO)
+    explainer = _captum().Lime(function or case.model, interpretable_model=lasso)
+    found = case.patches() if mask is None else mask
+    return lambda: explainer.attribute(case.inputs, target=TARGET, feature_mask=found, perturbations_per_eval=TOGETHER)
+
+
+def grad_cam(case: Case) -> Answer:
+    """Grad-CAM on the last block's first norm, as its README does for Vision Transformers. [B, H, W]"""
+    version("grad-cam")
+    if not case.images:
+        raise CannotExplain("pytorch-grad-cam makes maps of images")
+    package = importlib.import_module("pytorch_grad_cam")
+    target = importlib.import_module("pytorch_grad_cam.utils.model_targets").ClassifierOutputTarget(TARGET)
+    model: Any = case.model
+    layer: nn.Module = model.blocks[-1].norm1 if case.family == "timm" else model.encoder.layers[-1].ln_1
+    rows, columns = (size // PATCH for size in case.inputs.shape[2:])
+
+    def reshape_transform(tokens: Tensor) -> Tensor:
+        return tokens[:, 1:].unflatten(1, (rows, columns)).movedim(-1, 1)
+
+    def run() -> Tensor:
+        with package.GradCAM(model=model, target_layers=[layer], reshape_transform=reshape_transform) as cam:
+            return torch.from_numpy(cam(input_tensor=case.inputs, targets=[target] * len(case.inputs)))
+
+    return run
+
+
+def change(case: Case) -> Tensor:
+    """How much the score changed from zero. [B]"""
+    with torch.no_grad():
+        return (case.model(case.inputs) - case.model(torch.zeros_like(case.inputs)))[:, TARGET]
+
+
+def prove_integrated_gradients(make: Callable[[Case], Answer], cut: Case, low: Case) -> list[Proof]:
+    """Completeness, and in the run's dtype the same answer."""
+    exact = make(cut)()
+    return [
+        complete("completeness", exact, change(cut), 0.02),
+        same(low.point.dtype, make(low)(), exact, ROUNDED[low.point.dtype]),
+    ]
+
+
+def prove_gradient_shap(cut: Case) -> list[Proof]:
+    """Completeness on average over its draws, in standard errors."""
+    torch.manual_seed(0)
+    baselines = torch.zeros_like(cut.inputs[:1])
+    _, missing = (
+        _captum()
+        .GradientShap(cut.model)
+        .attribute(cut.inputs[:1], baselines, target=TARGET, n_samples=32, return_convergence_delta=True)
+    )
+    return [centred("completeness on average, in standard errors", missing)]
+
+
+def prove_lime(cut: Case) -> list[Proof]:
+    """The coefficients of a linear function of eight groups of patches."""
+    torch.manual_seed(0)
+    mask = cut.patches() % 8
+    weights = torch.arange(1.0, 9.0)
+    sums = [((mask == group) * cut.inputs[:1]).sum() for group in range(8)]
+
+    def function(inputs: Tensor) -> Tensor:
+        groups = [((mask == g) * inputs).flatten(1).sum(1) / sums[g] * weights[g] for g in range(8)]
+        return torch.stack(groups, 1).sum(1, keepdim=True).expand(-1, TARGET + 1)
+
+    one = Case(cut.point, cut.family, cut.model, cut.inputs[:1])
+    found = lime(one, function, mask)()
+    coefficients = torch.stack([found[(mask == group).expand_as(found)].mean() for group in range(8)])
+    return [same("coefficients of a linear function", coefficients[None], weights[None], 0.05)]
+
+
+def prove_grad_cam(low: Case) -> list[Proof]:
+    """Shape and range."""
+    batch, _, *sides = low.inputs.shape
+    return [in_range("shape and range", grad_cam(low)(), (batch, *sides))]

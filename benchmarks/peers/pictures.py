@@ -1,0 +1,109 @@
+"""Plots of the race's rows: python -m benchmarks.peers.pictures [ROWS] [--out docs/pictures]."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+from benchmarks.numerics.rows import RESULTS, read_rows
+from benchmarks.peers.names import NAMES
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+OURS, OTHERS = "#1b6ca8", "#b0b0b0"
+Row = dict[str, str]
+
+
+def times(rows: Sequence[Row], path: Path) -> None:
+    """Time per sample, a panel for each model at its smallest size in float32."""
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    panels = [(model, _smallest([row for row in rows if row["model"] == model])) for model in models]
+    panels = [(model, found) for model, found in panels if found]
+    columns = min(3, len(panels))
+    lines = -(-len(panels) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(6 * columns, 4.2 * lines), squeeze=False)
+    for axis, (model, found) in zip(axes.flat, panels, strict=False):
+        _bars(axis, found)
+        axis.set_title(
+            f"{model}, batch {found[0]['batch']}, {found[0]['tokens']} tokens, {found[0]['dtype']}", fontsize=9
+        )
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _smallest(rows: Sequence[Row]) -> list[Row]:
+    timed = [row for row in rows if row["ms_median"]]
+    if not timed:
+        return []
+    sizes = min((row["dtype"] != "float32", int(row["batch"]), int(row["tokens"])) for row in timed)
+    return [row for row in timed if (row["dtype"] != "float32", int(row["batch"]), int(row["tokens"])) == sizes]
+
+
+def _bars(axis: Any, rows: Sequence[Row]) -> None:
+    ordered = sorted(rows, key=lambda row: -float(row["ms_per_sample"]))
+    values = [float(row["ms_per_sample"]) for row in ordered]
+    colours = [OURS if row["contender"].startswith("relprop") else OTHERS for row in ordered]
+    axis.barh([NAMES[row["contender"]] for row in ordered], values, color=colours)
+    for place, (row, value) in enumerate(zip(ordered, values, strict=True)):
+        axis.text(
+            value * 1.05, place, f"{value:.3g} ms, {float(row['ratio_to_forward']):.1f}x", va="center", fontsize=7
+        )
+    axis.set_xscale("log")
+    axis.set_xlim(right=max(values) * 6)
+    axis.set_xlabel("ms per sample (and times the forward pass)", fontsize=8)
+    axis.tick_params(labelsize=8)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def memory(rows: Sequence[Row], path: Path) -> None:
+    """Peak memory of one sample by number of tokens, a panel for each model that has several."""
+    found = [row for row in rows if row["ms_median"] and row["batch"] == "1" and row["dtype"] == "float32"]
+    models = list(dict.fromkeys(row["model"] for row in found))
+    panels = {m: lines for m in models if (lines := _lines([row for row in found if row["model"] == m]))}
+    figure, axes = plt.subplots(1, max(1, len(panels)), figsize=(6 * max(1, len(panels)), 4.5), squeeze=False)
+    for axis, (model, lines) in zip(axes.flat, panels.items(), strict=False):
+        for name, points in lines.items():
+            ours = name.startswith("relprop")
+            axis.plot(
+                *zip(*points, strict=True), "o-" if ours else "s--", label=NAMES[name], markersize=4, linewidth=1.2
+            )
+        axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel="peak MiB beyond the model", title=model)
+        ticks = sorted({tokens for points in lines.values() for tokens, _ in points})
+        axis.set_xticks(ticks, [str(tick) for tick in ticks])
+        axis.minorticks_off()
+        axis.legend(fontsize=7)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _lines(rows: Sequence[Row]) -> dict[str, list[tuple[int, float]]]:
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for row in sorted(rows, key=lambda row: int(row["tokens"])):
+        lines.setdefault(row["contender"], []).append((int(row["tokens"]), int(row["peak_bytes"]) / 2**20))
+    return {name: points for name, points in lines.items() if len(points) > 1}
+
+
+def main() -> None:
+    """Draw both."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("rows", type=Path, nargs="?", default=RESULTS / "peers_cpu.csv")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[2] / "docs" / "pictures")
+    given = parser.parse_args()
+    given.out.mkdir(parents=True, exist_ok=True)
+    rows = read_rows(given.rows)
+    times(rows, given.out / "race_times.png")
+    memory(rows, given.out / "race_memory.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,203 @@
+"""Contenders of one point, each in a fresh process, in turn.
+
+Processes of a heat stay alive together and run one at a time, round after round, the plain forward pass first. A heat
+is closed when its processes hold half of the memory budget; the next one begins with a forward pass of its own.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import statistics
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from benchmarks.peers.cases import Point, case_of
+from benchmarks.peers.child import serve
+from benchmarks.peers.contenders import CONTENDERS, Options, version
+from benchmarks.timing import spread
+
+SETTLING = 8.0  # preparing may take this many times the budget of the runs: capture, compilation, the check
+COLUMNS = (
+    *("ms_median", "ms_p20", "ms_p80", "ratio_to_forward", "ratio_p20", "ratio_p80", "ms_per_sample"),
+    *("peak_bytes", "process_bytes", "rounds", "check", "error", "note", "version"),
+)
+
+
+class Out(Exception):
+    """A contender has no time, or no more of it; the message says why."""
+
+
+class Entrant(Protocol):
+    """A prepared contender: what it says of its check, its first run, and how it runs again."""
+
+    proof: str
+    first: dict[str, float]
+
+    def again(self, budget: float) -> float:
+        """Seconds of one more run, or Out."""
+        ...
+
+    def close(self) -> None: ...
+
+
+Enter = Callable[[str, Point, Options, str], Entrant]
+
+
+def context() -> ForkServerContext:
+    """Processes forked from one that has imported everything and run nothing."""
+    found = multiprocessing.get_context("forkserver")
+    found.set_forkserver_preload(["benchmarks.peers.child", "torch._dynamo", "torch.export"])
+    return found
+
+
+class Process:
+    """A contender in a process of its own."""
+
+    def __init__(self, name: str, folder: Path, options: Options, proved: str) -> None:
+        here = context()
+        self.options = options
+        self._pipe, theirs = here.Pipe()
+        given = (theirs, name, folder, options, torch.get_num_threads(), proved)
+        self._process = here.Process(target=serve, args=given, daemon=True)
+        self._process.start()
+        theirs.close()
+        try:
+            self.proof: str = self._wait("proved", SETTLING * options.budget, "prepare")
+            self.first: dict[str, float] = self._wait("first", SETTLING * options.budget, "run once")
+            if self.first["seconds"] > options.budget:
+                raise Out(f"over the budget of {options.budget:g} s: {self.first['seconds']:.0f} s")
+        except Out:
+            self.close()
+            raise
+
+    def _wait(self, kind: str, seconds: float, what: str) -> Any:
+        try:
+            if not self._pipe.poll(seconds):
+                raise Out(f"over the budget: did not {what} within {seconds:g} s")
+            found, content = self._pipe.recv()
+        except (EOFError, OSError):
+            self._process.join(10)
+            raise Out(f"its process ended with status {self._process.exitcode}") from None
+        if found == "failed":
+            raise Out(content)
+        if found != kind:
+            raise RuntimeError(f"expected {kind}, got {found}")
+        return content
+
+    def again(self, budget: float) -> float:
+        self._pipe.send(True)
+        return self._wait("ran", 4 * budget, "run again")
+
+    def close(self) -> None:
+        self._pipe.close()
+        self._process.join(2)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+
+
+def compete(point: Point, names: Iterable[str], options: Options, enter: Enter | None = None) -> list[dict[str, Any]]:
+    """Rows of every contender named; those without a time say why.
+
+    Args:
+        enter: what starts a contender; a process of its own by default.
+    Raises:
+        ValueError: the point's model or size. Out: the forward pass itself has no time.
+    """
+    with tempfile.TemporaryDirectory(prefix="peers-") as folder:
+        case = case_of(point)
+        note = case.note
+        torch.save(case, Path(folder) / "case.pt")
+        del case
+        start = enter or (lambda name, _, chosen, proved: Process(name, Path(folder), chosen, proved))
+        results = _heats(point, [name for name in names if name != "forward"], options, start)
+    return [_row(point, name, found, note) for name, found in results.items()]
+
+
+def _heats(point: Point, names: list[str], options: Options, enter: Enter) -> dict[str, dict[str, Any]]:
+    results: dict[str, dict[str, Any]] = {"forward": {}}
+    proved = ""
+    while names or not results["forward"]:
+        heat = {"forward": enter("forward", point, options, proved)}
+        proved = heat["forward"].proof
+        try:
+            once = heat["forward"].again(options.budget)
+            while names and _held(heat.values()) < options.memory * 2**29:
+                name = names.pop(0)
+                try:
+                    _expected(name, once, options)
+                    heat[name] = enter(name, point, options, "")
+                except Out as problem:
+                    results[name] = {"error": str(problem)}
+                    print(f"  {name}: {problem}", flush=True)
+            for name, found in _rounds(heat, options).items():
+                results[name] = results.get(name) or found
+        finally:
+            for entrant in heat.values():
+                entrant.close()
+    return results
+
+
+def _held(entrants: Iterable[Entrant]) -> float:
+    return sum(entrant.first["held_bytes"] for entrant in entrants)
+
+
+def _expected(name: str, forward: float, options: Options) -> None:
+    """Leave out what is known to take more than twice the budget."""
+    passes = CONTENDERS[name].passes
+    if passes * forward > 2 * options.budget:
+        raise Out(
+            f"over the budget of {options.budget:g} s: about {passes:g} forward passes of {forward:.2g} s, not started"
+        )
+
+
+def _rounds(heat: dict[str, Entrant], options: Options) -> dict[str, dict[str, Any]]:
+    """Times of a heat: as many rounds of each as its budget has, the forward pass in every round."""
+    counts = {name: _affordable(entrant.first["seconds"], options) for name, entrant in heat.items()}
+    counts["forward"] = max(counts.values(), default=1) or 1
+    times: dict[str, list[float]] = {name: [] for name in heat}
+    problems: dict[str, str] = {}
+    for turn in range(counts["forward"]):
+        for name, entrant in heat.items():
+            if turn < counts[name] and name not in problems:
+                try:
+                    times[name].append(entrant.again(options.budget))
+                except Out as problem:
+                    problems[name] = str(problem)
+    if "forward" in problems:
+        raise Out(problems["forward"])
+    return {name: _measured(heat[name], times[name], times["forward"], problems.get(name, "")) for name in heat}
+
+
+def _affordable(seconds: float, options: Options) -> int:
+    return max(0, min(options.rounds, int(options.budget / seconds) - 1))
+
+
+def _measured(entrant: Entrant, seconds: Sequence[float], forward: Sequence[float], problem: str) -> dict[str, Any]:
+    if problem:
+        return {"error": problem}
+    note = "" if seconds else "its first run, as the budget has no other"
+    found = list(seconds) or [entrant.first["seconds"]]
+    passes = list(forward) if seconds else [statistics.median(forward)]
+    return {
+        **spread(found, passes),
+        **{key: int(entrant.first[key]) for key in ("peak_bytes", "process_bytes")},
+        "rounds": len(found),
+        "check": entrant.proof,
+        "note": note,
+    }
+
+
+def _row(point: Point, name: str, found: dict[str, Any], cut: str) -> dict[str, Any]:
+    contender = CONTENDERS[name]
+    notes = [contender.note, found.get("note", ""), cut]
+    known = {**found, "note": "; ".join(filter(None, notes)), "version": version(contender)}
+    if "ms_median" in found:
+        known["ms_per_sample"] = round(found["ms_median"] / point.batch, 2)
+    row = {"model": point.model, "batch": point.batch, "tokens": point.tokens, "dtype": point.dtype, "contender": name}
+    return {**row, **{column: known.get(column, "") for column in COLUMNS}}

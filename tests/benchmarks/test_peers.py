@@ -1,0 +1,184 @@
+"""The race: rows of every contender, a time for right answers alone, budgets, pictures and the README's table."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.peers import __main__ as command
+from benchmarks.peers import contenders, packages, proofs, race
+from benchmarks.peers.cases import DEFAULT, MODELS, Point, case_of, proof_of
+from benchmarks.peers.child import Contestant, reason
+from benchmarks.peers.contenders import CONTENDERS, Contender, Options
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+ROOT = Path(__file__).parents[2]
+SMALL = Point("small vit", batch=2, tokens=17)
+OPTIONS = Options(rounds=2, budget=1000.0)
+
+
+class Here:
+    """An entrant in this process."""
+
+    def __init__(self, name: str, point: Point, options: Options, proved: str) -> None:
+        try:
+            self.contestant = Contestant(name, case_of(point), options, proved)
+            self.proof, self.first = self.contestant.proof, self.contestant.first()
+        except Exception as problem:
+            raise race.Out(reason(problem, options)) from problem
+
+    def again(self, budget: float) -> float:
+        return self.contestant.again()
+
+    def close(self) -> None: ...
+
+
+def rows_of(names: list[str], point: Point = SMALL, options: Options = OPTIONS) -> dict[str, dict[str, Any]]:
+    return {row["contender"]: row for row in race.compete(point, names, options, Here)}
+
+
+def changed(name: str, change: Callable[[Tensor], Tensor]) -> Contender:
+    """A contender whose answers are not what they should be."""
+    honest = CONTENDERS[name]
+
+    def make(case: Any, options: Options) -> Callable[[], Tensor]:
+        run = honest.make(case, options)
+        return lambda: change(run())
+
+    return replace(honest, make=make)
+
+
+def test_rows() -> None:
+    rows = rows_of(["forward", "forward_backward", "relprop", "relprop_stable", "relprop_attnlrp"])
+    for name, row in rows.items():
+        assert not row["error"], row
+        assert row["ms_p20"] <= row["ms_median"] <= row["ms_p80"], name
+        assert row["ms_per_sample"] == pytest.approx(row["ms_median"] / 2, abs=0.01)
+        assert row["rounds"] == 2 and row["check"] and row["peak_bytes"] >= 0 and row["process_bytes"] > 2**20
+    assert rows["forward"]["ratio_to_forward"] == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("relprop", lambda answer: answer * 1.01),
+        ("relprop_stable", lambda answer: answer.flip(0)),  # another sample's
+        ("relprop_attnlrp", lambda answer: answer.abs()),
+        ("relprop_attnlrp", lambda answer: answer[:, 1:]),
+        ("forward_backward", lambda answer: -answer),
+        ("relprop_ig", lambda answer: answer * 1.1),
+        ("relprop", lambda answer: answer * torch.nan),
+    ],
+)
+def test_no_time_for_a_wrong_answer(name: str, change: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contenders, "STEPS", 8)
+    known = {**CONTENDERS, "wrong": changed(name, change)}
+    for module in ("benchmarks.peers.child", "benchmarks.peers.race"):
+        monkeypatch.setattr(f"{module}.CONTENDERS", known)
+    rows = rows_of(["forward", "wrong"])
+    assert rows["wrong"]["error"].startswith("wrong answer: "), rows["wrong"]
+    assert all(rows["wrong"][column] == "" for column in race.COLUMNS[:10])
+    assert rows["forward"]["ms_median"] > 0
+
+
+def test_no_time_for_an_answer_that_cannot_be_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Right in its check, wrong where it is timed."""
+    for wrong, message in ((torch.nan, "not finite"), (0.0, "the same everywhere")):
+        broken = replace(changed("forward", lambda answer, wrong=wrong: answer * wrong), prove=lambda *given: [])
+        for module in ("benchmarks.peers.child", "benchmarks.peers.race"):
+            monkeypatch.setattr(f"{module}.CONTENDERS", {**CONTENDERS, "wrong": broken})
+        assert message in rows_of(["wrong"])["wrong"]["error"]
+
+
+def test_budgets(monkeypatch: pytest.MonkeyPatch) -> None:
+    def hungry(*given: Any) -> Any:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 10000000000 bytes")
+
+    known = {**CONTENDERS, "slow": replace(CONTENDERS["forward"], passes=1e9)}
+    known["hungry"] = replace(CONTENDERS["forward"], make=hungry, prove=lambda *given: [])
+    for module in ("benchmarks.peers.child", "benchmarks.peers.race"):
+        monkeypatch.setattr(f"{module}.CONTENDERS", known)
+    rows = rows_of(["slow", "hungry"])
+    assert "over the budget of 1000 s: about 1e+09 forward passes" in rows["slow"]["error"]
+    assert rows["hungry"]["error"] == "over the memory budget of 5 GiB"
+
+
+def test_peers_that_are_missing_or_cannot_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packages.importlib.util, "find_spec", lambda name: None)
+    rows = rows_of(["authors", "lxt", "zennit", "captum_ig", "grad_cam"])
+    assert "no checkout of the authors' code; name one with --reference" in rows["authors"]["error"]
+    assert rows["zennit"]["error"] == "cannot explain: zennit is not installed"
+    assert rows["captum_ig"]["error"] == "cannot explain: captum is not installed"
+    assert all(row["error"] for name, row in rows.items() if name != "forward")
+
+
+@pytest.mark.parametrize("model", ["small bert", "small llama"])
+def test_texts(model: str) -> None:
+    pytest.importorskip("transformers")
+    rows = rows_of(["forward_backward", "relprop", "relprop_attnlrp", "grad_cam"], Point(model, 2, 9))
+    assert not rows["relprop_attnlrp"]["error"] and not rows["forward_backward"]["error"], rows
+    assert bool(rows["relprop"]["error"]) == (model == "small llama")
+
+
+def test_points() -> None:
+    assert {point.model for point in DEFAULT} <= set(MODELS)
+    case = case_of(SMALL)
+    assert case.model(case.inputs).shape[0] == 2 and case.patches().unique().numel() == 16
+    assert torch.equal(case.inputs, case_of(SMALL).inputs)
+    cut = proof_of(replace(SMALL, dtype="bfloat16"))
+    assert cut.inputs.dtype == torch.float64 and torch.equal(cut.inputs, cut.inputs.bfloat16().double())
+    with pytest.raises(ValueError, match="tokens: expected a square and one"):
+        case_of(replace(SMALL, tokens=200))
+    with pytest.raises(ValueError, match="model: expected one of .*got 'vgg'"):
+        case_of(replace(SMALL, model="vgg"))
+
+
+def test_proofs_can_fail() -> None:
+    x = torch.randn(2, 5)
+    assert proofs.same("", x, x * (1 + 1e-6)).passed and not proofs.same("", x, x * 1.1).passed
+    assert not proofs.same("", x * torch.nan, x).passed and not proofs.same("", x[:, 1:], x).passed
+    assert proofs.complete("", x, x.sum(1), 1e-3).passed and not proofs.complete("", x, x.sum(1) * 1.1, 1e-3).passed
+    noise = torch.randn(400, generator=torch.Generator().manual_seed(0))
+    assert proofs.centred("", noise).passed and not proofs.centred("", noise + 0.5).passed
+    cam = torch.rand(2, 4, 4)
+    cam = (cam - cam.amin((1, 2), True)) / (cam - cam.amin((1, 2), True)).amax((1, 2), True)
+    assert proofs.in_range("", cam, (2, 4, 4)).passed
+    assert not proofs.in_range("", cam * 1.1, (2, 4, 4)).passed and not proofs.in_range("", cam, (2, 4, 5)).passed
+
+
+def test_command(tmp_path: Path) -> None:
+    """Through processes of their own, appended to rows of another point."""
+    out = tmp_path / "rows.csv"
+    asked = ["--quick", "--tokens", "17", "--rounds", "2", "--contenders", "forward", "relprop", "lxt"]
+    ran = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "benchmarks.peers", *asked, "--out", str(out)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, (ran.stdout + ran.stderr)[-3000:]
+    with out.open() as stream:
+        rows = {row["contender"]: row for row in csv.DictReader(stream)}
+    assert set(rows) == {"lxt", "forward", "relprop"}
+    assert float(rows["relprop"]["ms_median"]) > 0 and int(rows["relprop"]["process_bytes"]) > 2**20
+    assert rows["lxt"]["error"] and not rows["lxt"]["ms_median"]
+    kept = command.merged(out, [{**rows["relprop"]}])
+    assert [row["contender"] for row in kept] == [name for name in rows if name != "relprop"]
+
+
+def test_memory_of_a_process_is_limited() -> None:
+    lines = "import torch; from benchmarks.peers.child import _limit; _limit(0.1); torch.empty(2**29)"
+    ran = subprocess.run([sys.executable, "-c", lines], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ran.returncode == 1 and "allocate memory" in ran.stderr
