@@ -222,6 +222,8 @@ class Sweep:
                 call.maps[stream.stream] = arrived
             kernel = None if booked is not None else stream.kernel
             passed = stream.rule.propagate(call, arrived) if kernel is None else kernel(stream.rule, call, arrived)
+            if stream.stream == "relevance" and stream.rule.name == "gradient" and "gradient" in call.maps:
+                call.maps["relevance"] = call.maps["gradient"]  # of a stream with that rule they are one
             for value, part in zip(node.operands, passed, strict=False):
                 if value is not None and value.carrying and part is not None:
                     self._arrive(stream.stream, value, part)

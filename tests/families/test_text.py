@@ -83,8 +83,40 @@ def test_walks(name: str, composite: str) -> None:
         found = explained(name, method, composite, given, LENGTH)
         assert found.relevance.shape == (2, len(found.token_kinds))
         assert torch.isfinite(found.relevance).all()
-        if composite != "gradient":  # its attention rule leaves no relevance at the maps
-            assert (found.relevance.abs().amax(1) > 0).all()
+        assert (found.relevance.abs().amax(1) > 0).all()
+
+
+@pytest.mark.parametrize("name", families(only=lambda family: not family.refusal))
+def test_relevance_of_maps_by_gradient_rules_is_their_gradient(name: str) -> None:
+    given = inputs(name, 2, LENGTH)
+    walk = engine(name, "transformer_attribution", "gradient")
+    maps = walk.trace(**given, target=FAMILIES[name].target(LENGTH)).maps
+    sites = {module for module, _ in maps}
+    assert sites
+    for module in sites:
+        assert relative(maps[module, "relevance"], maps[module, "gradient"]) < 1e-12
+    booked = explained(name, "transformer_attribution", "gradient", given, LENGTH, ledger=True)
+    assert (
+        relative(explained(name, "transformer_attribution", "gradient", given, LENGTH).relevance, booked.relevance)
+        < 1e-9
+    )
+
+
+@pytest.mark.parametrize("name", families(only=lambda family: family.refusal))
+def test_several_sequences(name: str) -> None:
+    """Both sides are answered for: CLIP's image and its text, an encoder's tokens and a decoder's."""
+    given = inputs(name, 2, LENGTH)
+    for method in ("generic_attention", "attnlrp"):
+        if method == "generic_attention" and not FAMILIES[name].apart:
+            with pytest.raises(UnsupportedTopologyError, match="queries and keys of one sequence each, got several"):
+                engine(name, method)
+            continue
+        together = maps(explained(name, method, None, given, LENGTH))
+        assert set(together) == set(FAMILIES[name].entries)
+        alone = maps(explained(name, method, None, cut(given, slice(1, 2), LENGTH), LENGTH))
+        for entry, relevance in together.items():
+            assert torch.isfinite(relevance).all() and (relevance.abs().flatten(1).amax(1) > 0).all()
+            assert relative(relevance[1:], alone[entry]) < FAMILIES[name].tolerance, (method, entry)
 
 
 @pytest.mark.full

@@ -33,6 +33,7 @@ class Family:
         entries: explained inputs by their names in the explanation.
         refusal: where methods that walk through attention layers do not apply, words of the refusal.
         why: the same for the README.
+        apart: where methods that walk do not apply, whether its sequences stay apart, for generic_attention.
         fixed: the captured length is the only one.
         pads: whether text may be padded and masked.
         kept_after_text: how many tokens of another kind follow the text in the sequence.
@@ -54,6 +55,7 @@ class Family:
     entries: tuple[str, ...] = ("input_ids",)
     refusal: str = ""
     why: str = "two sequences of tokens"
+    apart: bool = True
     fixed: bool = False
     pads: bool = True
     kept_after_text: int = 0
@@ -67,7 +69,9 @@ class Family:
     @property
     def row(self) -> Row:
         """Of the README's table."""
-        methods = f"`full`, `gradient_x_input`; {self.why}" if self.refusal else EVERY
+        between = "`generic_attention`, " if self.apart else ""
+        at_input = "`full`, `attnlrp`, `gradient_x_input`"
+        methods = f"{between}{at_input}; {self.why}" if self.refusal else EVERY
         if self.uncaptured:
             methods = f"refused: {self.why}"
         return Row(self.title, f"transformers.{self.model}", methods)
@@ -373,6 +377,8 @@ FAMILIES: dict[str, Family] = {
         last_token,
         entries=("input_ids", "pixel_values"),
         refusal="tokens of one sequence",
+        apart=False,
+        why="image tokens within a text",
         tolerance=1e-5,
         before_5=VALUES,
     ),
@@ -390,6 +396,8 @@ FAMILIES: dict[str, Family] = {
         last_token,
         entries=("input_ids", "pixel_values"),
         refusal="tokens of one sequence",
+        apart=False,
+        why="image tokens within a text",
         tolerance=1e-5,
         before_5=VALUES,
     ),
