@@ -1,4 +1,6 @@
-"""Full-size image models, random weights, one at a time: python -m benchmarks.families [--only NAME ...] [--batch N].
+"""Full-size models, random weights, one at a time: python -m benchmarks.families [--only NAME ...] [--batch N].
+
+Texts have 64 tokens. Large decoders keep their width and are cut to a few layers: column `layers_left_out`.
 
 Each model runs in a process of its own, so that one that fails or runs out of memory costs no row but its own. A row
 has the seconds that compilation and one explanation take, the latter also in forward passes, and the largest error by
@@ -17,13 +19,52 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 import relprop
-from benchmarks.numerics.rows import RESULTS, markdown, write_rows
-from tests.families.catalogue import Family
+from benchmarks.numerics.rows import RESULTS, markdown, read_rows, write_rows
+from tests.families import text_models
+from tests.families.catalogue import Family, Inputs
 from tests.families.vision_models import VISION
 
+LENGTH = 64
 COLUMNS = ("compile_seconds", "explain_seconds", "forward_seconds", "ratio_to_forward", "ledger_error")
+
+
+def text_family(name: str) -> Family:
+    """A text or multimodal family at its published size, as the image families are given."""
+    family = text_models.FAMILIES[name]
+    sizes = family.full
+    assert sizes is not None
+    inputs = family.full_inputs or family.inputs
+
+    def full() -> tuple[nn.Module, Callable[[int], Inputs]]:
+        return text_models.made(family, sizes), lambda batch: inputs(batch, LENGTH, torch.Generator().manual_seed(0))
+
+    return Family(
+        name,
+        family.title,
+        family.model,
+        lambda: text_models.build(name),
+        lambda batch: text_models.inputs(name, batch),
+        family.refusal,
+        full=full,
+        output=family.output,
+        target=family.target(LENGTH),
+    )
+
+
+def families() -> dict[str, Family]:
+    """Every family that has a published size, by name."""
+    image = {family.name: family for family in VISION if family.full is not None}
+    text = {name: text_family(name) for name, family in text_models.FAMILIES.items() if family.full is not None}
+    return {**image, **text}
+
+
+def left_out(name: str) -> int:
+    """Layers of the published model that are not built."""
+    family = text_models.FAMILIES.get(name)
+    return family.cut - family.full["num_hidden_layers"] if family is not None and family.cut and family.full else 0
 
 
 def seconds_of(run: Callable[[], Any]) -> float:
@@ -68,7 +109,8 @@ def in_own_process(family: Family, batch: int, composite: str) -> dict[str, Any]
     else:
         lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
         found, failure = dict.fromkeys(("method", *COLUMNS), ""), lines[-1]
-    return {"model": family.name, "batch": batch, "composite": composite, **found, "failure": failure}
+    head = {"model": family.name, "layers_left_out": left_out(family.name), "batch": batch, "composite": composite}
+    return {**head, **found, "failure": failure}
 
 
 def main() -> None:
@@ -77,21 +119,23 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", metavar="NAME", help="families by name; all by default")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--composite", default="chefer_stable")
-    parser.add_argument("--out", type=Path, default=RESULTS / "families.csv")
+    parser.add_argument("--out", type=Path, default=RESULTS / "families_cpu.csv")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    known = {family.name: family for family in VISION if family.full is not None}
+    known = families()
     if options.child:
         print(json.dumps(measure(known[options.child], options.batch, options.composite)))
         return
     unknown = sorted(set(options.only or ()) - set(known))
     if unknown:
         parser.error(f"--only: expected names among {', '.join(known)}, got {', '.join(unknown)}")
-    rows = []
+    rows: list[dict[str, Any]] = []
+    before = read_rows(options.out) if options.only and options.out.is_file() else []
+    kept = [row for row in before if row["model"] not in options.only]
     for name in options.only or known:
         rows.append(in_own_process(known[name], options.batch, options.composite))
         print(markdown(rows[-1:]), flush=True)
-        write_rows(options.out, rows)
+        write_rows(options.out, rows, kept)
     sys.exit(1 if any(row["failure"] for row in rows) else 0)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -42,7 +42,9 @@ class Family:
         settings: attributes of the config that its constructor does not take.
         uncaptured: where torch.export cannot capture the class, words of the refusal.
         before_5: the same for transformers 4, or "skipped".
-        full: arguments of the config for the published size, for benchmarks/families.py.
+        full: arguments of the config for the published size, for benchmarks/families.py; None where none is built.
+        full_inputs: (batch, length, generator) -> the arguments of that model, where they are other sizes than above.
+        cut: how many layers the published model has, where fewer are built.
     """
 
     title: str
@@ -65,6 +67,8 @@ class Family:
     uncaptured: str = ""
     before_5: str = ""
     full: dict[str, Any] | None = None
+    full_inputs: Callable[[int, int, torch.Generator], Inputs] | None = None
+    cut: int = 0
 
     @property
     def row(self) -> Row:
@@ -102,26 +106,26 @@ def images(batch: int, generator: torch.Generator, size: int = 32) -> Tensor:
     return torch.randn(batch, 3, size, size, generator=generator)
 
 
-def pair(batch: int, length: int, generator: torch.Generator) -> Inputs:
+def pair(batch: int, length: int, generator: torch.Generator, size: int = 32) -> Inputs:
     given = encoder(batch, length, generator)
     given["input_ids"][:, -1] = VOCABULARY - 1  # CLIP reads the row of the largest id
-    return {**given, "pixel_values": images(batch, generator)}
+    return {**given, "pixel_values": images(batch, generator, size)}
 
 
-def lxmert(batch: int, length: int, generator: torch.Generator) -> Inputs:
-    boxes = torch.rand(batch, 6, 4, generator=generator)
+def lxmert(batch: int, length: int, generator: torch.Generator, regions: int = 6, features: int = 20) -> Inputs:
+    boxes = torch.rand(batch, regions, 4, generator=generator)
     return {
         **encoder(batch, length, generator),
-        "visual_feats": torch.randn(batch, 6, 20, generator=generator),
+        "visual_feats": torch.randn(batch, regions, features, generator=generator),
         "visual_pos": boxes,
     }
 
 
-def visual_bert(batch: int, length: int, generator: torch.Generator) -> Inputs:
+def visual_bert(batch: int, length: int, generator: torch.Generator, regions: int = 6, features: int = 20) -> Inputs:
     return {
         **encoder(batch, length, generator),
-        "visual_embeds": torch.randn(batch, 6, 20, generator=generator),
-        "visual_attention_mask": ones(batch, 6),
+        "visual_embeds": torch.randn(batch, regions, features, generator=generator),
+        "visual_attention_mask": ones(batch, regions),
     }
 
 
@@ -149,8 +153,8 @@ def patches_and_text(batch: int, length: int, generator: torch.Generator) -> Inp
     }
 
 
-def detection(batch: int, length: int, generator: torch.Generator) -> Inputs:
-    return {"pixel_values": images(batch, generator, 64)}
+def detection(batch: int, length: int, generator: torch.Generator, size: int = 64) -> Inputs:
+    return {"pixel_values": images(batch, generator, size)}
 
 
 def first_class(length: int) -> Any:
@@ -170,9 +174,38 @@ DECODER = {**TOWER, "vocab_size": VOCABULARY, "num_key_value_heads": 2}
 
 VALUES = "a branch or a size depends on the values of a tensor"
 
+DEBERTA = {
+    "relative_attention": True,
+    "norm_rel_ebd": "layer_norm",
+    "share_att_key": True,
+    "pos_att_type": ["p2c", "c2p"],
+    "position_biased_input": False,
+    "type_vocab_size": 0,
+}
+BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
+WIDE = {"hidden_size": 4096, "num_hidden_layers": 2, "num_attention_heads": 32, "num_key_value_heads": 8}
+LLAMA_1B = {**WIDE, "hidden_size": 2048, "intermediate_size": 8192, "head_dim": 64, "vocab_size": 128256}
+
 FAMILIES: dict[str, Family] = {
-    "bert": Family("BERT", "BertConfig", "BertForSequenceClassification", BERT, encoder, first_class, quick=True),
-    "roberta": Family("RoBERTa", "RobertaConfig", "RobertaForSequenceClassification", BERT, encoder, first_class),
+    "bert": Family(
+        "BERT",
+        "BertConfig",
+        "BertForSequenceClassification",
+        BERT,
+        encoder,
+        first_class,
+        quick=True,
+        full={},
+    ),
+    "roberta": Family(
+        "RoBERTa",
+        "RobertaConfig",
+        "RobertaForSequenceClassification",
+        BERT,
+        encoder,
+        first_class,
+        full={},
+    ),
     "distilbert": Family(
         "DistilBERT",
         "DistilBertConfig",
@@ -180,6 +213,7 @@ FAMILIES: dict[str, Family] = {
         {"dim": 48, "n_layers": 2, "n_heads": 4, "hidden_dim": 96},
         encoder,
         first_class,
+        full={},
     ),
     "deberta_v3": Family(
         "DeBERTa v3 (disentangled attention)",
@@ -187,17 +221,13 @@ FAMILIES: dict[str, Family] = {
         "DebertaV2ForSequenceClassification",
         {
             **BERT,
-            "relative_attention": True,
+            **DEBERTA,
             "position_buckets": 8,
-            "norm_rel_ebd": "layer_norm",
-            "share_att_key": True,
-            "pos_att_type": ["p2c", "c2p"],
-            "position_biased_input": False,
-            "type_vocab_size": 0,
             "max_position_embeddings": 32,
         },
         encoder,
         first_class,
+        full={**BASE, **DEBERTA, "position_buckets": 256, "vocab_size": 128100},
     ),
     "modernbert": Family(
         "ModernBERT (RoPE, local attention)",
@@ -207,6 +237,7 @@ FAMILIES: dict[str, Family] = {
         encoder,
         first_class,
         tolerance=1e-5,
+        full={},
     ),
     "gpt2": Family(
         "GPT-2",
@@ -215,8 +246,19 @@ FAMILIES: dict[str, Family] = {
         {"n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 64, "bos_token_id": 0, "eos_token_id": 0},
         decoder,
         last_token,
+        full={},
     ),
-    "llama": Family("Llama", "LlamaConfig", "LlamaForCausalLM", LLAMA, decoder, last_token, tolerance=1e-5),
+    "llama": Family(
+        "Llama",
+        "LlamaConfig",
+        "LlamaForCausalLM",
+        LLAMA,
+        decoder,
+        last_token,
+        tolerance=1e-5,
+        full=LLAMA_1B,
+        cut=16,
+    ),
     "mistral": Family(
         "Mistral (sliding window)",
         "MistralConfig",
@@ -225,9 +267,19 @@ FAMILIES: dict[str, Family] = {
         decoder,
         last_token,
         tolerance=1e-5,
+        full={**WIDE, "intermediate_size": 14336},
+        cut=32,
     ),
     "qwen3": Family(
-        "Qwen3", "Qwen3Config", "Qwen3ForCausalLM", {**LLAMA, "head_dim": 12}, decoder, last_token, tolerance=1e-5
+        "Qwen3",
+        "Qwen3Config",
+        "Qwen3ForCausalLM",
+        {**LLAMA, "head_dim": 12},
+        decoder,
+        last_token,
+        tolerance=1e-5,
+        full={**WIDE, "intermediate_size": 12288, "head_dim": 128},
+        cut=36,
     ),
     "gemma3": Family(
         "Gemma 3 (soft-capping, sliding window)",
@@ -245,6 +297,8 @@ FAMILIES: dict[str, Family] = {
         decoder,
         last_token,
         tolerance=1e-5,
+        full={"num_hidden_layers": 6},
+        cut=26,
     ),
     "mixtral": Family(
         "Mixtral (experts as `batched_mm`)",
@@ -285,6 +339,7 @@ FAMILIES: dict[str, Family] = {
         entries=("input_ids", "decoder_input_ids"),
         refusal="tokens of one sequence|none that torch.export shows as attention",
         tolerance=1e-5,
+        full={"d_model": 768, "d_ff": 3072, "num_layers": 12, "num_heads": 12, "decoder_start_token_id": 0},
     ),
     "bart": Family(
         "BART",
@@ -304,6 +359,15 @@ FAMILIES: dict[str, Family] = {
         lambda length: (4, 7),
         entries=("input_ids", "decoder_input_ids"),
         refusal="tokens of one sequence",
+        full={
+            "d_model": 768,
+            "encoder_layers": 6,
+            "decoder_layers": 6,
+            "encoder_attention_heads": 12,
+            "decoder_attention_heads": 12,
+            "encoder_ffn_dim": 3072,
+            "decoder_ffn_dim": 3072,
+        },
     ),
     "clip": Family(
         "CLIP, image and text",
@@ -320,6 +384,8 @@ FAMILIES: dict[str, Family] = {
         entries=("input_ids", "pixel_values"),
         before_5="skipped",  # its mask overflows in float64
         refusal="tokens of one sequence",
+        full={"text_config": {"eos_token_id": 2, "bos_token_id": 0}},
+        full_inputs=partial(pair, size=224),
     ),
     "siglip_pair": Family(
         "SigLIP, image and text",
@@ -332,6 +398,8 @@ FAMILIES: dict[str, Family] = {
         entries=("input_ids", "pixel_values"),
         refusal="tokens of one sequence",
         pads=False,  # it reads the last token, padding or not
+        full={},
+        full_inputs=partial(pair, size=224),
     ),
     "lxmert": Family(
         "LXMERT (VQA)",
@@ -352,6 +420,8 @@ FAMILIES: dict[str, Family] = {
         output="question_answering_score",
         entries=("input_ids", "visual_feats", "visual_pos"),
         refusal="tokens of one sequence",
+        full={},
+        full_inputs=partial(lxmert, regions=36, features=2048),
     ),
     "visual_bert": Family(
         "VisualBERT (VQA)",
@@ -362,6 +432,8 @@ FAMILIES: dict[str, Family] = {
         first_class,
         kept_after_text=6,
         entries=("input_ids", "visual_embeds"),
+        full={"visual_embedding_dim": 2048, "num_labels": 3129},
+        full_inputs=partial(visual_bert, regions=36, features=2048),
     ),
     "paligemma": Family(
         "PaliGemma (image tokens in a text)",
@@ -459,6 +531,8 @@ FAMILIES: dict[str, Family] = {
         entries=("pixel_values",),
         fixed=True,
         pads=False,
+        full={"use_pretrained_backbone": False},
+        full_inputs=partial(detection, size=512),
     ),
 }
 
