@@ -204,7 +204,7 @@ def _photographed(page: Path, folder: Path, size: tuple[int, int]) -> list[Path]
                 ],
                 check=True,
                 capture_output=True,
-                timeout=120,
+                timeout=300,
             )
             with Image.open(taken) as image:
                 found.append(save_png(image.convert("RGB"), folder / f"{page.stem}_{name}.png"))
