@@ -48,8 +48,9 @@ def test_models_know_their_tasks() -> None:
     pytest.importorskip("transformers")
     draw = random.Random(4)
     sentences, classes = zip(*(gallery.opinion(draw) for _ in range(200)), strict=True)
+    judge = gallery.train_opinions()
     with torch.no_grad():
-        found = gallery.train_opinions()(**gallery.word_ids(sentences)).logits.argmax(-1)
+        found = judge(**gallery.word_ids(sentences)).logits.argmax(-1)
     assert float((found == torch.tensor(classes)).float().mean()) > 0.98
     model = gallery.train_reversal()
     letters = torch.randint(2, len(gallery.LETTERS), (100, 6))
