@@ -230,6 +230,12 @@ _FLOAT32_TILES = {
         _tiles(16, 16, 8, 1),
     ),
 }
+# The residual add's epilogue keeps to the tiles of the way back, but where it needs more registers beside them.
+for _kind, _class in [key[1:] for key in TABLE if key[0] == "linear_back"]:
+    TABLE["linear_back_add", _kind, _class] = TABLE["linear_back", _kind, _class]
+TABLE["linear_back_add", "half", "one_many"] = TABLE["linear_back", "half", "fused_many"]
+TABLE["linear_back_add", "tf32", "fused_many"] = {80: _back(64, 64, 32, 8, 2)}
+TABLE["linear_back_add", "medium", "fused_many"] = {80: _back(64, 64, 32, 8, 2), 90: _back(64, 64, 64, 8, 2)}
 for _kind in ("medium", "tf32", "tf32x3", "ieee"):
     for _side, _found in _FLOAT32_TILES.items():
         for _size, _chosen in zip((64, 128, 256), _found, strict=False):

@@ -12,7 +12,7 @@ from types import ModuleType
 
 import torch
 
-from relprop.backends import cpp, cuda, products, triton
+from relprop.backends import cpp, cuda, products, triton, triton_fused
 from relprop.backends import forward as forward_kernels
 from relprop.errors import BackendError, unknown_name
 from relprop.graph import Node
@@ -68,7 +68,9 @@ def choose_kernels(name: str, dtype: torch.dtype, device: torch.device, precisio
             return products.forward
         return forward_kernels.run if forward_kernels.takes(node) else None
 
-    return Kernels(rule, joint, forward) if used == "cpp" else Kernels(rule, joint)
+    if used == "cpp":
+        return Kernels(rule, joint, forward)
+    return Kernels(rule, joint, fused=triton_fused.fused_step if used == "triton" else None)
 
 
 def _say_once(text: str) -> None:
