@@ -24,9 +24,9 @@ from relprop.kernels.add_epsilon import add_epsilon
 from relprop.kernels.add_gamma import add_gamma
 from relprop.kernels.add_normalised import add_normalised
 from relprop.kernels.ahead_of_time import compile_launch
-from relprop.kernels.attention_relevance import attention_relevance
+from relprop.kernels.attention_relevance import QK_RULES, attention_relevance
 from relprop.kernels.fanout_epsilon import fanout_epsilon
-from relprop.kernels.launch import recording
+from relprop.kernels.launch import Launch, recording
 from relprop.kernels.linear_alpha_beta import linear_alpha_beta_back, linear_alpha_beta_share_out
 from relprop.kernels.linear_back_add import linear_back_add
 from relprop.kernels.linear_epsilon import linear_epsilon_back, linear_epsilon_share_out
@@ -127,6 +127,12 @@ def cases() -> Iterator[Case]:
     yield from other_cases()
 
 
+def signed_shares(launch: Launch) -> bool:
+    """Whether an attention kernel sums the positive and the negative part of z+ shares, each by itself."""
+    given = launch.constants
+    return given.get("QK") == QK_RULES["alpha_beta"] and bool(given.get("RELEVANCE") or given.get("KEY_RELEVANCE"))
+
+
 def main(architectures: str, pattern: str = "*") -> None:
     """Compile what matches on each architecture."""
     warnings.simplefilter("ignore")
@@ -148,6 +154,7 @@ def main(architectures: str, pattern: str = "*") -> None:
                 "tcgen05": "tcgen05.mma" in built.ptx,
                 "tiles": dict(launch.configuration.tiles),
                 "warps": launch.configuration.warps,
+                "signed": signed_shares(launch),
             }
             print(json.dumps(row), flush=True)
 
