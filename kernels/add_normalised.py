@@ -19,7 +19,7 @@ from relprop.kernels.configurations import configuration
 from relprop.kernels.launch import architecture_of, cdiv, jit, launch, next_power_of_two, tl
 from relprop.kernels.stabiliser import share, total
 
-# So many pieces of one sample at most: the second pass adds them in one go.
+# So many pieces of one sample are added in one go; `add_normalised` makes no more.
 _MOST_PIECES = 1024
 
 
@@ -79,11 +79,18 @@ def _add_normalised_sums_kernel(
 @jit
 def _scales(sums_ptr, pieces, epsilon, KIND: tl.constexpr, PIECES: tl.constexpr):
     """Factors of a' and b' from the sums of one sample's pieces."""
-    at = tl.arange(0, PIECES)
-    inside = at < pieces
-    sum_r = total(tl.load(sums_ptr + at, mask=inside, other=0.0), 0).to(tl.float32)
-    sum_a = total(tl.load(sums_ptr + pieces + at, mask=inside, other=0.0), 0).to(tl.float32)
-    sum_b = total(tl.load(sums_ptr + 2 * pieces + at, mask=inside, other=0.0), 0).to(tl.float32)
+    sum_r = tl.full((PIECES,), 0.0, tl.float64)
+    sum_a = tl.full((PIECES,), 0.0, tl.float64)
+    sum_b = tl.full((PIECES,), 0.0, tl.float64)
+    for start in range(0, pieces, PIECES):
+        at = start + tl.arange(0, PIECES)
+        inside = at < pieces
+        sum_r += tl.load(sums_ptr + at, mask=inside, other=0.0).to(tl.float64)
+        sum_a += tl.load(sums_ptr + pieces + at, mask=inside, other=0.0).to(tl.float64)
+        sum_b += tl.load(sums_ptr + 2 * pieces + at, mask=inside, other=0.0).to(tl.float64)
+    sum_r = total(sum_r, 0).to(tl.float32)
+    sum_a = total(sum_a, 0).to(tl.float32)
+    sum_b = total(sum_b, 0).to(tl.float32)
     size = tl.abs(sum_a) + tl.abs(sum_b)
     scale_a = share(share(tl.abs(sum_a), size, epsilon, KIND) * sum_r, sum_a, epsilon, KIND)
     scale_b = share(share(tl.abs(sum_b), size, epsilon, KIND) * sum_r, sum_b, epsilon, KIND)
@@ -189,18 +196,40 @@ def add_normalised(
         DEFERRED=deferred,
         STEPS=steps,
     )
-    constants = {"KIND": kind, "PIECES": next_power_of_two(pieces)}
     if deferred:
-        scales = torch.empty((targets, batch, 2), dtype=torch.float32, device=a.device)
-        finish = configuration("scalars", architecture_of(a.device))
-        rows = targets * batch if pieces else 0
-        launch(_add_normalised_scales_kernel, (rows,), (scales, sums, pieces, epsilon), finish, **constants)
-        return part_a, part_b, scales
+        return part_a, part_b, scales_of(sums, stabiliser)
     launch(
         _add_normalised_kernel,
         (cdiv(size, block), batch, targets),
         (part_a, part_b, sums, *rest),
         chosen,
-        **constants,
+        KIND=kind,
+        PIECES=_at_once(pieces),
     )
     return part_a, part_b, None
+
+
+def scales_of(sums: Tensor, stabiliser: Stabiliser) -> Tensor:
+    """Factors of a' and b' from the sums of R, a' and b' over pieces of a sample, added in a fixed order.
+
+    Args:
+        sums: [T, B, 3, pieces], float64 | float32, contiguous
+        stabiliser: (kind, epsilon)
+    Returns:
+        [T, B, 2], float32
+    """
+    targets, batch, _, pieces = sums.shape
+    scales = torch.empty((targets, batch, 2), dtype=torch.float32, device=sums.device)
+    launch(
+        _add_normalised_scales_kernel,
+        (targets * batch if pieces else 0,),
+        (scales, sums, pieces, float(stabiliser[1])),
+        configuration("scalars", architecture_of(sums.device)),
+        KIND=stabiliser[0],
+        PIECES=_at_once(pieces),
+    )
+    return scales
+
+
+def _at_once(pieces: int) -> int:
+    return min(next_power_of_two(pieces), _MOST_PIECES)

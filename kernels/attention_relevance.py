@@ -222,9 +222,9 @@ class _Attention:
             ) from None
         return (expanded.view(torch.uint8), 1) if mask.dtype == torch.bool else (expanded, 2)
 
-    def _chosen(self, side: str) -> Configuration:
+    def _chosen(self, side: str, shares: bool = False) -> Configuration:
         size = max(*self.blocks.values(), 64)
-        rule = "_signed" if self.qk == QK_RULES["alpha_beta"] and side in ("queries", "keys") else ""
+        rule = "_signed" if self.qk == QK_RULES["alpha_beta"] and shares else ""
         kind = self.streams.kind if self.dots.kind == "half" else self.dots.kind
         if interpreted:
             kind = "half"  # numpy takes larger tiles faster
@@ -298,7 +298,7 @@ class _Attention:
         return dq, rq
 
     def _launch_queries(self, dq: Tensor | None, rq: Tensor | None, stabiliser: Stabiliser) -> None:
-        chosen = self._chosen("queries")
+        chosen = self._chosen("queries", shares=rq is not None)
         g = self._stream(self.g)
         launch(
             _attention_relevance_queries_kernel,
@@ -358,7 +358,7 @@ class _Attention:
     ) -> None:
         if reached is None and all(t is None for t in (*keys, *values)):
             return
-        chosen = self._chosen(side)
+        chosen = self._chosen(side, shares=keys[1] is not None)
         g, row = self._stream(self.g), self.lse if self.row is None else self.row
         launch(
             _attention_relevance_keys_kernel,

@@ -117,7 +117,7 @@ TABLE: dict[tuple[str, str, str], Rows] = {
     },
     ("attention_statistics", "half", "d256"): {
         80: _tiles(32, 32, 8, 1),
-        90: _tiles(32, 32, 8, 1),
+        90: _tiles(64, 16, 8, 2),
         100: _tiles(32, 32, 8, 1),
     },
     ("attention_queries", "half", "d64"): {
@@ -132,7 +132,7 @@ TABLE: dict[tuple[str, str, str], Rows] = {
     },
     ("attention_queries", "half", "d256"): {
         80: _tiles(32, 32, 8, 1),
-        90: _tiles(32, 32, 8, 1),
+        90: _tiles(64, 16, 8, 2),
         100: _tiles(64, 32, 8, 2),
     },
     ("attention_queries_signed", "half", "d64"): {
@@ -156,11 +156,11 @@ TABLE: dict[tuple[str, str, str], Rows] = {
         100: _tiles(64, 64, 8, 3),
     },
     ("attention_keys", "half", "d64"): {80: _tiles(32, 32, 8, 2), 90: _tiles(32, 64, 8, 2), 100: _tiles(32, 64, 8, 2)},
-    ("attention_keys", "half", "d128"): {80: _tiles(32, 32, 8, 2), 90: _tiles(32, 32, 8, 2), 100: _tiles(64, 64, 8, 2)},
+    ("attention_keys", "half", "d128"): {80: _tiles(32, 32, 8, 2), 90: _tiles(16, 64, 8, 2), 100: _tiles(64, 64, 8, 2)},
     ("attention_keys", "half", "d256"): {
         80: _tiles(32, 64, 8, 2),
         86: _tiles(16, 32, 8, 2),
-        90: _tiles(16, 32, 8, 1),
+        90: _tiles(16, 64, 8, 2),
         100: _tiles(32, 64, 8, 2),
     },
     ("attention_keys_signed", "half", "d64"): {
@@ -191,7 +191,7 @@ TABLE: dict[tuple[str, str, str], Rows] = {
     },
     ("attention_values", "half", "d256"): {
         80: _tiles(32, 32, 8, 1),
-        90: _tiles(32, 32, 8, 1),
+        90: _tiles(16, 64, 8, 2),
         100: _tiles(32, 32, 8, 1),
     },
 }
@@ -230,7 +230,29 @@ _FLOAT32_TILES = {
         _tiles(16, 16, 8, 1),
     ),
 }
+# The residual add's epilogue keeps to the tiles of the way back, but where it needs more registers beside them.
+for _kind, _class in [key[1:] for key in TABLE if key[0] == "linear_back"]:
+    TABLE["linear_back_add", _kind, _class] = TABLE["linear_back", _kind, _class]
+TABLE["linear_back_add", "half", "one_many"] = TABLE["linear_back", "half", "fused_many"]
+TABLE["linear_back_add", "tf32", "fused_many"] = {80: _back(64, 64, 32, 8, 2)}
+TABLE["linear_back_add", "medium", "fused_many"] = {80: _back(64, 64, 32, 8, 2), 90: _back(64, 64, 64, 8, 2)}
 for _kind in ("medium", "tf32", "tf32x3", "ieee"):
     for _side, _found in _FLOAT32_TILES.items():
         for _size, _chosen in zip((64, 128, 256), _found, strict=False):
             TABLE[f"attention_{_side}", _kind, f"d{_size}"] = {80: _chosen}
+
+# Operands that are bfloat16 once they are loaded: 64 rows of the output's side, which wgmma wants. Loads of 256
+# channels in float32 take the registers that such tiles would need.
+_MEDIUM_TILES_90 = {
+    "statistics": (_tiles(64, 32, 8, 2), _tiles(64, 32, 8, 2)),
+    "queries": (_tiles(64, 32, 8, 2), _tiles(64, 32, 8, 2)),
+    "queries_signed": (_tiles(64, 32, 8, 2),),
+    "keys_values": (_tiles(32, 64, 8, 2),),
+    "keys": (_tiles(32, 64, 8, 2), _tiles(16, 64, 8, 2)),
+    "keys_signed": (_tiles(32, 64, 8, 2),),
+    "values": (_tiles(32, 64, 8, 2), _tiles(16, 64, 8, 2)),
+}
+for _side, _found in _MEDIUM_TILES_90.items():
+    for _size, _chosen in zip((64, 128, 256), _found, strict=False):
+        _row = TABLE[f"attention_{_side}", "medium", f"d{_size}"]
+        TABLE[f"attention_{_side}", "medium", f"d{_size}"] = {**_row, 90: _chosen, 100: _row[80]}

@@ -15,7 +15,7 @@ from torch import Tensor
 from relprop.kernels.checks import Stabiliser
 from relprop.kernels.launch import jit, tl
 from relprop.kernels.linear_back import linear_back
-from relprop.kernels.linear_products import ShareInputs, share_half, share_tile
+from relprop.kernels.linear_products import ShareInputs, row_scales, share_half, share_tile
 from relprop.kernels.stabiliser import share
 
 
@@ -28,6 +28,7 @@ def _linear_alpha_beta_share_out_kernel(
     w_ptr,  # [N, K]
     y_ptr,  # [M, N]
     bias_ptr,  # [N]
+    scale_ptr,  # [T, B], of relevance
     targets,
     m_size,
     n_size,
@@ -37,6 +38,9 @@ def _linear_alpha_beta_share_out_kernel(
     stride_xm,
     stride_wn,
     stride_ym,
+    stride_ct,
+    stride_cb,
+    per_sample,  # rows of one sample
     epsilon,
     alpha,
     beta,
@@ -44,6 +48,7 @@ def _linear_alpha_beta_share_out_kernel(
     KIND: tl.constexpr,
     OPPOSED: tl.constexpr,
     BIAS_SHARE: tl.constexpr,
+    SCALED: tl.constexpr,
     HAS_Y: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -95,6 +100,7 @@ def _linear_alpha_beta_share_out_kernel(
         )
         column = side * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)[None, :]
         relevance_at = relevance_ptr
+        scale_at = scale_ptr
         p1_at = p1_ptr
         p2_at = p2_ptr
         bound = tolerance * absolute
@@ -109,6 +115,8 @@ def _linear_alpha_beta_share_out_kernel(
                 opposing = opposing + tl.minimum(bias, 0.0)
         for _ in range(targets):
             relevance = tl.load(relevance_at + (row * stride_rm + column), mask=kept, other=0.0).to(tl.float32)
+            if SCALED:
+                relevance = relevance * row_scales(scale_at, first_row, row, m_size, per_sample, stride_cb)
             # Whatever the stabiliser, nothing supports a z+ of 0.
             s = alpha * tl.where(supporting == 0, 0.0, share(relevance, supporting, epsilon, KIND))
             if OPPOSED:
@@ -117,6 +125,7 @@ def _linear_alpha_beta_share_out_kernel(
                 s = s - t
             tl.store(p1_at + (row * n_size + column), s.to(p1_ptr.dtype.element_ty), mask=kept)
             relevance_at += stride_rt
+            scale_at += stride_ct
             p1_at += tl.cast(m_size, tl.int64) * n_size
             p2_at += tl.cast(m_size, tl.int64) * n_size
 
@@ -133,6 +142,7 @@ def linear_alpha_beta_share_out(
     bias_share: bool = False,
     stabiliser: Stabiliser,
     tolerance: float | None = None,
+    scale: Tensor | None = None,
     precision: str = "highest",
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -148,6 +158,7 @@ def linear_alpha_beta_share_out(
         bias_share: whether the bias's positive (negative) part takes a share of z⁺ (z⁻)
         stabiliser: (kind, epsilon)
         tolerance: a z± within tolerance · |x||w|ᵀ of 0 counts as 0; four roundings of the products unless given
+        scale: of relevance, per target and sample, where x is [B, ..., K]. [T, B], float32
         precision: of the products, see `launch.products`
         out: (p1, p2) to write to
     Returns:
@@ -158,7 +169,7 @@ def linear_alpha_beta_share_out(
         ShapeError, DTypeError, DeviceError, OptionError
     Source: Chefer et al., CVPR 2021, section 3.
     """
-    given = ShareInputs(relevance, x, w, y, bias, stabiliser, precision)
+    given = ShareInputs(relevance, x, w, y, bias, stabiliser, precision, scale)
     p1, p2 = given.outputs(beta != 0, out)
     if tolerance is None:
         tolerance = 4 * given.products.rounding
@@ -171,6 +182,11 @@ def linear_alpha_beta_share_out(
         BIAS_SHARE=bias_share and bias is not None,
     )
     return p1, p2
+
+
+def factors() -> dict[str, float]:
+    """Of the two products on the way back, as `linear_back` takes them."""
+    return {"plain": 0.5, "magnified": 0.5}
 
 
 def linear_alpha_beta_back(
@@ -190,4 +206,4 @@ def linear_alpha_beta_back(
         ShapeError, DTypeError, DeviceError, OptionError
     Source: Chefer et al., CVPR 2021, section 3.
     """
-    return linear_back(p1, p2, x, w, gradients, plain=0.5, magnified=0.5, **options)
+    return linear_back(p1, p2, x, w, gradients, **factors(), **options)

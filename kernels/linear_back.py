@@ -13,8 +13,106 @@ from relprop.errors import OptionError, ShapeError
 from relprop.kernels.activation_gradient import ACTIVATIONS, slope
 from relprop.kernels.checks import as_rows, as_target_rows, check, check_dtype, check_output, targets_of, text
 from relprop.kernels.configurations import configuration
-from relprop.kernels.launch import architecture_of, cdiv, jit, launch, products, share_products, tl
+from relprop.kernels.launch import Configuration, architecture_of, cdiv, jit, launch, products, share_products, tl
 from relprop.kernels.stabiliser import magnitude, product, side_of, tile_of
+
+
+@jit
+def back_tile(
+    p1_ptr,  # [T, M, N]
+    p2_ptr,  # [T, M, N]
+    gradient_ptr,  # [T, M, N]
+    w_ptr,  # [N, K]
+    rows_size,  # T * M
+    m_size,
+    n_size,
+    k_size,
+    stride_pt,
+    stride_pm,
+    stride_qt,
+    stride_qm,
+    stride_gt,
+    stride_gm,
+    stride_wn,
+    RELEVANCE: tl.constexpr,
+    MAGNITUDE: tl.constexpr,
+    SEPARATE: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """A program's tile of p1 w, p2 |w| and g w, and its row and column among the tiles."""
+    row_tile, column_tile = tile_of(
+        tl.program_id(0), (rows_size + BLOCK_M - 1) // BLOCK_M, (k_size + BLOCK_K - 1) // BLOCK_K, GROUP
+    )
+    columns = column_tile * BLOCK_K + tl.arange(0, BLOCK_K)
+    targets, samples, _inside = back_rows(row_tile, rows_size, m_size, BLOCK_M)
+    columns = tl.where(columns < k_size, columns, 0)
+    n = tl.arange(0, BLOCK_N)
+    w_at = w_ptr + n.to(tl.int64)[:, None] * stride_wn + columns[None, :]
+    if RELEVANCE:
+        p1_at = p1_ptr + (targets * stride_pt + samples * stride_pm)[:, None] + n[None, :]
+        p2_at = p2_ptr + (targets * stride_qt + samples * stride_qm)[:, None] + n[None, :]
+    if GRADIENT:
+        gradient_at = gradient_ptr + (targets * stride_gt + samples * stride_gm)[:, None] + n[None, :]
+    c1 = tl.full((BLOCK_M, BLOCK_K), 0.0, tl.float32)
+    c2 = tl.full((BLOCK_M, BLOCK_K), 0.0, tl.float32)
+    passed = tl.full((BLOCK_M, BLOCK_K), 0.0, tl.float32)
+    for start in range(0, n_size, BLOCK_N):
+        inside = start + n < n_size
+        if EVEN_N:
+            w = tl.load(w_at).to(OPERAND)
+        else:
+            w = tl.load(w_at, mask=inside[:, None], other=0.0).to(OPERAND)
+        if GRADIENT:
+            if EVEN_N:
+                gradient = tl.load(gradient_at).to(OPERAND)
+            else:
+                gradient = tl.load(gradient_at, mask=inside[None, :], other=0.0).to(OPERAND)
+            passed = product(gradient, w, passed, PRECISION)
+            gradient_at += BLOCK_N
+        if RELEVANCE:
+            if EVEN_N:
+                p = tl.load(p1_at).to(OPERAND)
+            else:
+                p = tl.load(p1_at, mask=inside[None, :], other=0.0).to(OPERAND)
+            c1 = product(p, w, c1, PRECISION)
+            if MAGNITUDE:
+                if SEPARATE:
+                    if EVEN_N:
+                        p = tl.load(p2_at).to(OPERAND)
+                    else:
+                        p = tl.load(p2_at, mask=inside[None, :], other=0.0).to(OPERAND)
+                    p2_at += BLOCK_N
+                c2 = product(p, magnitude(w), c2, PRECISION)
+            p1_at += BLOCK_N
+        w_at += BLOCK_N * tl.cast(stride_wn, tl.int64)
+    return c1, c2, passed, row_tile, column_tile
+
+
+@jit
+def back_rows(row_tile, rows_size, m_size, BLOCK_M: tl.constexpr):
+    """Target and row of x of a tile's rows, 0 for those outside, and which are inside."""
+    rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = rows < rows_size
+    rows = tl.where(inside, rows, 0).to(tl.int64)
+    return rows // m_size, rows % m_size, inside
+
+
+@jit
+def back_half(
+    c1, c2, x, side: tl.constexpr, plain, magnified, MAGNITUDE: tl.constexpr, BLOCK_M: tl.constexpr, HALF: tl.constexpr
+):
+    """Relevance at half a tile of x."""
+    back = plain * x * side_of(c1, side, BLOCK_M, HALF)
+    if MAGNITUDE:
+        back += magnified * tl.abs(x) * side_of(c2, side, BLOCK_M, HALF)
+    return back
 
 
 @jit
@@ -55,66 +153,44 @@ def _linear_back_kernel(
     BLOCK_N: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    row_tile, column_tile = tile_of(
-        tl.program_id(0), (rows_size + BLOCK_M - 1) // BLOCK_M, (k_size + BLOCK_K - 1) // BLOCK_K, GROUP
+    c1, c2, passed, row_tile, column_tile = back_tile(
+        p1_ptr,
+        p2_ptr,
+        gradient_ptr,
+        w_ptr,
+        rows_size,
+        m_size,
+        n_size,
+        k_size,
+        stride_pt,
+        stride_pm,
+        stride_qt,
+        stride_qm,
+        stride_gt,
+        stride_gm,
+        stride_wn,
+        RELEVANCE,
+        MAGNITUDE,
+        SEPARATE,
+        GRADIENT,
+        EVEN_N,
+        OPERAND,
+        PRECISION,
+        BLOCK_M,
+        BLOCK_K,
+        BLOCK_N,
+        GROUP,
     )
-    rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = column_tile * BLOCK_K + tl.arange(0, BLOCK_K)
-    rows_inside = (rows < rows_size)[:, None]
-    rows = tl.where(rows < rows_size, rows, 0).to(tl.int64)
-    columns = tl.where(columns < k_size, columns, 0)
-    targets = rows // m_size
-    samples = rows % m_size
-    n = tl.arange(0, BLOCK_N)
-    w_at = w_ptr + n.to(tl.int64)[:, None] * stride_wn + columns[None, :]
-    if RELEVANCE:
-        p1_at = p1_ptr + (targets * stride_pt + samples * stride_pm)[:, None] + n[None, :]
-        p2_at = p2_ptr + (targets * stride_qt + samples * stride_qm)[:, None] + n[None, :]
-    if GRADIENT:
-        gradient_at = gradient_ptr + (targets * stride_gt + samples * stride_gm)[:, None] + n[None, :]
-    c1 = tl.full((BLOCK_M, BLOCK_K), 0.0, tl.float32)
-    c2 = tl.full((BLOCK_M, BLOCK_K), 0.0, tl.float32)
-    passed = tl.full((BLOCK_M, BLOCK_K), 0.0, tl.float32)
-    for start in range(0, n_size, BLOCK_N):
-        inside = start + n < n_size
-        if EVEN_N:
-            w = tl.load(w_at).to(OPERAND)
-        else:
-            w = tl.load(w_at, mask=inside[:, None], other=0.0).to(OPERAND)
-        if GRADIENT:
-            if EVEN_N:
-                gradient = tl.load(gradient_at).to(OPERAND)
-            else:
-                gradient = tl.load(gradient_at, mask=inside[None, :], other=0.0).to(OPERAND)
-            passed = product(gradient, w, passed, PRECISION)
-            gradient_at += BLOCK_N
-        if RELEVANCE:
-            if EVEN_N:
-                p = tl.load(p1_at).to(OPERAND)
-            else:
-                p = tl.load(p1_at, mask=inside[None, :], other=0.0).to(OPERAND)
-            c1 = product(p, w, c1, PRECISION)
-            if MAGNITUDE:
-                if SEPARATE:
-                    if EVEN_N:
-                        p = tl.load(p2_at).to(OPERAND)
-                    else:
-                        p = tl.load(p2_at, mask=inside[None, :], other=0.0).to(OPERAND)
-                    p2_at += BLOCK_N
-                c2 = product(p, magnitude(w), c2, PRECISION)
-            p1_at += BLOCK_N
-        w_at += BLOCK_N * tl.cast(stride_wn, tl.int64)
+    targets, samples, rows_inside = back_rows(row_tile, rows_size, m_size, BLOCK_M)
+    rows_out = (targets * m_size + samples) * k_size
     half: tl.constexpr = BLOCK_K // 2
     for side in tl.static_range(2):
         # Half a tile at a time: the epilogue's operands would not fit into registers beside the accumulators.
         columns = column_tile * BLOCK_K + side * half + tl.arange(0, half)
-        kept = rows_inside & (columns < k_size)[None, :]
-        rows_out = rows * k_size
+        kept = rows_inside[:, None] & (columns < k_size)[None, :]
         if RELEVANCE:
             x = tl.load((x_ptr + samples * stride_xm)[:, None] + columns[None, :], mask=kept, other=0.0).to(tl.float32)
-            back = plain * x * side_of(c1, side, BLOCK_M, half)
-            if MAGNITUDE:
-                back += magnified * tl.abs(x) * side_of(c2, side, BLOCK_M, half)
+            back = back_half(c1, c2, x, side, plain, magnified, MAGNITUDE, BLOCK_M, half)
             tl.store((out_ptr + rows_out)[:, None] + columns[None, :], back.to(out_ptr.dtype.element_ty), mask=kept)
         if GRADIENT:
             g = side_of(passed, side, BLOCK_M, half)
@@ -158,7 +234,7 @@ def linear_back(
     Raises:
         ShapeError, DTypeError, DeviceError, OptionError
     """
-    call = _BackInputs(p1, p2, x, w, gradients, magnified, activation, preactivation, precision)
+    call = BackInputs(p1, p2, x, w, gradients, magnified, activation, preactivation, precision)
     result = call.output("out", out, p1, call.targets)
     passed = call.output("gradient_out", gradient_out, gradients, call.gradients)
     fused = min(call.targets, call.gradients)
@@ -172,7 +248,9 @@ def linear_back(
     return result, passed
 
 
-class _BackInputs:
+class BackInputs:
+    """Checked tensors of a way back, as rows; arguments as of `linear_back`."""
+
     def __init__(
         self,
         p1: Tensor | None,
@@ -223,6 +301,12 @@ class _BackInputs:
         self.m = x.shape[:-1].numel()
         self.n, self.k = self.w.shape
 
+    def configuration(self, table: str, relevance: bool, gradient: bool, count: int) -> Configuration:
+        """The tabled one for that many targets."""
+        kind = "fused" if relevance and gradient else "one"
+        shape_class = f"{kind}_few" if count * self.m <= 32 else f"{kind}_many"
+        return configuration(table, architecture_of(self.x.device), self.products.kind, shape_class)
+
     def _check(self, name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> int:
         if tensor is None:
             return 0
@@ -256,9 +340,7 @@ class _BackInputs:
             return self.x[None] if tensor is None else tensor[first:last]
 
         rows = (last - first) * self.m
-        kind = "fused" if relevance and gradient else "one"
-        shape_class = f"{kind}_few" if rows <= 32 else f"{kind}_many"
-        chosen = configuration("linear_back", architecture_of(self.x.device), self.products.kind, shape_class)
+        chosen = self.configuration("linear_back", relevance, gradient, last - first)
         p1, p2, g = (part(t) for t in (self.p1, self.p2, self.g))
         h = self.x if self.h is None else self.h
         launch(

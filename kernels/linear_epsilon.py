@@ -12,7 +12,7 @@ from torch import Tensor
 from relprop.kernels.checks import Stabiliser
 from relprop.kernels.launch import jit, tl
 from relprop.kernels.linear_back import linear_back
-from relprop.kernels.linear_products import ShareInputs, share_half, share_tile
+from relprop.kernels.linear_products import ShareInputs, row_scales, share_half, share_tile
 from relprop.kernels.stabiliser import share
 
 
@@ -25,6 +25,7 @@ def _linear_epsilon_share_out_kernel(
     w_ptr,  # [N, K]
     y_ptr,  # [M, N]
     bias_ptr,  # [N]
+    scale_ptr,  # [T, B], of relevance
     targets,
     m_size,
     n_size,
@@ -34,9 +35,13 @@ def _linear_epsilon_share_out_kernel(
     stride_xm,
     stride_wn,
     stride_ym,
+    stride_ct,
+    stride_cb,
+    per_sample,  # rows of one sample
     epsilon,
     KIND: tl.constexpr,
     BIAS_SHARE: tl.constexpr,
+    SCALED: tl.constexpr,
     HAS_Y: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -87,14 +92,18 @@ def _linear_epsilon_share_out_kernel(
         )
         column = side * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)[None, :]
         relevance_at = relevance_ptr
+        scale_at = scale_ptr
         p1_at = p1_ptr
         if BIAS_SHARE:
             plain = plain + bias
         for _ in range(targets):
             relevance = tl.load(relevance_at + (row * stride_rm + column), mask=kept, other=0.0).to(tl.float32)
+            if SCALED:
+                relevance = relevance * row_scales(scale_at, first_row, row, m_size, per_sample, stride_cb)
             s = share(relevance, plain, epsilon, KIND)
             tl.store(p1_at + (row * n_size + column), s.to(p1_ptr.dtype.element_ty), mask=kept)
             relevance_at += stride_rt
+            scale_at += stride_ct
             p1_at += tl.cast(m_size, tl.int64) * n_size
 
 
@@ -107,6 +116,7 @@ def linear_epsilon_share_out(
     *,
     bias_share: bool = True,
     stabiliser: Stabiliser,
+    scale: Tensor | None = None,
     precision: str = "highest",
     out: Tensor | None = None,
 ) -> Tensor:
@@ -120,6 +130,7 @@ def linear_epsilon_share_out(
         bias: [N] or None
         bias_share: whether the bias takes a share; without, z = x wᵀ
         stabiliser: (kind, epsilon)
+        scale: of relevance, per target and sample, where x is [B, ..., K]. [T, B], float32
         precision: of the product, see `launch.products`
         out: tensor to write to. [T, ..., N]
     Returns:
@@ -128,7 +139,7 @@ def linear_epsilon_share_out(
         ShapeError, DTypeError, DeviceError, OptionError
     Source: Achtibat et al., ICML 2024, eq. 8.
     """
-    given = ShareInputs(relevance, x, w, y, bias, stabiliser, precision)
+    given = ShareInputs(relevance, x, w, y, bias, stabiliser, precision, scale)
     s, _ = given.outputs(False, None if out is None else (out, out))
     given.launch(_linear_epsilon_share_out_kernel, s, s, (), BIAS_SHARE=bias_share and bias is not None)
     return s

@@ -15,7 +15,7 @@ from torch import Tensor
 from relprop.kernels.checks import Stabiliser
 from relprop.kernels.launch import jit, tl
 from relprop.kernels.linear_back import linear_back
-from relprop.kernels.linear_products import ShareInputs, share_half, share_tile
+from relprop.kernels.linear_products import ShareInputs, row_scales, share_half, share_tile
 from relprop.kernels.stabiliser import share
 
 
@@ -28,6 +28,7 @@ def _linear_gamma_share_out_kernel(
     w_ptr,  # [N, K]
     y_ptr,  # [M, N]
     bias_ptr,  # [N]
+    scale_ptr,  # [T, B], of relevance
     targets,
     m_size,
     n_size,
@@ -37,10 +38,14 @@ def _linear_gamma_share_out_kernel(
     stride_xm,
     stride_wn,
     stride_ym,
+    stride_ct,
+    stride_cb,
+    per_sample,  # rows of one sample
     epsilon,
     gamma,
     KIND: tl.constexpr,
     BIAS_SHARE: tl.constexpr,
+    SCALED: tl.constexpr,
     HAS_Y: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -92,6 +97,7 @@ def _linear_gamma_share_out_kernel(
         )
         column = side * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)[None, :]
         relevance_at = relevance_ptr
+        scale_at = scale_ptr
         p1_at = p1_ptr
         p2_at = p2_ptr
         y = plain + bias
@@ -101,11 +107,14 @@ def _linear_gamma_share_out_kernel(
             z = z + bias + gamma * tl.where(sign > 0, tl.maximum(bias, 0.0), tl.minimum(bias, 0.0))
         for _ in range(targets):
             relevance = tl.load(relevance_at + (row * stride_rm + column), mask=kept, other=0.0).to(tl.float32)
+            if SCALED:
+                relevance = relevance * row_scales(scale_at, first_row, row, m_size, per_sample, stride_cb)
             # An output of exactly 0 has no sign, and no share.
             s = tl.where(sign == 0, 0.0, share(relevance, z, epsilon, KIND))
             tl.store(p1_at + (row * n_size + column), s.to(p1_ptr.dtype.element_ty), mask=kept)
             tl.store(p2_at + (row * n_size + column), (s * sign).to(p2_ptr.dtype.element_ty), mask=kept)
             relevance_at += stride_rt
+            scale_at += stride_ct
             p1_at += tl.cast(m_size, tl.int64) * n_size
             p2_at += tl.cast(m_size, tl.int64) * n_size
 
@@ -120,6 +129,7 @@ def linear_gamma_share_out(
     gamma: float = 0.25,
     bias_share: bool = True,
     stabiliser: Stabiliser,
+    scale: Tensor | None = None,
     precision: str = "highest",
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -134,6 +144,7 @@ def linear_gamma_share_out(
         gamma: preference for contributions of the output's sign
         bias_share: whether the bias takes a share
         stabiliser: (kind, epsilon)
+        scale: of relevance, per target and sample, where x is [B, ..., K]. [T, B], float32
         precision: of the products, see `launch.products`
         out: (s, s sign(y)) to write to. [T, ..., N]
     Returns:
@@ -141,10 +152,15 @@ def linear_gamma_share_out(
     Raises:
         ShapeError, DTypeError, DeviceError, OptionError
     """
-    given = ShareInputs(relevance, x, w, y, bias, stabiliser, precision)
+    given = ShareInputs(relevance, x, w, y, bias, stabiliser, precision, scale)
     p1, p2 = given.outputs(True, out)
     given.launch(_linear_gamma_share_out_kernel, p1, p2, (gamma,), BIAS_SHARE=bias_share and bias is not None)
     return p1, p2
+
+
+def factors(gamma: float) -> dict[str, float]:
+    """Of the two products on the way back, as `linear_back` takes them."""
+    return {"plain": 1 + gamma / 2, "magnified": gamma / 2}
 
 
 def linear_gamma_back(
@@ -171,4 +187,4 @@ def linear_gamma_back(
     Raises:
         ShapeError, DTypeError, DeviceError, OptionError
     """
-    return linear_back(p1, p2, x, w, gradients, plain=1 + gamma / 2, magnified=gamma / 2, **options)
+    return linear_back(p1, p2, x, w, gradients, **factors(gamma), **options)

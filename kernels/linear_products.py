@@ -150,6 +150,13 @@ def share_half(
     return product_half, side_of(absolute, side, BLOCK_M, HALF), bias, kept
 
 
+@jit
+def row_scales(scale_at, first_row, row, m_size, per_sample, stride_cb):
+    """The factors of a tile's rows, those of their samples. [BLOCK_M, 1]"""
+    at = first_row + row
+    return tl.load(scale_at + at // per_sample * stride_cb, mask=at < m_size, other=0.0)
+
+
 class ShareInputs:
     """Checked tensors of a linear share-out, as rows.
 
@@ -160,6 +167,7 @@ class ShareInputs:
         y: layer output with the bias where it was not rounded, else None. [..., N]
         bias: [N] or None
         precision: see `launch.products`
+        scale: of relevance, per target and sample. [T, B], float32
     Raises:
         ShapeError, DTypeError, DeviceError, OptionError
     """
@@ -173,6 +181,7 @@ class ShareInputs:
         bias: Tensor | None,
         stabiliser: Stabiliser,
         precision: str,
+        scale: Tensor | None = None,
     ) -> None:
         check_dtype("x", x)
         check_stabiliser(stabiliser)
@@ -186,6 +195,9 @@ class ShareInputs:
             check("y", y, self.shape, x)
         if bias is not None:
             check("bias", bias, (w.shape[0],), x)
+        if scale is not None:
+            check("scale", scale, (self.targets, *x.shape[:1]), x, torch.float32)
+        self.scale = scale
         self.full = (self.targets, *self.shape)
         self.relevance, self.x, self.w = as_target_rows(relevance), as_rows(x), as_rows(w)
         self.y = None if y is None else as_rows(y)
@@ -217,6 +229,7 @@ class ShareInputs:
         )
         # Pointers that are not read are those of a tensor that is there.
         y = self.x if self.y is None else self.y
+        scale = self.relevance[..., 0] if self.scale is None else self.scale
         launch(
             kernel,
             (cdiv(self.rows, chosen.tiles["BLOCK_M"]) * cdiv(self.n, chosen.tiles["BLOCK_N"]),),
@@ -228,6 +241,7 @@ class ShareInputs:
                 self.w,
                 y,
                 self.w if self.bias is None else self.bias,
+                scale,
                 self.targets,
                 self.rows,
                 self.n,
@@ -237,11 +251,14 @@ class ShareInputs:
                 self.x.stride(0),
                 self.w.stride(0),
                 y.stride(0),
+                *scale.stride(),
+                self.rows // scale.shape[1] if scale.shape[1] else 1,
                 self.epsilon,
                 *(float(scalar) for scalar in scalars),
             ),
             chosen,
             KIND=self.kind,
+            SCALED=self.scale is not None,
             HAS_Y=self.y is not None,
             HAS_BIAS=self.bias is not None,
             EVEN_K=self.k % chosen.tiles["BLOCK_K"] == 0,

@@ -15,7 +15,7 @@ from relprop.ledger import Ledger, LedgerEntry, book, cancellation
 from relprop.methods.base import Reader, Reading, RowReader
 from relprop.methods.sampled import SampledMap
 from relprop.methods.topology import explained_tokens, number_of_keys, padded_tokens, read_profile, tokens_read
-from relprop.program import JointStep, JointStream, Program, ReverseStep, StreamStep
+from relprop.program import FusedStep, JointStep, JointStream, Program, ReverseStep, Scaled, StreamStep
 from relprop.rules import Absorbed, Call
 from relprop.rules.add_epsilon import summands
 from relprop.targets import Target
@@ -172,13 +172,32 @@ class Sweep:
             self.trace.streams[value.name, name] = tensor
 
     def _step(self, step: ReverseStep) -> None:
-        if step.joint is not None and self.entries is None and self.trace is None:
+        whole = self.entries is None and self.trace is None
+        if whole and step.fused is not None and self._fused(step.fused):
+            pass
+        elif whole and step.joint is not None:
             self._joint(step, step.joint)
         else:
             self._streams(step)
         for index in step.frees:
             if index not in self.program.graph.parameters:
                 self.forward.tensors.pop(index, None)
+
+    def _fused(self, fused: FusedStep) -> bool:
+        """Several steps in one kernel; no where one of its streams never arrived, and its steps run one by one."""
+        arrived = [self.streams[name].get(value.index) for name, value in fused.takes]
+        if any(part is None for part in arrived):
+            for (name, value), part in zip(fused.takes, arrived, strict=True):
+                if isinstance(part, Scaled):
+                    self.streams[name][value.index] = part.settled()
+            return False
+        for name, value in fused.takes:
+            if value.index not in self.kept[name]:
+                del self.streams[name][value.index]
+        made = fused.run([self._call(node, ()) for node in fused.nodes], arrived)  # type: ignore[arg-type]
+        for (name, value), part in zip(fused.gives, made, strict=True):
+            self.streams[name][value.index] = part  # type: ignore[assignment]
+        return True
 
     def _joint(self, step: ReverseStep, joint: JointStep) -> None:
         """All streams and the read-out's row in one kernel."""

@@ -16,7 +16,7 @@ from relprop.execute import run_pass
 from relprop.graph import Graph, Node, Value, leaves
 from relprop.methods.attention_maps import EDGES
 from relprop.methods.base import Reading
-from relprop.program import JointKernel, JointStream, Kernel, Program, ReverseStep
+from relprop.program import FusedStep, JointKernel, JointStream, Kernel, Program, ReverseStep, Scaled
 from relprop.rules import Call, Relevances, Rule
 from relprop.targets import Target, aimed_at
 from relprop.weights import Derive, DerivedWeights, DeriveOnce
@@ -184,7 +184,12 @@ def plain(program: Program) -> Program:
         program,
         forward=tuple(replace(step, kernel=None) for step in program.forward),
         reverse=tuple(
-            replace(step, joint=None, streams=tuple(replace(s, backend="torch", kernel=None) for s in step.streams))
+            replace(
+                step,
+                joint=None,
+                fused=None,
+                streams=tuple(replace(s, backend="torch", kernel=None) for s in step.streams),
+            )
             for step in program.reverse
         ),
     )
@@ -225,11 +230,12 @@ def _opaque_step(step: ReverseStep, derive: Derive) -> ReverseStep:
         else replace(stream, kernel=None if step.maps else _OpaqueKernel(stream.kernel, derive))
         for stream in step.streams
     )
-    joint = step.joint
+    joint, fused = step.joint, step.fused
     return replace(
         step,
         streams=streams,
         joint=None if joint is None else replace(joint, kernel=_OpaqueJoint(joint.kernel, derive)),
+        fused=None if fused is None else replace(fused, kernel=_OpaqueFused(fused, derive)),
     )
 
 
@@ -240,9 +246,16 @@ class _Opaque:
         self._derive = derive
         self._steps: list[_Step] = []
 
-    def _run(self, call: Call, arrived: Sequence[Tensor | None], run: Any, fake: Any) -> list[Tensor]:
+    def _run(
+        self, call: Call, arrived: Sequence[Tensor | None], run: Any, fake: Any, nodes: Sequence[Node] = ()
+    ) -> list[Tensor]:
         node = call.node
-        values = {v.index for v in (*leaves((node.args, node.kwargs)), *node.operands, *node.outputs) if v is not None}
+        values = {
+            v.index
+            for n in nodes or (node,)
+            for v in (*leaves((n.args, n.kwargs)), *n.operands, *n.outputs)
+            if v is not None
+        }
         kept = {i: call.tensors[i] for i in sorted(values) if i in call.tensors}
         indices = [i for i, t in kept.items() if isinstance(t, Tensor)]
         plain = {i: t for i, t in kept.items() if not isinstance(t, Tensor)}
@@ -356,6 +369,48 @@ class _OpaqueJoint(_Opaque):
         count = len(call.node.operands)
         passed = {name: _returned([next(made) for _ in places[name]], places[name], count) for name in names}
         return passed, next(made, None)
+
+
+class _OpaqueFused(_Opaque):
+    """A stream that is scaled later is two tensors at the op's boundary."""
+
+    def __init__(self, fused: FusedStep, derive: Derive) -> None:
+        super().__init__(derive)
+        self._fused = fused
+
+    def __call__(self, calls: Sequence[Call], arrived: Sequence[Tensor | Scaled]) -> list[Tensor | Scaled]:
+        fused, call = self._fused, calls[0]
+        scaled = [isinstance(stream, Scaled) for stream in arrived]
+        shapes = [call.shapes[value.index] for _, value in fused.gives]
+
+        def run(real: Call, saved: Sequence[Tensor], parts: Sequence[Tensor | None]) -> list[Tensor]:
+            real_calls = [_at_node(real, node) for node in fused.nodes]
+            return _apart(fused.run(real_calls, _together(parts, scaled)))  # type: ignore[arg-type]
+
+        def fake(saved: Sequence[Tensor], parts: Sequence[Tensor | None]) -> list[Tensor]:
+            first = next(t for t in parts if t is not None)
+            made: list[Tensor] = []
+            for shape, later in zip(shapes, fused.scaled, strict=True):
+                made.append(first.new_empty((first.shape[0], *shape), dtype=call.dtype))
+                if later:
+                    made.append(first.new_empty((first.shape[0], shape[0]), dtype=torch.float32))
+            return made
+
+        return _together(self._run(call, _apart(arrived), run, fake, fused.nodes), fused.scaled)
+
+
+def _at_node(call: Call, node: Node) -> Call:
+    """The same call at another node of its step."""
+    return Call(node, call.tensors, call.shapes, (), call.dtype, call.derive, precision=call.precision)
+
+
+def _apart(streams: Sequence[Tensor | Scaled]) -> list[Tensor]:
+    return [t for s in streams for t in ((s.tensor, s.scale) if isinstance(s, Scaled) else (s,))]
+
+
+def _together(parts: Sequence[Tensor], scaled: Sequence[bool]) -> list[Tensor | Scaled]:
+    rest = iter(parts)
+    return [Scaled(next(rest), next(rest)) if later else next(rest) for later in scaled]
 
 
 class _OpaqueForward(_Opaque):

@@ -34,6 +34,57 @@ class JointKernel(Protocol):
         """
 
 
+@dataclass(frozen=True)
+class Scaled:
+    """A stream whose factor per target and sample is left to who reads it: tensor [T, B, ...], scale [T, B]."""
+
+    tensor: Tensor
+    scale: Tensor
+
+    def settled(self) -> Tensor:
+        """The stream itself. [T, B, ...]"""
+        return self.tensor * self.scale.reshape(*self.scale.shape, *[1] * (self.tensor.ndim - 2))
+
+
+Place = tuple[str, Value]  # a stream at a value
+
+
+class FusedKernel(Protocol):
+    """Several steps, one after the other, in one go."""
+
+    def __call__(self, calls: Sequence[Call], arrived: Sequence[Tensor | Scaled]) -> list[Tensor | Scaled]:
+        """Streams at the places that it gives, from those at the places that it takes."""
+
+
+@dataclass(frozen=True)
+class FusedStep:
+    """A kernel that takes streams on through further steps, where nothing asks for what lies between.
+
+    A step that it covers finds no stream to take on. Where a stream at its places never arrived, and for a ledger or a
+    trace, steps run one after the other.
+
+    Attributes:
+        backend: the kernel's, with its name.
+        nodes: of the steps, the first one's first.
+        covers: streams of later steps that it takes on.
+        takes, gives: where streams are read and written; what is read may be `Scaled`.
+        scaled: which of those that it gives are.
+    """
+
+    backend: str
+    kernel: FusedKernel
+    nodes: tuple[Node, ...]
+    covers: frozenset[tuple[str, Node]]
+    takes: tuple[Place, ...]
+    gives: tuple[Place, ...]
+    scaled: tuple[bool, ...]
+
+    def run(self, calls: Sequence[Call], arrived: Sequence[Tensor | Scaled]) -> list[Tensor | Scaled]:
+        """Streams at the places that it gives, `Scaled` only where their reader can scale."""
+        made = zip(self.kernel(calls, arrived), self.scaled, strict=True)
+        return [part.settled() if isinstance(part, Scaled) and not later else part for part, later in made]
+
+
 def _no_kernel(node: Node, rule: Rule) -> tuple[str, Kernel | None]:
     return "torch", None
 
@@ -46,11 +97,28 @@ class Kernels:
         rule: the backend of a rule at a node and its kernel, None for the rule itself.
         joint: the kernel for all streams of an operation and the edge that a row walks, with its backend's name.
         forward: the kernel of an operation's forward.
+        fused: the kernel for a step and those after it on its streams' way, by node; see `FusedStep`.
     """
 
     rule: Callable[[Node, Rule], tuple[str, Kernel | None]] = _no_kernel
     joint: Callable[[Node, Mapping[str, Rule], str | None], tuple[str, JointKernel] | None] = lambda *step: None
     forward: Callable[[Node], ForwardKernel | None] = lambda node: None
+    fused: FindFused | None = None
+
+
+class FindFused(Protocol):
+    """Where a backend has kernels for several steps."""
+
+    def __call__(
+        self, step: ReverseStep, steps: Mapping[Node, ReverseStep], unseen: Callable[[Value], bool], alone: bool
+    ) -> FusedStep | None:
+        """The kernel that starts with a step.
+
+        Args:
+            steps: all of them, by node.
+            unseen: whether nothing asks for what is at a value.
+            alone: the step alone, for a stream that arrives `Scaled`.
+        """
 
 
 @dataclass(frozen=True)
@@ -111,6 +179,7 @@ class ReverseStep:
     tensors: tuple[int, ...]  # values that the step reads
     frees: tuple[int, ...]
     joint: JointStep | None = None
+    fused: FusedStep | None = None
 
 
 @dataclass(frozen=True)
@@ -217,12 +286,16 @@ class Program:
 
     def _reverse_rows(self) -> list[tuple[str, ...]]:
         rows: list[tuple[str, ...]] = []
+        covered = {
+            place: f"in step {i}" for i, step in enumerate(self.reverse) if step.fused for place in step.fused.covers
+        }
         for i, step in enumerate(self.reverse):
             node = step.node
             names = {v.index: v.name for v in (*node.operands, *node.outputs) if v is not None}
             tensors = ", ".join(names[t] for t in step.tensors if t in names)
             size = cost.nbytes([v for v in (*node.operands, *node.outputs) if v is not None], self.batch_symbols)
-            joint = step.joint.backend if step.joint is not None else None
+            whole = step.fused or step.joint
+            joint = None if whole is None else whole.backend
             for stream in step.streams or (None,):
                 share = cost.products(node, stream.rule, stream.stream, stream.wanted) if stream else 0
                 rows.append(
@@ -232,7 +305,9 @@ class Program:
                         node.module,
                         stream.stream if stream else "row" if joint else "map",
                         stream.rule.describe() if stream else "-",
-                        joint or (stream.backend if stream else "torch"),
+                        (stream and covered.get((stream.stream, node)))
+                        or joint
+                        or (stream.backend if stream else "torch"),
                         tensors,
                         self._rows_of(node.outputs[0]),
                         f"{share * cost.forward_flops(node, self.batch_symbols) / 1e6:.4g}",
@@ -323,7 +398,9 @@ def build_program(
         readout=readout,
         requirements=requirements,
         forward=_forward_steps(graph, reverse, requirements, kernels),
-        reverse=_reverse_steps(reverse, [_joint(*item, readout, kernels) for item in reverse]),
+        reverse=_fused(
+            _reverse_steps(reverse, [_joint(*item, readout, kernels) for item in reverse]), requirements, kernels
+        ),
         seeds=tuple(streams),
         batch_symbols=batch_symbols,
         frontier={name: tuple(values) for name, values in frontier.items()},
@@ -350,6 +427,37 @@ def _joint(
         return None
     found = kernels.joint(node, {step.stream: step.rule for step in steps}, edge)
     return None if found is None else JointStep(*found, edge)
+
+
+def _fused(steps: tuple[ReverseStep, ...], requirements: Requirements, kernels: Kernels) -> tuple[ReverseStep, ...]:
+    """Steps with the kernels that take streams on through later ones."""
+    find = kernels.fused
+    if find is None:
+        return steps
+    kept = {value.index for value, _ in requirements.values} | {v.index for v in requirements.latents.values()}
+    by_node = {step.node: step for step in steps}
+
+    def unseen(value: Value) -> bool:
+        return value.index not in kept
+
+    found = {step.node: fused for step in steps if (fused := find(step, by_node, unseen, False)) is not None}
+    covered = {place for fused in found.values() for place in fused.covers}
+    offered = {place for f in found.values() for place, scaled in zip(f.gives, f.scaled, strict=True) if scaled}
+    for step in steps:
+        places = {(s.stream, v) for s in step.streams for v in step.node.outputs}
+        if (
+            step.node not in found
+            and places & offered
+            and not any((s.stream, step.node) in covered for s in step.streams)
+        ):
+            alone = find(step, by_node, unseen, True)
+            if alone is not None:
+                found[step.node] = alone
+    taken = {place for fused in found.values() for place in fused.takes}
+    for node, fused in found.items():
+        scaled = tuple(s and place in taken for s, place in zip(fused.scaled, fused.gives, strict=True))
+        found[node] = replace(fused, scaled=scaled)
+    return tuple(replace(step, fused=found.get(step.node)) for step in steps)
 
 
 def _uses(requirements: Requirements, stream: str) -> bool:

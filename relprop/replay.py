@@ -54,20 +54,23 @@ class CudaRecorder:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.pool = torch.cuda.graph_pool_handle()
-        self.done = torch.cuda.Event()
+        with torch.cuda.device(device):
+            self.pool = torch.cuda.graph_pool_handle()
+            self.done = torch.cuda.Event()
 
     def __call__(self, run: Callable[[], Sequence[Tensor]]) -> Recording:
         """Warm up on a stream of its own, as kernels compile and libraries allocate at first, then record."""
-        side = torch.cuda.Stream(self.device)
-        side.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(side):
-            for _ in range(2):
-                run()
-        torch.cuda.current_stream(self.device).wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
-            outputs = run()
+        with torch.cuda.device(self.device):
+            side = torch.cuda.Stream(self.device)
+            side.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(side):
+                for _ in range(2):
+                    run()
+            torch.cuda.current_stream(self.device).wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            # What other threads do meanwhile, such as allocating, is no part of the recording and does not break it.
+            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+                outputs = run()
         return _CudaRecording(self, graph, outputs)
 
 
@@ -84,7 +87,8 @@ class _CudaRecording:
         self.recorder.done.record(torch.cuda.current_stream(self.recorder.device))
 
     def replay(self) -> None:
-        self.graph.replay()
+        with torch.cuda.device(self.recorder.device):
+            self.graph.replay()
 
 
 Recorder = Callable[[Callable[[], Sequence[Tensor]]], Recording]

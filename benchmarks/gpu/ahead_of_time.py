@@ -1,14 +1,15 @@
 """What every kernel uses, compiled ahead of time at its tabled configurations; no GPU is needed.
 
-    python -m benchmarks.gpu.ahead_of_time [--architectures 80,90,100] [--rows FILE...] [--out FILE]
+    python -m benchmarks.gpu.ahead_of_time [--architectures 80,90,100] [--rows FILE...] [--keep] [--out FILE]
 
 --rows takes what `python -m tests.kernels.compile_cases ARCHITECTURE` wrote before; else everything is compiled, which
-takes about ten minutes for each architecture on one core.
+takes about ten minutes for each architecture on one core. With --keep, cases that were not compiled again stay.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import subprocess
 import sys
@@ -52,10 +53,17 @@ def main(arguments: Iterable[str] | None = None) -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--architectures", default="80,90,100")
     parser.add_argument("--rows", type=Path, nargs="*", default=[])
+    parser.add_argument("--keep", action="store_true")
     parser.add_argument("--out", type=Path, default=RESULTS / "ahead_of_time.csv")
     given = parser.parse_args(None if arguments is None else list(arguments))
     lines = [line for path in given.rows for line in path.read_text().splitlines()] or compiled(given.architectures)
-    write_rows(given.out, [row_of(json.loads(line)) for line in lines])
+    made = [row_of(json.loads(line)) for line in lines]
+    again = {(row["case"], row["architecture"]) for row in made}
+    kept = []
+    if given.keep:
+        with given.out.open() as file:
+            kept = [row for row in csv.DictReader(file) if (row["case"], row["architecture"]) not in again]
+    write_rows(given.out, made, kept)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from benchmarks.gpu.machine import Machine, machine_of
 
 def main(machine: Machine) -> None:
     """Rows of ceilings.csv."""
+    machine.begin("ceilings")
     size = machine.size(2**30, 2**16)
     source = torch.empty(size, dtype=torch.int8, device=machine.device)
     target = torch.empty_like(source)
@@ -27,13 +28,14 @@ def main(machine: Machine) -> None:
             a, b = machine.randn(n, n, dtype=dtype, seed=1), machine.randn(n, n, dtype=dtype, seed=2)
             before = torch.get_float32_matmul_precision()
             torch.set_float32_matmul_precision(precision)
-            found = machine.time(lambda a=a, b=b: a @ b)  # type: ignore[misc]
-            torch.set_float32_matmul_precision(before)
+            try:
+                found = machine.time(lambda a=a, b=b: a @ b)  # type: ignore[misc]
+            finally:
+                torch.set_float32_matmul_precision(before)
             rate = 2 * n**3 / found["ms"] / 1e9
             if rate > best.get("value", 0.0):
                 best = {"value": rate, "n": n, **found}
         machine.add(ceiling=name, **best)
-    machine.write("ceilings")
 
 
 if __name__ == "__main__":

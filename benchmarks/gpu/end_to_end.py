@@ -5,14 +5,14 @@
 Points: `parity` (float32 and bfloat16 answers against float64), `vit` (ViT-B/16, batch 64), `latency` (batch 1 from a
 CUDA graph), `tokens` (a ViT of 16,384 tokens), `llama` (a Llama-shaped 1B model, 4,096 tokens), `several` (targets of
 one input). Each writes end_to_end_POINT.csv. The authors' code is timed where $REFERENCE is a checkout of it, LXT where
-it is installed.
+it is installed or $LXT is a checkout of it.
 """
 
 from __future__ import annotations
 
 import copy
-import importlib.util
 import os
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,9 +25,11 @@ from torch import Tensor
 import relprop
 from benchmarks.gpu.machine import Machine, machine_of
 from benchmarks.numerics.reference import Reference
+from relprop import native_cuda
 
 Run = Callable[[], Any]
 LARGEST_ERROR = 1e-3
+COMPOSITES = ("chefer", "chefer_stable")
 
 
 def vit(machine: Machine, side: int = 224, dtype: torch.dtype = torch.float32) -> Any:
@@ -56,6 +58,12 @@ def engine_of(machine: Machine, model: Any, example: Any, graph: bool = True, **
     return relprop.compile(model, args, kwargs, **options)
 
 
+def backends(machine: Machine) -> list[str]:
+    """Those whose kernels run on the device."""
+    cuda = native_cuda.available()[0] and native_cuda.device_type() == machine.device.type
+    return ["triton", "cuda"] if cuda else ["triton"]
+
+
 def forward(model: Any, *args: Any, **kwargs: Any) -> Run:
     def run() -> Any:
         with torch.no_grad():
@@ -77,7 +85,9 @@ def attempt(machine: Machine, name: str, run: Callable[[], Run], **row: Any) -> 
     try:
         found = machine.time(run())
     except Exception as problem:
-        machine.add(run=name, **row, failed=f"{type(problem).__name__}: {problem}"[:200])
+        machine.add(run=name, **row, failed=f"{type(problem).__name__}: {problem}"[:300])
+        if not machine.dry:
+            torch.cuda.empty_cache()  # what did not fit must not take the next one's memory
         return float("nan")
     machine.add(run=name, **row, **found)
     return found["ms"]
@@ -113,32 +123,55 @@ def parity(machine: Machine) -> bool:
 def large_batch(machine: Machine) -> None:
     """ViT-B/16 at batch 64 in bfloat16 and float32, and the authors' code one image after the other."""
     batch, base = machine.size(64, 2), vit(machine)
-    checkout = os.environ.get("REFERENCE")
+    theirs = attempt(machine, "reference", lambda: reference(base, images(machine, 1)), dtype="float32", batch=1)
+    machine.amend(explanations_s=1e3 / theirs)
     for name, dtype in (("bfloat16", torch.bfloat16), ("float32", torch.float32)):
         model, given = copy.deepcopy(base).to(dtype), images(machine, batch, dtype=dtype)
         target = torch.full((batch,), 5, device=machine.device)
         fast, row = compiled(machine, model), {"dtype": name, "batch": batch}
         once = attempt(machine, "forward_compiled", lambda f=fast, g=given: forward(f, g), **row)
         attempt(machine, "forward_backward_compiled", lambda f=fast, g=given: forward_backward(f, g), **row)
-        contenders = [("triton", graph, c) for graph in (True, False) for c in ("chefer", "chefer_stable")]
+        contenders = [(b, graph, c) for b in backends(machine) for graph in (True, False) for c in COMPOSITES]
         for backend, graph, composite in [*contenders, ("torch", False, "chefer")]:
-            engine = engine_of(machine, model, given, graph, backend=backend, composite=composite)
             label = f"relprop_{backend}_{composite}{'_graph' if graph else ''}"
-            ms = attempt(machine, label, lambda e=engine, g=given, t=target: lambda: e(g, target=t), **row)
-            rate = 5 * engine.program.flops()["forward"] * batch / ms / 1e9  # what the method needs is five passes
-            of_ceiling = rate / machine.ceilings().get(
-                f"{'bf16' if name == 'bfloat16' else 'tf32'}_tflop_s", float("nan")
+            options = {"backend": backend, "composite": composite}
+            engine: list[Any] = []
+
+            def contender(
+                m: Any = model,
+                g: Tensor = given,
+                t: Tensor = target,
+                e: list[Any] = engine,
+                r: bool = graph,
+                o: Any = options,
+            ) -> Run:
+                e.append(engine_of(machine, m, g, r, **o))
+                return lambda: e[0](g, target=t)
+
+            ms = attempt(machine, label, contender, **row)
+            if not engine:
+                continue
+            rate = 5 * engine[0].program.flops()["forward"] * batch / ms / 1e9  # what the method needs is five passes
+            ceiling = machine.ceilings().get(f"{'bf16' if name == 'bfloat16' else 'tf32'}_tflop_s", float("nan"))
+            machine.amend(
+                explanations_s=1e3 * batch / ms,
+                over_forward=ms / once,
+                over_reference=theirs * batch / ms,
+                tflop_s=rate,
+                share_of_matrix_rate=rate / ceiling,
             )
-            machine.rows[-1].update(
-                explanations_s=1e3 * batch / ms, over_forward=ms / once, tflop_s=rate, share_of_matrix_rate=of_ceiling
-            )
-            machine.write("end_to_end_vit")
-    if checkout:
-        theirs = Reference(Path(checkout), base, torch.float32)
-        given, target = images(machine, 1), torch.tensor([5])
-        run = lambda: theirs.explain(given, target, "transformer_attribution")  # noqa: E731
-        ms = attempt(machine, "reference", lambda: run, dtype="float32", batch=1)
-        machine.rows[-1].update(explanations_s=1e3 / ms)
+
+
+def reference(base: Any, given: Tensor) -> Run:
+    """The authors' code as it is, from the checkout at $REFERENCE."""
+    checkout = os.environ.get("REFERENCE")
+    if not checkout:
+        raise FileNotFoundError("REFERENCE: expected a checkout of the authors' code, got none")
+    theirs = Reference(Path(checkout), copy.deepcopy(base).cpu(), torch.float32)
+    if given.device.type == "cpu":
+        return lambda: theirs.explain(given, torch.tensor([5]), "transformer_attribution")
+    theirs.generator.model.to(given.device)
+    return lambda: theirs.generator.generate_LRP(given.clone().requires_grad_(), 5, method="transformer_attribution")
 
 
 def latency(machine: Machine) -> None:
@@ -154,20 +187,25 @@ def latency(machine: Machine) -> None:
             times.append(1e3 * (time.perf_counter() - start))
         kept = sorted(times[machine.size(100, 1) :])
         p50, p99 = (kept[int(share * (len(kept) - 1))] for share in (0.5, 0.99))
-        machine.add(run="relprop_triton_graph", dtype=name, batch=1, ms=p50, ms_p99=p99, calls=len(kept))
+        row = {"dtype": name, "batch": 1, "ms": p50, "ms_p99": p99, "p99_over_p50": p99 / p50, "calls": len(kept)}
+        machine.add(run="relprop_triton_graph", **row)
 
 
 def tokens(machine: Machine) -> None:
-    """12 layers of 768 channels over 128 x 128 patches: memory is what matters."""
-    side = 2048
+    """12 layers of 768 channels over 128 x 128 patches: memory is what matters. The authors' code keeps the maps."""
+    side, row = 2048, {"batch": 1, "tokens": machine.size(16384, 4)}
     given = images(machine, 1, side, torch.bfloat16)
     model = vit(machine, side, torch.bfloat16)
-    once = attempt(machine, "forward", lambda: forward(model, given), tokens=machine.size(16384, 4))
-    engine = engine_of(machine, model, given, graph=False)
-    ms = attempt(
-        machine, "relprop_triton_chefer", lambda: lambda: engine(given, target=5), tokens=machine.size(16384, 4)
-    )
-    machine.rows[-1].update(over_forward=ms / once)
+    once = attempt(machine, "forward", lambda: forward(model, given), dtype="bfloat16", **row)
+    for backend in backends(machine):
+
+        def contender(b: str = backend) -> Run:
+            engine = engine_of(machine, model, given, graph=False, backend=b)
+            return lambda: engine(given, target=5)
+
+        ms = attempt(machine, f"relprop_{backend}_chefer", contender, dtype="bfloat16", **row)
+        machine.amend(over_forward=ms / once)
+    attempt(machine, "reference", lambda: reference(vit(machine, side), given.float()), dtype="float32", **row)
 
 
 def llama_of(machine: Machine) -> Any:
@@ -189,40 +227,50 @@ def llama_of(machine: Machine) -> Any:
 
 
 def llama(machine: Machine) -> None:
-    """AttnLRP of one position's logits; where the method is not there, the one whose sweep costs the same."""
+    """AttnLRP of one position's logits, beside the compiled forward and backward passes and LXT."""
     model, length = llama_of(machine), machine.size(4096, 6)
     ids = torch.randint(0, machine.size(128256, 50), (1, length)).to(machine.device)
     options = {"use_cache": False, "logits_to_keep": 1}
-    method = "attnlrp" if "attnlrp" in relprop.methods() else "gradient_x_input"
     row = {"dtype": "bfloat16", "batch": 1, "tokens": length}
-    fast = compiled(machine, model)
+    fast, best = compiled(machine, model), float("nan")
     once = attempt(machine, "forward_compiled", lambda: forward(fast, ids, **options), **row)
-    machine.write("end_to_end_llama")
-    for graph in (True, False):
-        example = ((ids,), options)
-        engine = engine_of(machine, model, example, graph, method=method, output="logits")
-        name = f"relprop_triton_{method}{'_graph' if graph else ''}"
-        ms = attempt(machine, name, lambda e=engine: lambda: e(ids, target=(0, 7), **options), **row)
-        machine.rows[-1].update(over_forward=ms / once)
-        machine.write("end_to_end_llama")
-    if importlib.util.find_spec("lxt") is not None:
-        attempt(machine, "lxt", lambda: lxt(copy.deepcopy(model), ids), **row)
+    attempt(machine, "forward_backward_compiled", lambda: of_embeddings(fast, model, ids), **row)
+    for backend in backends(machine):
+        for graph in (True, False):
+
+            def contender(b: str = backend, g: bool = graph) -> Run:
+                engine = engine_of(machine, model, ((ids,), options), g, backend=b, method="attnlrp", output="logits")
+                return lambda: engine(ids, target=(0, 7), **options)
+
+            ms = attempt(machine, f"relprop_{backend}_attnlrp{'_graph' if graph else ''}", contender, **row)
+            machine.amend(over_forward=ms / once)
+            best = min(best, ms) if best == best else ms
+    theirs = attempt(machine, "lxt", lambda: lxt(model, ids), **row)
+    machine.amend(over_relprop=theirs / best)
 
 
-def lxt(model: Any, ids: Tensor) -> Run:
-    """AttnLRP by LXT's patched modules, on a copy of the model."""
-    from lxt.efficient import monkey_patch
-    from transformers.models.llama import modeling_llama
-
-    monkey_patch(modeling_llama)
+def of_embeddings(model: Any, plain: Any, ids: Tensor) -> Run:
+    """One logit's gradient at the embeddings."""
 
     def run() -> Tensor:
-        embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
+        embedded = plain.get_input_embeddings()(ids).detach().requires_grad_()
         model(inputs_embeds=embedded, use_cache=False, logits_to_keep=1).logits[0, -1, 7].backward()
         assert embedded.grad is not None
         return (embedded * embedded.grad).float().sum(-1)
 
     return run
+
+
+def lxt(model: Any, ids: Tensor) -> Run:
+    """AttnLRP by LXT's patched modules ($LXT is a checkout). They are patched for good: nothing may run after it."""
+    if os.environ.get("LXT"):
+        sys.path.insert(0, os.environ["LXT"])
+    from lxt.efficient import monkey_patch
+    from transformers.models.llama import modeling_llama
+
+    monkey_patch(modeling_llama)
+    theirs = copy.deepcopy(model)
+    return of_embeddings(theirs, theirs, ids)
 
 
 def several(machine: Machine) -> None:
@@ -231,14 +279,17 @@ def several(machine: Machine) -> None:
     model, given = vit(machine, dtype=torch.bfloat16), images(machine, batch, dtype=torch.bfloat16)
     fast = compiled(machine, model)
     once = attempt(machine, "forward_compiled", lambda: forward(fast, given), batch=batch, dtype="bfloat16")
-    engine, first = engine_of(machine, model, given), float("nan")
-    for targets in (1, 2, 4):
-        index = torch.arange(targets, device=machine.device).expand(batch, targets)
-        row = {"batch": batch, "dtype": "bfloat16", "targets": targets}
-        ms = attempt(machine, "relprop_triton_chefer", lambda i=index: lambda: engine(given, target=i), **row)
-        first = ms if targets == 1 else first
-        if targets > 1:
-            machine.rows[-1].update(forwards_per_target=(ms - first) / (targets - 1) / once)
+    for method in ("transformer_attribution", "attnlrp"):
+        engine, first = engine_of(machine, model, given, method=method), float("nan")
+        for targets in (1, 2, 4):
+            index = torch.arange(targets, device=machine.device).expand(batch, targets)
+            row = {"batch": batch, "dtype": "bfloat16", "targets": targets}
+            ms = attempt(
+                machine, f"relprop_triton_{method}", lambda e=engine, i=index: lambda: e(given, target=i), **row
+            )
+            first = ms if targets == 1 else first
+            if targets > 1:
+                machine.amend(forwards_per_target=(ms - first) / (targets - 1) / once)
 
 
 POINTS: dict[str, Callable[[Machine], bool | None]] = {
@@ -255,9 +306,8 @@ def main(machine: Machine) -> int:
     """The rows of every point asked for, all of them where none is."""
     status = 0
     for name in machine.points or POINTS:
-        machine.rows.clear()
+        machine.begin(f"end_to_end_{name}")
         wrong = POINTS[name](machine) is False
-        machine.write(f"end_to_end_{name}")
         if wrong:
             print(f"{name}: expected errors within bounds, got those above")
             status = 1

@@ -1,9 +1,9 @@
-"""Every Triton kernel on the device: first held to float64, then timed against the device's ceilings.
+"""Every Triton and CUDA kernel on the device: first held to float64, then timed against the device's ceilings.
 
-    python -m benchmarks.gpu.kernels [--dry-run] [--out FOLDER]
+    python -m benchmarks.gpu.kernels [check] [measure] [--dry-run] [--tiny] [--out FOLDER]
 
-Writes checks.csv (small sizes, largest error) and kernels.csv (sizes of ViT-B/16 at batch 64). A kernel whose check
-fails is not timed, and the exit status is 1.
+check writes checks.csv (small sizes, largest error), measure kernels.csv (sizes of ViT-B/16 at batch 64). A kernel
+whose check failed is not timed. The exit status is 1 where one failed.
 """
 
 from __future__ import annotations
@@ -12,14 +12,21 @@ import torch
 
 from benchmarks.gpu.cases import Case, cases
 from benchmarks.gpu.machine import Machine, machine_of
+from relprop import native_cuda
 
-_CEILING = {"bf16": "bf16_tflop_s", "high": "tf32_tflop_s", "highest": "tf32_tflop_s", "ieee": "fp32_tflop_s"}
+_CEILING = {
+    "bf16": "bf16_tflop_s",
+    "fp16": "bf16_tflop_s",
+    "high": "tf32_tflop_s",
+    "highest": "tf32_tflop_s",
+    "ieee": "fp32_tflop_s",
+}
 
 
-def error_of(case: Case) -> float:
+def error_of(case: Case, backend: str) -> float:
     """Largest error of an element, relative to itself or to the root mean square of its tensor."""
     worst = 0.0
-    for got, want in zip(case.run(), case.exact(), strict=True):
+    for got, want in zip(case.runs[backend](), case.exact(), strict=True):
         want = want.double()
         size = torch.maximum(want.abs(), want.square().mean().sqrt()).clamp(min=1e-30)
         error = ((got.double() - want).abs() / size).max()
@@ -27,57 +34,69 @@ def error_of(case: Case) -> float:
     return worst
 
 
-def check(machine: Machine) -> set[tuple[str, str]]:
-    """Rows of checks.csv; the kernels that failed."""
-    failed = set()
+def usable(machine: Machine) -> set[str]:
+    """The backends whose kernels are there; a missing one is said."""
+    found = {"triton"}
+    right, reason = native_cuda.available()
+    if right and native_cuda.device_type() == machine.device.type:
+        found.add("cuda")
+    else:
+        print(f"no CUDA kernels: {reason or 'they run on ' + native_cuda.device_type()}", flush=True)
+    return found
+
+
+def check(machine: Machine) -> bool:
+    """Rows of checks.csv; whether all are right."""
+    machine.begin("checks")
+    backends, right = usable(machine), True
     for case in cases(machine, large=False):
-        try:
-            error = error_of(case)
-        except Exception as problem:  # a kernel that does not compile or run must not hide the others
-            print(f"{case.op} {case.dtype}: {type(problem).__name__}: {problem}")
-            error = float("inf")
-        right = error <= case.tolerance
-        if not right:
-            failed.add((case.op, case.dtype))
-        machine.add(op=case.op, backend="triton", dtype=case.dtype, shape=case.shape, error=error, right=right)
-    machine.write("checks")
-    return failed
+        for backend in sorted(backends & set(case.runs)):
+            row = {"op": case.op, "backend": backend, "dtype": case.dtype, "shape": case.shape}
+            try:
+                error, failed = error_of(case, backend), ""
+            except Exception as problem:  # a kernel that does not compile or run must not hide the others
+                error, failed = float("inf"), f"{type(problem).__name__}: {problem}"[:300]
+            machine.add(**row, error=error, tolerance=case.tolerance, right=error <= case.tolerance, failed=failed)
+            right &= error <= case.tolerance
+    return right
 
 
-def measure(machine: Machine, failed: set[tuple[str, str]]) -> None:
+def measure(machine: Machine) -> bool:
     """Rows of kernels.csv."""
-    machine.rows.clear()
-    ceilings = machine.ceilings()
+    wrong = {(r["op"], r["backend"], r["dtype"]) for r in machine.read("checks") if r["right"] != "True"}
+    machine.begin("kernels")
+    backends, ceilings = usable(machine), machine.ceilings()
     for case in cases(machine, large=True):
-        if (case.op, case.dtype) in failed:
-            continue
-        found = machine.time(case.run)
-        rate, bandwidth = case.flops / found["ms"] / 1e9, case.nbytes / found["ms"] / 1e6
-        of_rate = rate / ceilings.get(_CEILING.get(case.dtype, ""), float("nan"))
-        of_bandwidth = bandwidth / ceilings.get("copy_gb_s", float("nan"))
-        machine.add(
-            op=case.op,
-            backend="triton",
-            dtype=case.dtype,
-            shape=case.shape,
-            flop=case.flops,
-            bytes=case.nbytes,
-            tflop_s=rate,
-            gb_s=bandwidth,
-            share_of_matrix_rate=of_rate,
-            share_of_bandwidth=of_bandwidth,
-            **found,
-        )
-        machine.write("kernels")
+        for backend in sorted(backends & set(case.runs)):
+            row = {"op": case.op, "backend": backend, "dtype": case.dtype, "shape": case.shape}
+            if (case.op, backend, case.dtype) in wrong:
+                machine.add(**row, failed="its check did")
+                continue
+            try:
+                found = machine.time(case.runs[backend])
+            except Exception as problem:
+                machine.add(**row, failed=f"{type(problem).__name__}: {problem}"[:300])
+                continue
+            rate, bandwidth = case.flops / found["ms"] / 1e9, case.nbytes / found["ms"] / 1e6
+            machine.add(
+                **row,
+                flop=case.flops,
+                bytes=case.nbytes,
+                tflop_s=rate,
+                gb_s=bandwidth,
+                share_of_matrix_rate=rate / ceilings.get(_CEILING.get(case.dtype, ""), float("nan")),
+                share_of_bandwidth=bandwidth / ceilings.get("copy_gb_s", float("nan")),
+                **found,
+            )
+    return not wrong
+
+
+PARTS = {"check": check, "measure": measure}
 
 
 def main(machine: Machine) -> int:
-    """Check, then measure."""
-    failed = check(machine)
-    measure(machine, failed)
-    for op, dtype in sorted(failed):
-        print(f"not right, not timed: {op} {dtype}")
-    return 1 if failed else 0
+    """The parts asked for, both where none is."""
+    return 0 if all([PARTS[name](machine) for name in machine.points or PARTS]) else 1
 
 
 if __name__ == "__main__":

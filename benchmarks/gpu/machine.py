@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import functools
 import os
 import statistics
 import time
@@ -28,12 +29,15 @@ class Machine:
         out: folder of the rows.
         seconds: budget of one measurement.
         points: what to measure; everything where empty.
+        tiny: sizes of a dry run also on a device.
     """
 
     dry: bool
     out: Path
     seconds: float = 0.4
     points: tuple[str, ...] = ()
+    tiny: bool = False
+    table: str = ""
     rows: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -42,7 +46,7 @@ class Machine:
 
     def size(self, real: int, tiny: int) -> int:
         """A size, or the one of a dry run."""
-        return tiny if self.dry else real
+        return tiny if self.dry or self.tiny else real
 
     def randn(self, *shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
         """Normal numbers, the same on every device."""
@@ -76,20 +80,35 @@ class Machine:
         low, *_, high = statistics.quantiles(times, n=5)
         return {"ms": statistics.median(times), "ms_p20": low, "ms_p80": high, "peak_mb": peak / 2**20}
 
-    def add(self, **row: Any) -> None:
-        """One row, shown as it comes."""
-        self.rows.append(row)
-        print(" ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()), flush=True)
+    def begin(self, table: str) -> None:
+        """What is added from now on belongs to another table."""
+        self.table, self.rows = table, []
 
-    def write(self, name: str) -> None:
+    def add(self, **row: Any) -> None:
+        """One row, shown and written as it comes: what is stopped later leaves what it had."""
+        self.rows.append(row)
+        self.amend()
+
+    def amend(self, **more: Any) -> None:
+        """More columns of the last row."""
+        self.rows[-1].update(more)
+        row = self.rows[-1]
+        print(" ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()), flush=True)
+        self._write()
+
+    def _write(self) -> None:
         """All rows so far as a CSV file, with where they come from."""
         self.out.mkdir(parents=True, exist_ok=True)
-        whole = [{**row, **self._provenance()} for row in self.rows]
+        whole = [{**row, **self._known} for row in self.rows]
         columns = list(dict.fromkeys(key for row in whole for key in row))
-        with (self.out / f"{name}.csv").open("w", newline="") as file:
+        with (self.out / f"{self.table}.csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, columns, lineterminator="\n")
             writer.writeheader()
             writer.writerows(whole)
+
+    @functools.cached_property
+    def _known(self) -> dict[str, str]:
+        return self._provenance()
 
     def _provenance(self) -> dict[str, str]:
         try:
@@ -104,11 +123,15 @@ class Machine:
 
     def ceilings(self) -> dict[str, float]:
         """What `benchmarks.gpu.ceilings` measured: by name, in GB/s or TFLOP/s."""
-        path = self.out / "ceilings.csv"
+        return {row["ceiling"]: float(row["value"]) for row in self.read("ceilings")}
+
+    def read(self, table: str) -> list[dict[str, str]]:
+        """Rows that an earlier part wrote; none where it did not run."""
+        path = self.out / f"{table}.csv"
         if not path.is_file():
-            return {}
+            return []
         with path.open() as file:
-            return {row["ceiling"]: float(row["value"]) for row in csv.DictReader(file)}
+            return list(csv.DictReader(file))
 
 
 def _version(package: str) -> str:
@@ -126,7 +149,8 @@ def machine_of(arguments: Iterable[str] | None = None) -> Machine:
     parser.add_argument("points", nargs="*")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU, under Triton's interpreter")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT") or RESULTS))
+    parser.add_argument("--tiny", action="store_true", help="tiny sizes on the device")
     given = parser.parse_args(None if arguments is None else list(arguments))
     if not given.dry_run and not torch.cuda.is_available():
         raise SystemExit("expected a CUDA device, got none; --dry-run needs none")
-    return Machine(given.dry_run, given.out, points=tuple(given.points))
+    return Machine(given.dry_run, given.out, points=tuple(given.points), tiny=given.tiny)

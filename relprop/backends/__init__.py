@@ -7,16 +7,16 @@ all the reasons.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import ModuleType
 
 import torch
 
-from relprop.backends import cpp, cuda, products, triton
+from relprop.backends import choices, cpp, cuda, products, triton, triton_fused
 from relprop.backends import forward as forward_kernels
 from relprop.errors import BackendError, unknown_name
-from relprop.graph import Node
-from relprop.program import ForwardKernel, JointKernel, Kernel, Kernels
+from relprop.graph import Node, Value
+from relprop.program import ForwardKernel, FusedStep, JointKernel, Kernel, Kernels, ReverseStep
 from relprop.rules import Rule
 
 # Each holds KERNELS by rule, `kernel_reasons`, `joint_kernel`, `reasons_against` and `available`.
@@ -30,7 +30,8 @@ def choose_kernels(name: str, dtype: torch.dtype, device: torch.device, precisio
     """What a plan's steps run on.
 
     Args:
-        name: "auto" takes the fastest that can run; a backend's name asks for it where it has a kernel.
+        name: "auto" takes the fastest that can run, on a GPU per operation where that was measured (`choices.json`) and
+            plain PyTorch where it was not; a backend's name asks for it where it has a kernel.
         dtype: of the streams.
         device: of the model.
         precision: of matrix products.
@@ -39,8 +40,9 @@ def choose_kernels(name: str, dtype: torch.dtype, device: torch.device, precisio
     """
     if name not in (*BACKENDS, "auto"):
         raise unknown_name("backend", name, (*BACKENDS, "auto"))
-    # The GPU kernels are not chosen unasked before they have been measured on a GPU.
-    used = name if name != "auto" else "torch" if device.type == "cuda" else "cpp"
+    if name == "auto" and device.type == "cuda":
+        return _measured(dtype, device)
+    used = name if name != "auto" else "cpp"
     if used == "torch":
         return Kernels()
     backend = _MODULES[used]
@@ -68,7 +70,48 @@ def choose_kernels(name: str, dtype: torch.dtype, device: torch.device, precisio
             return products.forward
         return forward_kernels.run if forward_kernels.takes(node) else None
 
-    return Kernels(rule, joint, forward) if used == "cpp" else Kernels(rule, joint)
+    if used == "cpp":
+        return Kernels(rule, joint, forward)
+    return Kernels(rule, joint, fused=triton_fused.fused_step if used == "triton" else None)
+
+
+def _measured(dtype: torch.dtype, device: torch.device) -> Kernels:
+    """The backend of every operation that was the fastest on a GPU of this kind; the rules themselves elsewhere."""
+    chosen, reason = choices.choices_for(device)
+    usable = {}
+    for name in sorted(set(chosen.values()) - {"torch"}):
+        reasons = _MODULES[name].reasons_against(dtype, device)
+        if not reasons:
+            usable[name] = _MODULES[name]
+        reason = "; ".join(reasons) or reason
+    if not usable:
+        _say_once(f"{device} runs the rules in plain PyTorch: {reason or 'they were the fastest'}")
+        return Kernels()
+
+    def rule(node: Node, rule: Rule) -> tuple[str, Kernel | None]:
+        name = chosen.get(choices.key_of(node, rule), "torch")
+        backend = usable.get(name)
+        kernel = None if backend is None or backend.kernel_reasons(node, rule) else backend.KERNELS.get(type(rule))
+        return ("torch", None) if kernel is None else (name, kernel)
+
+    def agreed(node: Node, rules: Mapping[str, Rule]) -> str:
+        """The backend of all rules of a step, empty where they differ."""
+        names = {chosen.get(choices.key_of(node, rule), "torch") for rule in rules.values()}
+        return names.pop() if len(names) == 1 and names <= set(usable) else ""
+
+    def joint(node: Node, rules: Mapping[str, Rule], edge: str | None) -> tuple[str, JointKernel] | None:
+        name = agreed(node, rules)
+        kernel = usable[name].joint_kernel(node, rules, edge) if name else None
+        return None if kernel is None else (f"{name} (joint)", kernel)
+
+    def fused(
+        step: ReverseStep, steps: Mapping[Node, ReverseStep], unseen: Callable[[Value], bool], alone: bool
+    ) -> FusedStep | None:
+        if agreed(step.node, {s.stream: s.rule for s in step.streams}) != "triton":
+            return None
+        return triton_fused.fused_step(step, steps, unseen, alone)
+
+    return Kernels(rule, joint, fused=fused)
 
 
 def _say_once(text: str) -> None:

@@ -117,23 +117,35 @@ def _linear(call: Call) -> dict[str, Any]:
     }
 
 
-def _through_linear(rule: Any, call: Call, relevance: Tensor, gradients: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Shares and the way back of any linear rule, with gradients that ride along."""
+def shares(rule: Any, call: Call, relevance: Tensor, scale: Tensor | None = None) -> dict[str, Any]:
+    """The share-out of any linear rule, as `linear_back` takes it: shares, x, w and the factors of the products.
+
+    Args:
+        relevance: at the output. [T, ..., N]
+        scale: of relevance, per target and sample. [T, B]
+    """
     from relprop.kernels import linear_alpha_beta, linear_epsilon, linear_gamma
 
     given = _linear(call)
-    x, w = given["x"], given["w"]
-    options = {"bias_share": rule.bias, "stabiliser": rule.stabiliser.code, "precision": call.precision}
+    found = {"x": given["x"], "w": given["w"]}
+    options = {"stabiliser": rule.stabiliser.code, "precision": call.precision, "scale": scale}
+    given |= {"bias_share": rule.bias, **options}
     if isinstance(rule, LinearAlphaBeta):
-        p1, p2 = linear_alpha_beta.linear_alpha_beta_share_out(
-            relevance, **given, alpha=rule.alpha, beta=rule.beta, **options
-        )
-        return linear_alpha_beta.linear_alpha_beta_back(p1, p2, x, w, gradients, precision=call.precision)
+        p1, p2 = linear_alpha_beta.linear_alpha_beta_share_out(relevance, alpha=rule.alpha, beta=rule.beta, **given)
+        return {**found, "p1": p1, "p2": p2, **linear_alpha_beta.factors()}
     if isinstance(rule, LinearGamma):
-        p1, p2 = linear_gamma.linear_gamma_share_out(relevance, **given, gamma=rule.gamma, **options)
-        return linear_gamma.linear_gamma_back(p1, p2, x, w, gradients, gamma=rule.gamma, precision=call.precision)
-    s = linear_epsilon.linear_epsilon_share_out(relevance, **given, **options)
-    return linear_epsilon.linear_epsilon_back(s, x, w, gradients, precision=call.precision)
+        p1, p2 = linear_gamma.linear_gamma_share_out(relevance, gamma=rule.gamma, **given)
+        return {**found, "p1": p1, "p2": p2, **linear_gamma.factors(rule.gamma)}
+    return {**found, "p1": linear_epsilon.linear_epsilon_share_out(relevance, **given), "p2": None}
+
+
+def _through_linear(rule: Any, call: Call, relevance: Tensor, gradients: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Shares and the way back of any linear rule, with gradients that ride along."""
+    from relprop.kernels.linear_back import linear_back
+
+    passed, carried = linear_back(**shares(rule, call, relevance), gradients=gradients, precision=call.precision)
+    assert passed is not None
+    return passed, carried
 
 
 def linear(rule: Any, call: Call, relevance: Tensor) -> Relevances:
@@ -227,10 +239,13 @@ def gradient(rule: Any, call: Call, relevance: Tensor) -> Relevances:
         rows = Rows(call)
         flat = norm_gradient(rows.flat(relevance), rows.flat(x), rows.weight, kind=rows.norm, eps=rows.epsilon)
         return only_first(call, flat.reshape(relevance.shape))
+    return only_first(call, activation_gradient(relevance, x, activation_name(node)))
+
+
+def activation_name(node: Node) -> str:
+    """An activation as the kernels call it."""
     name = ACTIVATIONS[node.target]
-    if name == "gelu" and node.kwargs.get("approximate", "none") == "tanh":
-        name = "gelu_tanh"
-    return only_first(call, activation_gradient(relevance, x, name))
+    return "gelu_tanh" if name == "gelu" and node.kwargs.get("approximate", "none") == "tanh" else name
 
 
 def attention(

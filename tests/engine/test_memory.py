@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -42,6 +43,24 @@ def test_prediction(backend: str, method: str, targets: int) -> None:
         index = torch.zeros(batch, targets, dtype=torch.int64)
         real = allocated(lambda batch=batch, index=index: engine(images(batch), target=index))
         predicted = engine.memory(batch, targets=targets) - engine._weights.derived.nbytes
+        assert abs(predicted - real) < 0.1 * real, (batch, predicted, real)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("name", "method"), [("bert", "transformer_attribution"), ("llama", "attnlrp")])
+def test_prediction_for_texts(name: str, method: str, dtype: torch.dtype) -> None:
+    """An encoder and a decoder, whose logits are the largest tensor."""
+    pytest.importorskip("transformers")
+    from tests.engine import test_text
+
+    given = test_text.inputs(name, 2, 24)
+    model = copy.deepcopy(test_text.model(name)).to(dtype)
+    engine = relprop.compile(model, (), given, method=method, output="logits", backend="torch")
+    target = 1 if name == "bert" else (23, 7)
+    for batch in (3, 16):
+        more = test_text.inputs(name, batch, 24, seed=batch)
+        real = allocated(lambda more=more: engine(**more, target=target))
+        predicted = engine.memory(batch) - engine._weights.derived.nbytes
         assert abs(predicted - real) < 0.1 * real, (batch, predicted, real)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import relprop
 from relprop.engine import Engine
 from relprop.errors import BackendError, TargetError
-from relprop.replay import Replays, padded, padded_size
+from relprop.replay import CudaRecorder, Replays, padded, padded_size
 from tests.engine.models import vit
 
 
@@ -51,6 +51,53 @@ class FakeRecording:
             own.copy_(made)
         self.recorder.memory = list(self.outputs)
         self.recorder.replays.append(self)
+
+
+class FakeCuda:
+    """Notes what is asked of `torch.cuda`, and on which device."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, str]] = []
+        self.at = "cuda:0"
+        self.options: dict[str, Any] = {}
+
+    @contextlib.contextmanager
+    def device(self, device: torch.device) -> Iterator[None]:
+        before, self.at = self.at, str(device)
+        yield
+        self.at = before
+
+    @contextlib.contextmanager
+    def graph(self, graph: object, **options: Any) -> Iterator[None]:
+        self.note("graph")
+        self.options = options
+        yield
+
+    def note(self, name: str, *rest: object) -> FakeCuda:
+        self.asked.append((name, self.at))
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *rest: contextlib.nullcontext() if name == "stream" else self.note(name, *rest)
+
+
+def test_cuda_recordings_are_of_the_models_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever device is the current one."""
+    cuda = FakeCuda()
+    monkeypatch.setattr(torch, "cuda", cuda)
+    runs: list[str] = []
+
+    def run() -> list[Tensor]:
+        runs.append(cuda.at)
+        return []
+
+    recording = CudaRecorder(torch.device("cuda:1"))(run)
+    with recording.turn():
+        recording.replay()
+    assert runs == ["cuda:1"] * 3  # twice to warm up, once to record
+    assert {at for name, at in cuda.asked if name in ("graph", "replay", "CUDAGraph", "Event")} == {"cuda:1"}
+    assert cuda.options["capture_error_mode"] == "thread_local"
+    assert [name for name, _ in cuda.asked][-3:] == ["replay", "current_stream", "record"]
 
 
 def images(batch: int, seed: int = 0) -> Tensor:

@@ -24,10 +24,11 @@ from relprop.kernels.add_epsilon import add_epsilon
 from relprop.kernels.add_gamma import add_gamma
 from relprop.kernels.add_normalised import add_normalised
 from relprop.kernels.ahead_of_time import compile_launch
-from relprop.kernels.attention_relevance import attention_relevance
+from relprop.kernels.attention_relevance import QK_RULES, attention_relevance
 from relprop.kernels.fanout_epsilon import fanout_epsilon
-from relprop.kernels.launch import recording
+from relprop.kernels.launch import Launch, recording
 from relprop.kernels.linear_alpha_beta import linear_alpha_beta_back, linear_alpha_beta_share_out
+from relprop.kernels.linear_back_add import linear_back_add
 from relprop.kernels.linear_epsilon import linear_epsilon_back, linear_epsilon_share_out
 from relprop.kernels.linear_gamma import linear_gamma_back, linear_gamma_share_out
 from relprop.kernels.norm_gradient import norm_gradient
@@ -75,6 +76,12 @@ def linear_cases() -> Iterator[Case]:
         yield case("linear_alpha_beta/separate", linear_alpha_beta_back, s, separate, x, w, s, precision=precision)
         if dtype == torch.float32:
             yield case("linear_alpha_beta/from_y", linear_alpha_beta_share_out, r, x, w, y, bias, **options)
+        whole = empty(2, 1, rows, k)
+        given = (x[None], w, whole, x[None], x[None], x[None])
+        for label, gradients in (("add", None), ("add_fused", s[:, None])) if k % 16 == 0 else ():
+            back = functools.partial(linear_back_add, s[:, None], s[:, None], *given, gradients)
+            options_of = {"plain": 0.5, "magnified": 0.5, "other_scale": empty(2, 1), "gather_stabiliser": REFERENCE}
+            yield case(f"linear_alpha_beta/{label}", back, **options_of, **options)
         yield case("linear_epsilon/share_out", linear_epsilon_share_out, r, x, w, None, bias, **options)
         yield case("linear_epsilon/back", linear_epsilon_back, s, x, w, s, precision=precision)
         yield case("linear_gamma/share_out", linear_gamma_share_out, r, x, w, None, bias, **options)
@@ -120,6 +127,12 @@ def cases() -> Iterator[Case]:
     yield from other_cases()
 
 
+def signed_shares(launch: Launch) -> bool:
+    """Whether an attention kernel sums the positive and the negative part of z+ shares, each by itself."""
+    given = launch.constants
+    return given.get("QK") == QK_RULES["alpha_beta"] and bool(given.get("RELEVANCE") or given.get("KEY_RELEVANCE"))
+
+
 def main(architectures: str, pattern: str = "*") -> None:
     """Compile what matches on each architecture."""
     warnings.simplefilter("ignore")
@@ -141,6 +154,7 @@ def main(architectures: str, pattern: str = "*") -> None:
                 "tcgen05": "tcgen05.mma" in built.ptx,
                 "tiles": dict(launch.configuration.tiles),
                 "warps": launch.configuration.warps,
+                "signed": signed_shares(launch),
             }
             print(json.dumps(row), flush=True)
 
