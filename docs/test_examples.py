@@ -49,12 +49,14 @@ def decoder() -> torch.nn.Module:
 
 def of_the_reader() -> dict[str, Any]:
     """Names that the README's blocks take from their reader."""
-    words = tokenizers.models.WordLevel({"[PAD]": 0, "[UNK]": 1, "never": 2, "dull": 3}, unk_token="[UNK]")
-    whole = tokenizers.Tokenizer(words)
+    words = ["[PAD]", "[UNK]", "never", "dull", *(f"word{i}" for i in range(4, 61))]
+    known = {word: i for i, word in enumerate(words)}
+    whole = tokenizers.Tokenizer(tokenizers.models.WordLevel(known, unk_token="[UNK]"))
     whole.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
-    classifier = transformers.BertForSequenceClassification(transformers.BertConfig(vocab_size=4, **sizes)).eval()
+    classifier = transformers.BertForSequenceClassification(transformers.BertConfig(vocab_size=61, **sizes)).eval()
     return {
+        "writer": decoder(),
         "prompt_ids": torch.tensor([[1, 15, 7, 33]]),
         "encode": torch.relu,
         "decoder": torch.randn(48, 48),
@@ -79,7 +81,6 @@ def test_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
     assert len(blocks) >= 5
     for block in blocks:
-        names["model"] = decoder() if ".generate(" in block else vision
         if "other" in block:
             names["other"] = relprop.explain(vision, names["images"], target=[[281, 207]] * 4, method="attnlrp")
         exec(compile(block, "README.md", "exec"), names)

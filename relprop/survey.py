@@ -59,6 +59,15 @@ class Survey:
         """By method, of those that answered."""
         return {one.method: one.explanation for one in self.findings if one.explanation is not None}
 
+    def annotated(self, **notes: Any) -> Survey:
+        """The same with names and pictures, as `Explanation.annotated` takes them."""
+        findings = [
+            one if one.explanation is None else replace(one, explanation=one.explanation.annotated(**notes))
+            for one in self.findings
+        ]
+        booked = None if self.booked is None else self.booked.annotated(**notes)
+        return replace(self, findings=findings, booked=booked)
+
     @property
     def refusals(self) -> dict[str, list[str]]:
         """Methods that refused, by reason."""

@@ -56,7 +56,7 @@ def report_images(options: argparse.Namespace) -> int:
             inputs = torch.stack([prepared for _, prepared in batch]).to(next(subject.model.parameters()).device)
             pictures = [subject.picture(prepared) for _, prepared in batch]
             found, scores, chosen = _surveyed(subject, selection, options, bar, inputs)
-            found = _annotated(found, images=pictures, labels=labels)
+            found = found.annotated(images=pictures, labels=labels)
             report.add(found, [path.name for path, _ in batch], scores, labels, chosen=chosen)
     if report.empty:
         return conclude(failed + progress.failed, len(paths) + failed)
@@ -78,7 +78,7 @@ def report_texts(options: argparse.Namespace) -> int:
         for start in range(0, len(options.text), options.batch_size):
             texts = options.text[start : start + options.batch_size]
             found, scores, chosen = _surveyed(subject, selection, options, bar, **subject.prepare(texts))
-            found = _annotated(found, tokens=subject.tokenizer, labels=subject.labels)
+            found = found.annotated(tokens=subject.tokenizer, labels=subject.labels)
             report.add(found, [_short(text) for text in texts], scores, subject.labels, chosen=chosen)
     print(report.save(options.report))
     return 0
@@ -151,15 +151,6 @@ def _surveyed(
         **kwargs,
     )
     return found, scores, chosen
-
-
-def _annotated(found: Survey, **notes: Any) -> Survey:
-    findings = [
-        one if one.explanation is None else replace(one, explanation=one.explanation.annotated(**notes))
-        for one in found.findings
-    ]
-    booked = None if found.booked is None else found.booked.annotated(**notes)
-    return replace(found, findings=findings, booked=booked)
 
 
 def _short(text: str) -> str:

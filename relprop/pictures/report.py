@@ -44,7 +44,7 @@ table.plain thead th{font-weight:600;border-bottom:1px solid rgb(var(--quiet)/.5
 table.plain td.number,table.plain th.number{text-align:right;font-variant-numeric:tabular-nums}
 .meter{width:12em}table.plain td.meter{vertical-align:middle}
 .meter span{display:block;height:.7em;border-radius:.2em;background:rgb(var(--negative)/.75)}
-.chosen{font-weight:600}
+table.plain tr.chosen td{font-weight:600}
 details{margin-top:1em}summary{cursor:pointer;font-weight:600}
 .ends{display:flex;justify-content:space-between;width:220px;font-size:.8em;color:rgb(var(--quiet))}
 .scales{display:flex;flex-wrap:wrap;gap:.5em 2.5em;margin:.6em 0 1em}

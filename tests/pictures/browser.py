@@ -27,7 +27,7 @@ def _run(*arguments: str) -> str:
     assert CHROMIUM is not None
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         command = [CHROMIUM, *_FLAGS, f"--user-data-dir={profile}", *arguments]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+        return subprocess.run(command, capture_output=True, text=True, timeout=300, check=True).stdout
 
 
 def screenshot(page: Path, *, dark: bool = False, size: tuple[int, int] = (900, 500)) -> NDArray[np.int64]:

@@ -32,14 +32,6 @@ def found() -> tuple[nn.Module, torch.Tensor, Survey]:
     return model, x, survey(model, x, target=[[3, 7], [1, 1]], methods=QUICK, ledger="attnlrp")
 
 
-def annotated(survey: Survey) -> Survey:
-    def noted(one: Finding) -> Finding:
-        return replace(one, explanation=one.explanation and one.explanation.annotated(labels=LABELS))
-
-    booked = survey.booked and survey.booked.annotated(labels=LABELS)
-    return replace(survey, findings=[noted(one) for one in survey.findings], booked=booked)
-
-
 class TestSurvey:
     def test_answers_are_those_of_explain(self, found: tuple[nn.Module, torch.Tensor, Survey]) -> None:
         model, x, surveyed = found
@@ -76,7 +68,7 @@ class TestSurvey:
 
 @pytest.fixture(scope="module")
 def page(found: tuple[nn.Module, torch.Tensor, Survey]) -> str:
-    report, surveyed = Report("a <model>"), annotated(found[2])
+    report, surveyed = Report("a <model>"), found[2].annotated(labels=LABELS)
     refused = Finding("full", refusal="two sequences & <more>")
     surveyed = replace(surveyed, findings=[*surveyed.findings, refused])
     assert surveyed.booked is not None
@@ -145,15 +137,8 @@ def test_a_text(tmp_path: Path) -> None:
     ids = torch.tensor([[3, 1, 4], [5, 2, 0]])
     given: dict[str, Any] = {"input_ids": ids, "attention_mask": (ids > 0).long()}
     surveyed = survey(Words().eval(), target=[[0], [1]], methods=["gradient_x_input", "attnlrp"], **given)
-    noted = replace(
-        surveyed,
-        findings=[
-            replace(one, explanation=one.explanation and one.explanation.annotated(tokens=Tokenizer()))
-            for one in surveyed.findings
-        ],
-    )
     report = Report("words")
-    report.add(noted, ["first", "second"], torch.rand(2, 3), ["a", "b", "c"])
+    report.add(surveyed.annotated(tokens=Tokenizer()), ["first", "second"], torch.rand(2, 3), ["a", "b", "c"])
     text = report.save(tmp_path / "a.html").read_text()
     assert re.findall(r"<figcaption><span>(.*?)</span>", text) == ["gradient_x_input", "attnlrp"] * 2
     assert text.count(">t5</span>") == 2 and "&lt;pad&gt;" not in text
