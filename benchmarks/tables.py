@@ -121,14 +121,14 @@ def race() -> str:
     path = RESULTS / "peers_cpu.csv"
     if not path.exists():
         return NOT_YET
-    found = [
-        row
-        for row in read_rows(path)
-        if (row["batch"], row["tokens"], row["dtype"]) == ("1", "197", "float32") and row["contender"] in NAMES
-    ]
+    single = [row for row in read_rows(path) if (row["batch"], row["dtype"]) == ("1", "float32")]
+    shortest: dict[str, int] = {}
+    for row in single:
+        shortest[row["model"]] = min(int(row["tokens"]), shortest.get(row["model"], int(row["tokens"])))
+    found = [row for row in single if int(row["tokens"]) == shortest[row["model"]]]
     if not found:
         return NOT_YET
-    models = list(dict.fromkeys(row["model"] for row in found))
+    models = list(shortest)
     cells = {
         (row["contender"], row["model"]): f"{float(row['ratio_to_forward']):.1f} / {int(row['peak_bytes']) / 2**20:.0f}"
         for row in found
@@ -138,11 +138,14 @@ def race() -> str:
     rows = [row for row in rows if set(row[1:]) != {"-"}]
     first = found[0]
     where = (
-        f"Times of the forward pass / MiB beyond the model; batch 1, 197 tokens. {first['device']}, {first['threads']}"
-        f" threads, float32, torch {first['torch']}. A dash is a row with its reason; these, larger batches, longer"
-        " inputs and bfloat16 are in `benchmarks/results/peers_cpu.csv`."
+        f"Times of the forward pass / MiB beyond the model; one input. {first['device']}, {first['threads']}"
+        f" threads, float32, torch {first['torch']}. A dash: no answer or not yet measured; reasons, times and longer"
+        " inputs are in `benchmarks/results/peers_cpu.csv`. llama_1b is cut to 2 of 16 layers, which flatters"
+        " relprop: it computes the last layer's MLP for the one token whose logits are asked, half of the model here."
     )
-    return f"{table(['contender', *models], rows)}\n\n{where}"
+    return (
+        f"{table(['contender', *(f'{model}, {tokens} tokens' for model, tokens in shortest.items())], rows)}\n\n{where}"
+    )
 
 
 TABLES: dict[str, Callable[[], str]] = {

@@ -80,7 +80,7 @@ def serve(pipe: Connection, name: str, folder: Path, options: Options, threads: 
         pipe.send(("first", contestant.first()))
         while pipe.recv():
             pipe.send(("ran", contestant.again()))
-    except (EOFError, KeyboardInterrupt):
+    except (EOFError, BrokenPipeError, KeyboardInterrupt):
         return
     except Exception as problem:
         pipe.send(("failed", reason(problem, options)))

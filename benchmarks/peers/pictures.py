@@ -54,10 +54,9 @@ def _bars(axis: Any, rows: Sequence[Row]) -> None:
     axis.barh([NAMES[row["contender"]] for row in ordered], values, color=colours)
     for place, (row, value) in enumerate(zip(ordered, values, strict=True)):
         axis.text(
-            value * 1.05, place, f"{value:.3g} ms, {float(row['ratio_to_forward']):.1f}x", va="center", fontsize=7
+            value * 1.05, place, f"{value:,.0f} ms, {float(row['ratio_to_forward']):.1f}x", va="center", fontsize=7
         )
-    axis.set_xscale("log")
-    axis.set_xlim(right=max(values) * 6)
+    axis.set_xlim(right=max(values) * 1.4)
     axis.set_xlabel("ms per sample (and times the forward pass)", fontsize=8)
     axis.tick_params(labelsize=8)
     axis.spines[["top", "right"]].set_visible(False)
