@@ -17,7 +17,18 @@ from relprop.methods import METHODS
 
 __all__ = ["describe_installation", "describe_methods", "installation"]
 
-PACKAGES = ("relprop", "torch", "timm", "triton", "numpy", "safetensors", "pillow", "matplotlib", "tqdm")
+PACKAGES = (
+    "relprop",
+    "torch",
+    "timm",
+    "transformers",
+    "triton",
+    "numpy",
+    "safetensors",
+    "pillow",
+    "matplotlib",
+    "tqdm",
+)
 
 _Block = tuple[str, tuple[str, ...]]  # name, paragraphs
 
