@@ -157,13 +157,13 @@ def main() -> None:
     parser.add_argument("--only", choices=tuple(SHAPES), help="this model anew; rows of the other stay")
     options = parser.parse_args()
     path, rows = RESULTS / "generation.csv", []
+    kept = [old for old in read_rows(path) if old["model"] != options.only] if options.only and path.is_file() else []
     for shape, measure in (("small", small), ("1B", large)):
         if options.only in (None, shape):
             for found in measure():
                 rows.append(found)
                 print(found, flush=True)
-    kept = [old for old in read_rows(path) if old["model"] != options.only] if options.only and path.is_file() else []
-    write_rows(path, rows, kept)
+                write_rows(path, rows, kept)
 
 
 if __name__ == "__main__":

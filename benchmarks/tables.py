@@ -103,6 +103,7 @@ def generation() -> str:
     found = read_rows(path)
     rows = [
         [
+            f"{row['model']}, {row['dtype']}",
             f"{row['prompt']} + {row['generated']}",
             row["way"],
             f"{float(row['seconds']):.1f}",
@@ -111,8 +112,8 @@ def generation() -> str:
         ]
         for row in found
     ]
-    where = f"{found[0]['device']}, {found[0]['threads']} threads, float32, torch {found[0]['torch']}"
-    head = ["prompt + generated", "way", "s", "peak MB", "predicted MB"]
+    where = f"{found[0]['device']}, {found[0]['threads']} threads, torch {found[0]['torch']}"
+    head = ["model", "prompt + generated", "way", "s", "peak MB", "predicted MB"]
     return f"{table(head, rows)}\n\n{where}; `benchmarks/results/generation.csv`."
 
 
