@@ -28,9 +28,9 @@ def speed() -> str:
         return NOT_YET
     names = {
         "relprop": "relprop",
-        "relprop_medium": 'relprop, `precision="medium"`',
-        "relprop_bfloat16": 'relprop, bfloat16 model, `precision="medium"`',
         "relprop_stable": "relprop, `chefer_stable`",
+        "relprop_stable_medium": 'relprop, `chefer_stable`, `precision="medium"`',
+        "relprop_stable_bfloat16": 'relprop, `chefer_stable`, bfloat16 model, `precision="medium"`',
         "relprop_tape": "relprop, `tape=True`",
         "relprop_torch": "relprop, plain PyTorch rules",
         "forward_backward": "forward and backward",
