@@ -1,7 +1,8 @@
 """float32 errors of relprop beside those of the authors' code, on the same inputs: is ours any less exact?
 
-The published method amplifies the rounding of the forward pass, so a float32 answer is judged by the authors' own
-float32. Truth is their code in float64. Run: `python -m benchmarks.numerics.float32_parity --reference CHECKOUT`.
+On Vision Transformers, and on BERT with its authors' read-out. The published method amplifies the rounding of the
+forward pass, so a float32 answer is judged by the authors' own float32. Truth is their code in float64. Run:
+`python -m benchmarks.numerics.float32_parity --reference CHECKOUT`.
 """
 
 from __future__ import annotations
@@ -16,14 +17,26 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor, nn
 
 import relprop
 from benchmarks.numerics.intervals import clustered_geometric_mean, geometric_mean
-from benchmarks.numerics.models import Case, doubled, patches, random_case, relative_error, spread
-from benchmarks.numerics.reference import COMMIT, Reference
+from benchmarks.numerics.models import (
+    Case,
+    TextCase,
+    doubled,
+    patches,
+    random_case,
+    random_text_case,
+    relative_error,
+    spread,
+)
+from benchmarks.numerics.reference import COMMIT, Reference, ReferenceBert
 from benchmarks.numerics.rows import RESULTS, markdown, write_rows
 
 METHODS = ("transformer_attribution", "full")
+# The authors' BERT: rows of the maps normalised. Its class token shows another one's value and is left out here.
+BERT: dict[str, Any] = {"composite": "chefer_bert", "method_options": {"normalise": True}}
 BACKENDS = ("torch", "cpp")
 BAR = 1.5  # of the upper confidence bound of ours / theirs
 FIRST_SEED = 300
@@ -33,7 +46,7 @@ FIRST_SEED = 300
 class Errors:
     """Relative errors per input."""
 
-    case: Case
+    case: Case | TextCase
     method: str
     backend: str
     ours: NDArray[np.float64]
@@ -62,6 +75,23 @@ def measure(case: Case, checkout: Path) -> list[Errors]:
     return found
 
 
+def measure_text(case: TextCase, checkout: Path) -> list[Errors]:
+    """Errors of every backend on one BERT."""
+    method, precise = METHODS[0], doubled(case.model)
+    truth = ReferenceBert(checkout, precise).explain(case.ids, case.targets)[:, 1:]
+    theirs = relative_error(ReferenceBert(checkout, case.model).explain(case.ids, case.targets)[:, 1:], truth)
+
+    def error(model: nn.Module, backend: str) -> Tensor:
+        engine = relprop.compile(model, (), case.words, method=method, backend=backend, **BERT)
+        return relative_error(patches(engine(**case.words, target=case.targets).relevance), truth)
+
+    errors = [theirs, error(precise, "torch")]
+    return [
+        Errors(case, method, backend, *(e.numpy() for e in (error(case.model, backend), *errors)))
+        for backend in BACKENDS
+    ]
+
+
 def row(errors: Errors, attention_spread: float) -> dict[str, Any]:
     """One model's row; the sums let a reader recompute every bound."""
     logs = np.log(errors.ratios)
@@ -86,17 +116,19 @@ def row(errors: Errors, attention_spread: float) -> dict[str, Any]:
 
 
 def summarise(found: Sequence[Errors]) -> list[dict[str, Any]]:
-    """Ours / theirs over all models, per method and backend."""
-    groups: dict[tuple[str, str], list[Errors]] = defaultdict(list)
+    """Ours / theirs over all models of a kind, per method and backend."""
+    groups: dict[tuple[str, str, str], list[Errors]] = defaultdict(list)
     for errors in found:
-        groups[errors.method, errors.backend].append(errors)
+        kind = "bert" if isinstance(errors.case, TextCase) else "vit"
+        groups[kind, errors.method, errors.backend].append(errors)
     rows = []
-    for (method, backend), members in groups.items():
+    for (kind, method, backend), members in groups.items():
         pooled = geometric_mean(np.concatenate([m.ratios for m in members]))
         clustered = clustered_geometric_mean([m.ratios for m in members])
         ours, theirs = (np.concatenate([getattr(m, side) for m in members]) for side in ("ours", "theirs"))
         rows.append(
             {
+                "models": kind,
                 "method": method,
                 "backend": backend,
                 "inputs": len(ours),
@@ -132,7 +164,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         found += measured
         uneven = spread(case.model, case.images)
         rows += [row(errors, uneven) for errors in measured]
-    write_rows(options.out, sorted(rows, key=lambda r: (r["method"], r["backend"], r["seed"])))
+    for seed in range(FIRST_SEED, FIRST_SEED + options.models):
+        text = random_text_case(seed, options.inputs)
+        measured = measure_text(text, options.reference)
+        found += measured
+        rows += [row(errors, spread(text.model, **text.words)) for errors in measured]
+    write_rows(options.out, sorted(rows, key=lambda r: (r["method"], r["backend"], r["seed"], r["model"])))
     print(markdown(summarise(found)))
 
 

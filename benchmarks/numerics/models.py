@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -20,6 +21,7 @@ import relprop
 from relprop.demo.model import WEIGHTS, load_model, preprocess
 
 CLASSES = 10
+WORDS = 97
 TRAINED = "digits_vit"
 
 
@@ -63,6 +65,22 @@ class Case:
         return self.name == TRAINED
 
 
+@dataclass(frozen=True)
+class TextCase:
+    """A text classifier of transformers with texts and targets. `ids` [n, N], `targets` [n]"""
+
+    name: str
+    seed: int
+    model: nn.Module
+    ids: Tensor
+    targets: Tensor
+
+    @property
+    def words(self) -> dict[str, Tensor]:
+        """As the model takes them."""
+        return {"input_ids": self.ids, "attention_mask": torch.ones_like(self.ids)}
+
+
 def random_vit(shape: Shape, seed: int) -> VisionTransformer:
     """A random model; see above. Its final norm has the epsilon of the authors' model, 1e-5."""
     model = VisionTransformer(
@@ -74,15 +92,19 @@ def random_vit(shape: Shape, seed: int) -> VisionTransformer:
         num_classes=CLASSES,
     ).eval()
     model.norm.eps = 1e-5
+    return _drawn(model, shape.gain, seed)
+
+
+def _drawn(model: Any, gain: float, seed: int) -> Any:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
             noise = torch.randn(p.shape, generator=generator)
-            if name in ("cls_token", "pos_embed"):
+            if name in ("cls_token", "pos_embed") or "embeddings.weight" in name:
                 p.copy_(0.3 * noise)
             elif p.ndim > 1:
-                p.copy_(noise * shape.gain / p[0].numel() ** 0.5)
-            elif "norm" in name and name.endswith("weight"):
+                p.copy_(noise * gain / p[0].numel() ** 0.5)
+            elif "norm" in name.lower() and name.endswith("weight"):
                 p.copy_(1 + 0.1 * noise)
             else:
                 p.copy_(0.05 * noise)
@@ -96,6 +118,28 @@ def random_case(seed: int, inputs: int) -> Case:
     images = torch.randn(inputs, 3, 32, 32, generator=generator)
     targets = torch.randint(CLASSES, (inputs,), generator=generator)
     return Case(str(shape), seed, random_vit(shape, seed), images, targets)
+
+
+def random_text_case(seed: int, inputs: int) -> TextCase:
+    """A random BERT of a seed's shape, with texts of random words, all of one length that the seed draws."""
+    import transformers
+
+    shape = SHAPES[seed % len(SHAPES)]
+    generator = torch.Generator().manual_seed(2_000_000 + seed)
+    config = transformers.BertConfig(
+        vocab_size=WORDS,
+        hidden_size=shape.dim,
+        num_hidden_layers=shape.depth,
+        num_attention_heads=shape.heads,
+        intermediate_size=4 * shape.dim,
+        max_position_embeddings=32,
+        num_labels=CLASSES,
+    )
+    model = _drawn(transformers.BertForSequenceClassification(config).eval(), shape.gain, seed)
+    length = int(torch.randint(9, 25, (), generator=generator))
+    ids = torch.randint(1, WORDS, (inputs, length), generator=generator)
+    targets = torch.randint(CLASSES, (inputs,), generator=generator)
+    return TextCase(f"bert-{shape}", seed, model, ids, targets)
 
 
 def trained_available() -> bool:
@@ -118,10 +162,10 @@ def doubled(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model).double()
 
 
-def spread(model: nn.Module, images: Tensor) -> float:
+def spread(model: nn.Module, *images: Tensor, **words: Tensor) -> float:
     """Mean over layers of 1 - entropy / log N of the class token's attention: 0 is uniform, 1 is one token."""
-    engine = relprop.compile(model, (images[:2],), method="attention_rollout", backend="torch")
-    maps = [m for (_, name), m in engine.trace(images).maps.items() if name == "attention"]
+    engine = relprop.compile(model, images, words, method="attention_rollout", backend="torch")
+    maps = [m for (_, name), m in engine.trace(*images, **words).maps.items() if name == "attention"]
     rows = torch.stack([m[0, :, :, 0].double() for m in maps])
     entropy = -(rows * rows.clamp(min=1e-30).log()).sum(-1)
     return float(1 - (entropy / torch.tensor(float(rows.shape[-1])).log()).mean())

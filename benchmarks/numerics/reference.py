@@ -100,13 +100,13 @@ class ReferenceBert:
             built.eval().to(weight.device, weight.dtype)
         )
 
-    def explain(self, ids: Tensor, target: int) -> Tensor:
+    def explain(self, ids: Tensor, targets: Tensor) -> Tensor:
         """Relevance of the tokens, one input after the other; the first token's is not theirs. [n, N] float64"""
         answers = []
         with _on_device_of(ids), torch.enable_grad():
-            for row in ids:
+            for row, target in zip(ids, targets, strict=True):
                 mask = torch.ones_like(row[None])
-                found = self.generator.generate_LRP(row[None], mask, index=target, start_layer=0)
+                found = self.generator.generate_LRP(row[None], mask, index=int(target), start_layer=0)
                 answers.append(found.detach().double().flatten())
         return torch.stack(answers)
 

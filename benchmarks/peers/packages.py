@@ -39,14 +39,14 @@ def authors(case: Case, checkout: Path | None) -> Answer:
     """The authors' code on its own model with the case's weights, one sample after the other. [B, N - 1]"""
     if checkout is None:
         raise CannotExplain("no checkout of the authors' code; name one with --reference")
+    targets = torch.full((len(case.inputs),), TARGET)
     if case.family == "timm":
         model: Any = case.model
         theirs = Reference(checkout, model, case.inputs.dtype)
-        targets = torch.full((len(case.inputs),), TARGET)
         return lambda: theirs.explain(case.inputs, targets, "transformer_attribution")
     if case.family == "bert" and case.ids is not None:
         text, ids = ReferenceBert(checkout, case.model.model), case.ids
-        return lambda: text.explain(ids, TARGET)[:, 1:]
+        return lambda: text.explain(ids, targets)[:, 1:]
     raise CannotExplain(f"the authors' code ({COMMIT}) has timm's Vision Transformer and BERT alone")
 
 

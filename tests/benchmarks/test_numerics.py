@@ -197,11 +197,12 @@ def test_localisation_runs() -> None:
 
 
 def test_parity_rows_meet_their_bar() -> None:
-    groups: dict[tuple[str, str], list[dict[str, str]]] = defaultdict(list)
+    groups: dict[tuple[str, bool, str], list[dict[str, str]]] = defaultdict(list)
     for row in rows_of("float32_parity"):
-        groups[row["method"], row["backend"]].append(row)
-        assert float(row["ours_float64_worst"]) < 1e-7
-    assert set(groups) == {(m, b) for m in ("transformer_attribution", "full") for b in ("torch", "cpp")}
+        groups[row["method"], row["model"].startswith("bert-"), row["backend"]].append(row)
+        assert float(row["ours_float64_worst"]) < 1e-6
+    measured = {("transformer_attribution", False), ("full", False), ("transformer_attribution", True)}
+    assert set(groups) == {(*kind, backend) for kind in measured for backend in ("torch", "cpp")}
     for rows in groups.values():
         sizes = np.array([int(r["inputs"]) for r in rows])
         sums = np.array([float(r["sum_log_ratio"]) for r in rows])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import relprop
 from relprop import native_cuda
-from relprop.backends import choose_kernels, cuda
+from relprop.backends import choices, choose_kernels, cuda
 from relprop.errors import BackendError, OptionError
 from relprop.program import JointStream, Kernels
 from relprop.rules import (
@@ -205,9 +205,11 @@ def test_other_methods(method: str) -> None:
     check_method("cuda", method)
 
 
-def test_only_an_explicit_choice_takes_it() -> None:
+def test_only_an_explicit_choice_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is chosen unasked that was not measured: not on a GPU, and not where the emulation stands in."""
     assert relprop.backends()["cuda"] == "available"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(choices, "table", dict)
     assert choose_kernels("auto", torch.float32, torch.device("cuda")) == Kernels()
     model, images = vit(depth=1).float(), random(2, 3, 32, 32).float()
     program = relprop.compile(model, (images,)).program

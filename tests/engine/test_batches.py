@@ -219,7 +219,7 @@ def test_second_compile_comes_from_the_cache(monkeypatch: pytest.MonkeyPatch) ->
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("captured again")
 
-    monkeypatch.setattr("relprop.engine.capture", refuse)
+    monkeypatch.setattr("relprop.plans.capture", refuse)
     assert relprop.compile(model, (x[:1],)).program is first.program
     relprop.compile(model, (x,), method="full")  # one capture serves all methods
     with pytest.raises(AssertionError, match="captured again"):

@@ -24,13 +24,15 @@ LINEAR = frozenset({"linear", "conv", "matmul"})
 # apart, each part hands on the whole; a plain gradient conserves nothing.
 BY_RULE: dict[str, frozenset[str]] = {
     **dict.fromkeys(("attnlrp", "reslrp", "pa_lrp", "epsilon", "gamma", "epsilon_plus"), ATTENTION),
-    **dict.fromkeys(("chefer", "chefer_stable", "chefer_bert", "cp_lrp", "libragrad"), frozenset()),
+    **dict.fromkeys(("chefer", "chefer_stable", "chefer_bert", "chefer_detr", "cp_lrp", "libragrad"), frozenset()),
     "alpha2_beta1": ATTENTION | LINEAR,
     "chefer_original": LINEAR,
     "gradient": ATTENTION | LINEAR | {"norm", "activation", "mul", "add", "pool", "movement"},
 }
 # Biases, in layers and norms, keep their share of a score that is shared out; where the seed is 1 they take none.
-BIASED = frozenset(BY_RULE) - {"chefer", "chefer_stable", "chefer_bert", "chefer_original", "gradient"}
+BIASED = frozenset(BY_RULE) - {
+    *("chefer", "chefer_stable", "chefer_bert", "chefer_detr", "chefer_original", "gradient")
+}
 
 
 @cache

@@ -133,7 +133,7 @@ def test_behind_a_custom_op() -> None:
     model = vit(depth=1).float()
     fused = relprop.compile(model, (IMAGES,), backend="triton", method="full")
     assert fused_kinds(fused)["linear fanout add"] == 1
-    fused._replays = fused._make_replays(True, False)
+    fused._replays = fused._make_replays(True, None)
     compiled = relprop.compile(model, (IMAGES,), backend="triton", method="full")
     replays = fused._replays
     replays._compile = _eager(replays._compile)  # type: ignore[method-assign]
