@@ -60,7 +60,8 @@ def large_products(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Kernels shaped like a matrix product, with 16-bit operands and tiles that the large instructions take.
 
     Left out are layers of few rows; z+ shares of q k in heads of 128 channels or more, whose two sums per row fill the
-    registers (docs/design.md); and float32 operands of 256 channels.
+    registers (docs/design.md); float32 operands of 256 channels; and on sm_100, for whose larger instructions no tiles
+    were chosen there, all heads of 256 channels and float32 operands.
     """
     multiplied = [row for row in rows if "scales" not in row["kernel"]]  # which only adds up
     return [row for row in multiplied if {"bf16", "medium"} & set(row["case"].split("/")) and not small_tiles(row)]
@@ -70,6 +71,8 @@ def small_tiles(row: dict[str, Any]) -> bool:
     parts = set(row["case"].split("/"))
     if "attention_relevance" not in parts:
         return "few" in parts
+    if row["architecture"] == 100:
+        return bool({"medium", "d256"} & parts) or (row["signed"] and "d128" in parts)
     return (row["signed"] and bool({"d128", "d256"} & parts)) or {"medium", "d256"} <= parts
 
 
