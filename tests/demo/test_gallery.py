@@ -20,11 +20,14 @@ KINDS = (
 
 
 def test_committed_pictures() -> None:
-    for path in (FOLDER / f"{kind}.png" for kind in KINDS):
+    drawn = [path for path in FOLDER.iterdir() if not path.name.startswith("race_")]  # of benchmarks.peers.pictures
+    assert sorted(path.stem for path in drawn if path.suffix == ".png") == list(KINDS)
+    for path in drawn:
         assert path.stat().st_size < 150_000, path
-        with Image.open(path) as picture:
-            picture.load()
-            assert picture.width <= 1200
+        if path.suffix == ".png":
+            with Image.open(path) as picture:
+                picture.load()
+                assert picture.width <= 1200
 
 
 def test_opinions() -> None:
@@ -49,7 +52,7 @@ def test_models_know_their_tasks() -> None:
     judge = gallery.train_opinions()
     with torch.no_grad():
         found = judge(**gallery.word_ids(sentences)).logits.argmax(-1)
-    assert float((found == torch.tensor(classes)).float().mean()) > 0.9
+    assert float((found == torch.tensor(classes)).float().mean()) > 0.98
     model = gallery.train_reversal()
     letters = torch.randint(2, len(gallery.LETTERS), (100, 6))
     given = torch.cat([letters, torch.ones(100, 1, dtype=torch.int64)], 1)
