@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,14 +25,17 @@ from relprop.lowering import PassFunction, output_shape
 from relprop.methods import Reading, find_method
 from relprop.methods.sampled import SampledMap
 from relprop.methods.topology import patch_grid
+from relprop.native import available
 from relprop.plans import CACHE, plan_of
 from relprop.program import Program, build_program
+from relprop.recurring import Recurring
 from relprop.replay import CudaRecorder, Recorder, Recording, Replays
 from relprop.tape import CpuRecorder
 from relprop.targets import Target, TargetLike, find_index, resolve_target
-from relprop.weights import DeriveOnce, Weights
+from relprop.weights import DerivedWeights, DeriveOnce, Weights
 
 PRECISIONS = ("highest", "high", "medium")
+TAPED_BACKENDS = ("auto", "cpp", "torch")  # whose work the tape sees
 
 
 def compile(
@@ -48,7 +52,7 @@ def compile(
     latents: Sequence[str] = (),
     compile: bool = False,
     cuda_graph: bool = False,
-    tape: bool = False,
+    tape: bool | None = None,
 ) -> Engine:
     """Capture a model and plan a method on it.
 
@@ -68,8 +72,8 @@ def compile(
         compile: run the pass as one graph through torch.compile, kernels as custom ops in it. Made once per padded
             batch size, which takes long.
         cuda_graph: record the pass as a CUDA graph once per padded batch size, and replay it.
-        tape: the same on the CPU: replay the calls of torch's and this package's kernels, without the plan's Python.
-            It gives the same bits, and most on small models.
+        tape: the same on the CPU: replay the calls of torch's and this package's kernels, without the plan's Python,
+            with the same bits. None does so by itself for small models and batches, once a shape has come twice.
     Returns:
         An engine. A second call for the same model, method and kind of input is served from a cache.
     Raises:
@@ -92,6 +96,14 @@ def compile(
     check_mode(model)
     check_weights(model)
     device, dtype = placement(model, args, dict(kwargs or {}))
+    if cuda_graph and device.type != "cuda":
+        raise BackendError(f"cuda_graph: expected a model on a CUDA device, got one on {device}")
+    if tape and device.type != "cpu":
+        raise BackendError(f"tape: expected a model on the CPU, got one on {device}")
+    if tape and backend not in TAPED_BACKENDS:
+        raise BackendError(f"tape: expected a backend among {', '.join(TAPED_BACKENDS)}, got {backend}")
+    if tape and compile:
+        raise OptionError("tape: expected it without compile, got both")
     kernels = choose_kernels(backend, dtype, device, precision)
     key = (method, rules, _hashable(method_options), backend, dtype, str(device), precision, tuple(latents))
 
@@ -120,15 +132,11 @@ def compile(
                 plan.programs[key, "books"] = build(True)
             return plan.programs[key, "books"]
 
-    if cuda_graph and device.type != "cuda":
-        raise BackendError(f"cuda_graph: expected a model on a CUDA device, got one on {device}")
-    if tape and device.type != "cpu":
-        raise BackendError(f"tape: expected a model on the CPU, got one on {device}")
-    if tape and compile:
-        raise OptionError("tape: expected it without compile, got both")
     engine = Engine(model, plan.captured, program, backend, precision, dtype, device, booked)
     if compile or cuda_graph or tape:
         engine._replay(compile, CudaRecorder(device) if cuda_graph else CpuRecorder() if tape else None)
+    elif tape is None and device.type == "cpu" and backend in TAPED_BACKENDS and available()[0]:
+        engine._replay_what_recurs()
     return engine
 
 
@@ -172,12 +180,18 @@ class Engine:
         found = {spec.placeholder: bool(spec.shape) and spec.shape[0] is None for spec in captured.inputs}
         self._batched = {value.index: found[name] for name, value in program.graph.inputs.items()}
         self._forecast = memory.Forecast(self._probe)
-        self._replays: Replays | None = None
+        self._replays: Replays | Recurring | None = None
 
     def _replay(self, compiled: bool, recorder: Recorder | None) -> None:
         """Explain by runs of fixed shapes from now on."""
         self._one_pass("compile, cuda_graph, tape")
-        self._replays = self._make_replays(compiled, recorder)
+        self._replays = Replays(*self._parts(), compiled=compiled, recorder=recorder)
+
+    def _replay_what_recurs(self) -> None:
+        """Explain by runs of fixed shapes where they pay, if this plan has any."""
+        with contextlib.suppress(OptionError):
+            self._one_pass("tape")
+            self._replays = Recurring(*self._parts())
 
     def _one_pass(self, what: str) -> None:
         if len(self._explained_names()) > 1 or self._pairs():
@@ -192,15 +206,10 @@ class Engine:
                 f" {len(self.program.requirements.latents)} latent(s)"
             )
 
-    def _make_replays(self, compiled: bool, recorder: Recorder | None) -> Replays:
-        return Replays(
-            PassFunction(self.program, self._indices, self._dtype, self._precision),
-            list(self._batched.values()),
-            self._lasting,
-            self._weights.derived,
-            compiled=compiled,
-            recorder=recorder,
-        )
+    def _parts(self) -> tuple[PassFunction, list[bool], Callable[[], list[Tensor]], DerivedWeights]:
+        """What runs of fixed shapes are made from."""
+        function = PassFunction(self.program, self._indices, self._dtype, self._precision)
+        return function, list(self._batched.values()), self._lasting, self._weights.derived
 
     @property
     def _indices(self) -> list[int]:
@@ -275,7 +284,9 @@ class Engine:
 
     def _explained(self, inputs: dict[int, Any], target: TargetLike, ledger: bool, check: bool) -> Explanation:
         if self._replays is not None and not (ledger or check or callable(target)):
-            return self._replayed(self._replays, inputs, target)
+            replayed = self._replayed(self._replays, inputs, target)
+            if replayed is not None:
+                return replayed
         explanation, resolved, reading = self._explain(inputs, target, ledger)
         if not check:
             return explanation
@@ -298,14 +309,17 @@ class Engine:
         limit = trust.threshold(self.program.method.name, self._dtype)
         return replace(explanation, disagreement=disagreement, trustworthy=disagreement <= limit)
 
-    def _replayed(self, replays: Replays, inputs: dict[int, Any], target: TargetLike) -> Explanation:
-        """A run of fixed shapes; the target is checked before it, as nothing within depends on values."""
+    def _replayed(self, replays: Replays, inputs: dict[int, Any], target: TargetLike) -> Explanation | None:
+        """A run of fixed shapes, where there is one; the target is checked before, as nothing within reads values."""
         shape = output_shape(self.program.graph, inputs)
         index, several = None, False
         if target is not None or len(shape) != 2:
             index, several = find_index(target, torch.empty(shape, device="meta"))
             index = index.to(self._device)
-        outcome, layout = replays([inputs[i] for i in self._batched], index)
+        found = replays([inputs[i] for i in self._batched], index)
+        if found is None:
+            return None
+        outcome, layout = found
         targets, batch = outcome.relevance.shape[:2]
         reading = Reading(batch, targets, outcome.profile, explained_tokens=layout.explained_tokens)
         aim = Target(outcome.relevance, outcome.index, several)
@@ -313,7 +327,7 @@ class Engine:
 
     @property
     def recordings(self) -> list[Recording]:
-        """What there is to replay, the one used last at the end; empty without `tape` or `cuda_graph`."""
+        """What there is to replay, the one used last at the end."""
         return [] if self._replays is None else self._replays.recordings
 
     def memory(self, batch: int, *, targets: int = 1) -> int:

@@ -195,18 +195,27 @@ def plain(program: Program) -> Program:
     )
 
 
-def output_shape(graph: Graph, inputs: Mapping[int, Tensor]) -> torch.Size:
-    """The shape that the model's output will have."""
-    known = {
+def known_sizes(graph: Graph, inputs: Mapping[int, Tensor]) -> dict[Any, int]:
+    """What the free sizes are in a call with these inputs, by symbol."""
+    return {
         size.node.expr: real
         for value in graph.inputs.values()
         if value.index in inputs
         for size, real in zip(value.shape, inputs[value.index].shape, strict=True)
         if isinstance(size, torch.SymInt)
     }
+
+
+def shape_within(value: Value, known: Mapping[Any, int]) -> torch.Size:
+    """The shape that a value will have."""
     return torch.Size(
-        int(size.node.expr.subs(known)) if isinstance(size, torch.SymInt) else size for size in graph.output.shape
+        int(size.node.expr.subs(known)) if isinstance(size, torch.SymInt) else size for size in value.shape
     )
+
+
+def output_shape(graph: Graph, inputs: Mapping[int, Tensor]) -> torch.Size:
+    """The shape that the model's output will have."""
+    return shape_within(graph.output, known_sizes(graph, inputs))
 
 
 def opaque(program: Program, weights: DerivedWeights) -> Program:

@@ -117,7 +117,9 @@ class _Noted(DeriveOnce):
 
 
 @dataclass
-class _Made:
+class Made:
+    """A run of fixed shapes."""
+
     run: Run
     layout: Layout
     held: Any  # what the run reads without owning it
@@ -154,14 +156,16 @@ class Replays:
     ) -> None:
         self.function, self.batched, self.weights, self.derived = function, tuple(batched), weights, derived
         self.compiled, self.recorder, self.largest, self.kept = compiled, recorder, largest, kept
-        self._made: OrderedDict[Any, _Made] = OrderedDict()
+        self._made: OrderedDict[Any, Made] = OrderedDict()
         self._lock, self._replaying = threading.Lock(), threading.Lock()
         self._fingerprint: Any = None
 
-    def __call__(self, inputs: Sequence[Tensor], index: Tensor | None) -> tuple[Outcome, Layout]:
+    def __call__(self, inputs: Sequence[Tensor], index: Tensor | None) -> tuple[Outcome, Layout] | None:
         """Args:
-        inputs: in the function's order.
-        index: on the inputs' device, None for the largest output. [B, T, k]
+            inputs: in the function's order.
+            index: on the inputs' device, None for the largest output. [B, T, k]
+        Returns:
+            None where there is no run for these sizes, which only some pools leave open.
         """
         batch = next(len(t) for t, is_batch in zip(inputs, self.batched, strict=True) if is_batch)
         with torch.inference_mode(False), torch.no_grad():  # what is kept may be written to outside of it
@@ -197,12 +201,11 @@ class Replays:
         made = self._find(filled, aimed)
         return _cut(made.run(filled, aimed), batch), made.layout
 
-    def _find(self, inputs: Sequence[Tensor], index: Tensor | None) -> _Made:
-        weights = list(self.weights())
-        fingerprint = [(t.data_ptr(), -1 if t.is_inference() else t._version) for t in weights]
-        aimed = None if index is None else tuple(index.shape)
-        key = (*(tuple(t.shape) for t in inputs), aimed, torch.get_num_threads())
+    def _find(self, inputs: Sequence[Tensor], index: Tensor | None) -> Made:
+        key = run_key(inputs, index)
         with self._lock:
+            weights = list(self.weights())
+            fingerprint = [(t.data_ptr(), -1 if t.is_inference() else t._version) for t in weights]
             if fingerprint != self._fingerprint:
                 self._made.clear()
                 self._fingerprint = fingerprint
@@ -214,7 +217,7 @@ class Replays:
             self._made.move_to_end(key)
         return made
 
-    def _make(self, inputs: Sequence[Tensor], weights: list[Tensor], index: Tensor | None) -> _Made:
+    def _make(self, inputs: Sequence[Tensor], weights: list[Tensor], index: Tensor | None) -> Made:
         noted = _Noted(self.function.program.graph, self.derived)
         self.function([*inputs, *weights], index, noted)
         layout = self.function.layout
@@ -230,9 +233,9 @@ class Replays:
                 return self.function([*given, *weights], aimed, noted, layout.explained_tokens)
 
         if self.recorder is None:
-            return _Made(run, layout, held)
+            return Made(run, layout, held)
         run, recording = self._record(run, inputs, index, self.recorder)
-        return _Made(run, layout, held, recording)
+        return Made(run, layout, held, recording)
 
     def _compile(
         self,
@@ -278,6 +281,12 @@ class Replays:
             return outcome_of(found)
 
         return replayed, recording
+
+
+def run_key(inputs: Sequence[Tensor], index: Tensor | None) -> Any:
+    """What a run is fixed to."""
+    aimed = None if index is None else tuple(index.shape)
+    return (*(tuple(t.shape) for t in inputs), aimed, torch.get_num_threads())
 
 
 def _cut(outcome: Outcome, batch: int) -> Outcome:

@@ -31,6 +31,10 @@ _ZEROS = (_aten.zeros.default, _aten.new_zeros.default, _aten.zeros_like.default
 _EMPTY = (_aten.empty.memory_format, _aten.empty_strided.default, _aten.new_empty.default, _aten.empty_like.default)
 
 
+class NotTaped(OptionError):
+    """A run that cannot be written down, or takes more memory than it may."""
+
+
 _Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 
 
@@ -51,19 +55,24 @@ class _Noted:
 class _Notes(TorchDispatchMode):
     """Notes every operation; all tensors live on, so that an address means one tensor."""
 
-    def __init__(self, tape: Any) -> None:
+    def __init__(self, tape: Any, most: int | None) -> None:
         super().__init__()
-        self.tape, self.ops = tape, list[_Noted]()
+        self.tape, self.most, self.ops = tape, most, list[_Noted]()
+        self.nbytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(tag in func.tags for tag in _VALUES) or _is_random(func, args, kwargs or {}):
-            raise OptionError(f"tape: expected a pass that depends on no value and no chance, got {func}")
+            raise NotTaped(f"tape: expected a pass that depends on no value and no chance, got {func}")
         kernels = len(self.tape)
         result = func(*args, **(kwargs or {}))
         made = [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor)]
         if any(t.layout is not torch.strided or t.is_neg() or t.is_conj() for t in made):
-            raise OptionError(f"tape: expected tensors with memory of their own, got another kind from {func}")
-        self.ops.append(_Noted(func, args, kwargs or {}, made, kernels))
+            raise NotTaped(f"tape: expected tensors with memory of their own, got another kind from {func}")
+        noted = _Noted(func, args, kwargs or {}, made, kernels)
+        self.ops.append(noted)
+        self.nbytes += 0 if func._schema.is_mutable or _is_view(noted) else sum(t.nbytes for t in made)
+        if self.most is not None and self.nbytes > self.most:
+            raise NotTaped(f"tape: expected a pass that makes at most {self.most} bytes, got more at {func}")
         return result
 
 
@@ -75,9 +84,9 @@ def _is_random(op: Any, args: Any, kwargs: dict[str, Any]) -> bool:
     return "dropout_p" not in {a.name for a in op._schema.arguments} or given.get("dropout_p", 0.0) != 0.0
 
 
-def _record(run: Callable[[], Sequence[Tensor]]) -> tuple[Sequence[Tensor], list[_Noted], Any]:
+def _record(run: Callable[[], Sequence[Tensor]], most: int | None) -> tuple[Sequence[Tensor], list[_Noted], Any]:
     tape = _C.Tape()
-    notes = _Notes(tape)
+    notes = _Notes(tape, most)
     with fresh_results(), notes:
         tape.start()
         try:
@@ -167,16 +176,21 @@ def _into(op: Any) -> tuple[Any, list[str]] | None:
 
 
 class CpuRecorder:
-    """Records runs on the CPU; all recordings share one block of memory, as large as the largest needs."""
+    """Records runs on the CPU; all recordings share one block of memory, as large as the largest needs.
 
-    def __init__(self) -> None:
+    Args:
+        most: bytes that a run may make in all, which are alive together while it is recorded; None for no limit.
+    """
+
+    def __init__(self, most: int | None = None) -> None:
+        self.most = most
         self._block = torch.empty(0, dtype=torch.uint8)
 
     def __call__(self, run: Callable[[], Sequence[Tensor]]) -> _CpuRecording:
         """Raises:
-        OptionError: the run depends on values.
+        NotTaped: the run depends on values, or makes too much.
         """
-        return _CpuRecording(self, *_record(run))
+        return _CpuRecording(self, *_record(run, self.most))
 
     def block(self, nbytes: int) -> Tensor:
         """Memory of at least this size, aligned for the kernels."""

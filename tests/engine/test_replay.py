@@ -106,10 +106,10 @@ def images(batch: int, seed: int = 0) -> Tensor:
 
 def recorded(model: nn.Module, **options: Any) -> tuple[Engine, FakeRecorder, Engine]:
     """An engine whose runs are recorded by the stand-in, and a plain one."""
-    settings = {"composite": "chefer_stable", **options}
+    settings = {"composite": "chefer_stable", "tape": False, **options}
     engine, plain = (relprop.compile(model, (images(2),), **settings) for _ in range(2))
     recorder = FakeRecorder()
-    engine._replays = engine._make_replays(False, recorder)
+    engine._replay(False, recorder)
     return engine, recorder, plain
 
 

@@ -145,6 +145,8 @@ def test_what_cannot_be_taped() -> None:
         relprop.compile(vit(), (images(2),), tape=True, compile=True)
     with pytest.raises(BackendError, match="tape: expected a model on the CPU, got one on meta"):
         relprop.compile(vit().to("meta"), (images(2).to("meta"),), tape=True)
+    with pytest.raises(BackendError, match="tape: expected a backend among auto, cpp, torch, got triton"):
+        relprop.compile(vit(), (images(2),), tape=True, backend="triton")
     recorder = CpuRecorder()
     with pytest.raises(
         OptionError, match="tape: expected a pass that depends on no value and no chance, got aten.rand"

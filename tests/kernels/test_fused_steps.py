@@ -128,12 +128,18 @@ def test_program_names_them() -> None:
     assert "triton (fused)" in printed and "in step " in printed
 
 
+def test_never_taped() -> None:
+    """A tape does not see what the kernels do."""
+    fused, plain = engines()
+    assert fused._replays is None and plain._replays is not None
+
+
 def test_behind_a_custom_op() -> None:
     """As one graph, for `torch.compile`."""
     model = vit(depth=1).float()
     fused = relprop.compile(model, (IMAGES,), backend="triton", method="full")
     assert fused_kinds(fused)["linear fanout add"] == 1
-    fused._replays = fused._make_replays(True, None)
+    fused._replay(True, None)
     compiled = relprop.compile(model, (IMAGES,), backend="triton", method="full")
     replays = fused._replays
     replays._compile = _eager(replays._compile)  # type: ignore[method-assign]
