@@ -61,7 +61,7 @@ def word_ids(sentences: Sequence[Sequence[str]]) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def train_opinions(steps: int = 400, seed: int = 0) -> nn.Module:
+def train_opinions(steps: int = 800, seed: int = 0) -> nn.Module:
     """A BERT of two layers that tells good from bad."""
     transformers = needed("transformers", by="relprop.demo.gallery")
     torch.manual_seed(seed)
