@@ -26,10 +26,26 @@ from relprop.images import find_images, load_image, prepare_output
 from relprop.methods import Method, find_method
 from relprop.pictures import enlarge, overlay, panel, require, save_png
 
-__all__ = ["batches", "collect", "explain_images", "output_names", "parse_options", "stack_targets"]
+__all__ = ["batches", "collect", "explain_images", "image_subject", "output_names", "parse_options", "stack_targets"]
 
 _SIDE = 320  # pixels of a picture's longer side, at least
 _LONGEST = 80  # characters of an image's name that its outputs keep
+
+
+def image_subject(options: argparse.Namespace) -> tuple[Subject, Selection]:
+    """The image model that the options name, and which of its classes are explained.
+
+    Raises:
+        RelpropError: model or target.
+    """
+    subject = load_subject(
+        options.model,
+        arch=options.arch,
+        weights=options.weights,
+        image_size=options.image_size,
+        device=options.device,
+    )
+    return subject, parse_target(options.target, subject.labels, multi_label=subject.multi_label)
 
 
 def explain_images(options: argparse.Namespace) -> int:
@@ -48,14 +64,7 @@ def explain_images(options: argparse.Namespace) -> int:
     paths, failed = collect(options.images, out)
     if not paths:
         return conclude(failed, failed)
-    subject = load_subject(
-        options.model,
-        arch=options.arch,
-        weights=options.weights,
-        image_size=options.image_size,
-        device=options.device,
-    )
-    selection = parse_target(options.target, subject.labels, multi_label=subject.multi_label)
+    subject, selection = image_subject(options)
     if not method.uses_target:
         if options.target is not None:
             say(f"note: {method.name} is the same for every class; --target is not used")

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from relprop.cli.explain import batches, collect, parse_options, stack_targets
-from relprop.cli.models import Subject, load_subject
+from relprop.cli.explain import batches, collect, image_subject, parse_options, stack_targets
+from relprop.cli.models import Subject
 from relprop.cli.output import Progress, conclude
 from relprop.cli.targets import Selection, parse_target, short_label
 from relprop.cli.texts import TextSubject, load_text_subject
@@ -40,14 +40,7 @@ def report_images(options: argparse.Namespace) -> int:
     paths = [path for path in paths if path.resolve() != options.report.resolve()]
     if not paths:
         return conclude(failed, failed)
-    subject = load_subject(
-        options.model,
-        arch=options.arch,
-        weights=options.weights,
-        image_size=options.image_size,
-        device=options.device,
-    )
-    selection = parse_target(options.target, subject.labels, multi_label=subject.multi_label)
+    subject, selection = image_subject(options)
     report, progress = Report(subject.name), Progress()
     labels = [short_label(subject.labels, index) for index in range(len(subject.labels))]
     with _bar(len(paths)) as bar:

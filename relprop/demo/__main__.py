@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,9 +9,9 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from relprop.cli import guarded
 from relprop.cli.explain import stack_targets
-from relprop.demo.bundle import bundled_scenes
+from relprop.demo.bundled import bundled_scenes
+from relprop.demo.command import draw_into_folder
 from relprop.demo.model import CLASS_NAMES, load_model, preprocess
 from relprop.engine import explain
 from relprop.images import prepare_output
@@ -56,19 +55,8 @@ def explain_scenes(out: str | Path) -> list[Path]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; see `--help`."""
-    parser = argparse.ArgumentParser(
-        prog="python -m relprop.demo", description="Explain the bundled scenes of two digits, digit by digit."
-    )
-    parser.add_argument("--out", type=Path, default=Path("demo-output"), help="folder of the pictures; %(default)s")
-    parser.add_argument("--debug", action="store_true", help="show a traceback with an error")
-    options = parser.parse_args(arguments)
-
-    def run() -> int:
-        for path in explain_scenes(options.out):
-            print(path)
-        return 0
-
-    return guarded(run, debug=options.debug)
+    says = "Explain the bundled scenes of two digits, digit by digit."
+    return draw_into_folder(explain_scenes, arguments, prog="python -m relprop.demo", says=says, out="demo-output")
 
 
 if __name__ == "__main__":

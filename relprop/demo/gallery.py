@@ -7,7 +7,6 @@ chromium is on the PATH.
 
 from __future__ import annotations
 
-import argparse
 import random
 import shutil
 import subprocess
@@ -22,9 +21,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 import relprop
-from relprop.cli import guarded
 from relprop.compat.engines import needed
 from relprop.demo.bundled import bundled_scenes
+from relprop.demo.command import draw_into_folder
 from relprop.demo.model import CLASS_NAMES, load_model, preprocess
 from relprop.images import prepare_output
 from relprop.pictures import compare, ledger_picture, save_png
@@ -213,17 +212,10 @@ def _photographed(page: Path, folder: Path, size: tuple[int, int]) -> list[Path]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; see `--help`."""
-    parser = argparse.ArgumentParser(prog="python -m relprop.demo.gallery", description="One picture of every kind.")
-    parser.add_argument("--out", type=Path, default=Path("demo-output/gallery"), help="folder; %(default)s")
-    parser.add_argument("--debug", action="store_true", help="show a traceback with an error")
-    options = parser.parse_args(arguments)
-
-    def run() -> int:
-        for path in draw_gallery(options.out):
-            print(path)
-        return 0
-
-    return guarded(run, debug=options.debug)
+    says = "One picture of every kind."
+    return draw_into_folder(
+        draw_gallery, arguments, prog="python -m relprop.demo.gallery", says=says, out="demo-output/gallery"
+    )
 
 
 if __name__ == "__main__":
