@@ -3,14 +3,21 @@
 Texts have 64 tokens. Large decoders keep their width and are cut to a few layers: column `layers_left_out`.
 
 Each model runs in a process of its own, so that one that fails or runs out of memory costs no row but its own. A row
-has the seconds that compilation and one explanation take, the latter also in forward passes, and the largest error by
-which the ledger fails to close in float32, relative to the largest sum in it.
+says that the model runs at this size, how long it takes and how well its books close. Columns:
+
+- compile_core_s, explain_core_s, forward_core_s: seconds of the processor, summed over its cores, and not of the clock:
+  these rows are taken beside other work. The smaller of two calls that explanation and forward pass make
+  in turn, after one each that does not count.
+- ratio_to_forward: the median of their ratios in the same round.
+- peak_mb: the process's memory at its highest, weights and libraries included.
+- ledger_error: the largest error by which the ledger fails to close in float32, relative to the largest sum in it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import resource
 import subprocess
 import sys
 import time
@@ -23,12 +30,17 @@ from torch import nn
 
 import relprop
 from benchmarks.numerics.rows import RESULTS, markdown, read_rows, write_rows
+from benchmarks.timing import in_turn, spread
 from tests.families import text_models
 from tests.families.catalogue import Family, Inputs
 from tests.families.vision_models import VISION
 
 LENGTH = 64
-COLUMNS = ("compile_seconds", "explain_seconds", "forward_seconds", "ratio_to_forward", "ledger_error")
+ROUNDS = 2
+COLUMNS = (
+    *("method", "parameters", "compile_core_s", "explain_core_s", "forward_core_s"),
+    *("ratio_to_forward", "peak_mb", "ledger_error"),
+)
 
 
 def text_family(name: str) -> Family:
@@ -67,17 +79,6 @@ def left_out(name: str) -> int:
     return family.cut - family.full["num_hidden_layers"] if family is not None and family.cut and family.full else 0
 
 
-def seconds_of(run: Callable[[], Any]) -> float:
-    """The faster of two calls after one for warming up."""
-    run()
-    found = []
-    for _ in range(2):
-        start = time.perf_counter()
-        run()
-        found.append(time.perf_counter() - start)
-    return min(found)
-
-
 def measure(family: Family, batch: int, composite: str) -> dict[str, Any]:
     """One row."""
     assert family.full is not None
@@ -85,18 +86,25 @@ def measure(family: Family, batch: int, composite: str) -> dict[str, Any]:
     model, make = family.full()
     inputs = make(batch)
     method = "full" if family.refusal else "transformer_attribution"
-    start = time.perf_counter()
+    start = time.process_time()
     engine = relprop.compile(model, (), inputs, method=method, composite=composite, output=family.output)
-    compiled = time.perf_counter() - start
-    explained = seconds_of(lambda: engine(**inputs, target=family.target))
-    with torch.inference_mode():
-        forward = seconds_of(lambda: model(**inputs))
+    compiled = time.process_time() - start
+    with torch.no_grad():
+        runs = {"explain": lambda: engine(**inputs, target=family.target), "forward": lambda: model(**inputs)}
+        times = in_turn(runs, ROUNDS, time.process_time)
     books = engine(**inputs, target=family.target, ledger=True).ledger
     assert books is not None
     largest = max(1.0, *(float(entry.arriving.abs().max()) for entry in books.entries))
-    error = float(books.imbalance.abs().max()) / largest
-    values = (compiled, explained, forward, explained / forward, error)
-    return {"method": method, **dict(zip(COLUMNS, values, strict=True))}
+    return {
+        "method": method,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "compile_core_s": compiled,
+        "explain_core_s": min(times["explain"]),
+        "forward_core_s": min(times["forward"]),
+        "ratio_to_forward": spread(times["explain"], times["forward"])["ratio_to_forward"],
+        "peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10),
+        "ledger_error": float(books.imbalance.abs().max()) / largest,
+    }
 
 
 def in_own_process(family: Family, batch: int, composite: str) -> dict[str, Any]:
@@ -108,7 +116,7 @@ def in_own_process(family: Family, batch: int, composite: str) -> dict[str, Any]
         found, failure = json.loads(done.stdout.splitlines()[-1]), ""
     else:
         lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-        found, failure = dict.fromkeys(("method", *COLUMNS), ""), lines[-1]
+        found, failure = dict.fromkeys(COLUMNS, ""), lines[-1]
     head = {"model": family.name, "layers_left_out": left_out(family.name), "batch": batch, "composite": composite}
     return {**head, **found, "failure": failure}
 
@@ -136,6 +144,8 @@ def main() -> None:
         rows.append(in_own_process(known[name], options.batch, options.composite))
         print(markdown(rows[-1:]), flush=True)
         write_rows(options.out, rows, kept)
+        order = list(known)
+        write_rows(options.out, (), sorted(read_rows(options.out), key=lambda row: order.index(row["model"])))
     sys.exit(1 if any(row["failure"] for row in rows) else 0)
 
 

@@ -184,7 +184,12 @@ DEBERTA = {
 }
 BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
 WIDE = {"hidden_size": 4096, "num_hidden_layers": 2, "num_attention_heads": 32, "num_key_value_heads": 8}
-LLAMA_1B = {**WIDE, "hidden_size": 2048, "intermediate_size": 8192, "head_dim": 64, "vocab_size": 128256}
+LLAMA_1B = {**WIDE, "hidden_size": 2048, "num_hidden_layers": 16, "intermediate_size": 8192, "head_dim": 64}
+LLAMA_1B |= {"vocab_size": 128256, "tie_word_embeddings": True}
+QWEN3_600M = {**WIDE, "hidden_size": 1024, "num_hidden_layers": 28, "num_attention_heads": 16, "head_dim": 128}
+QWEN3_600M |= {"intermediate_size": 3072, "tie_word_embeddings": True}
+GEMMA3_1B = {"hidden_size": 1152, "num_hidden_layers": 26, "num_attention_heads": 4, "num_key_value_heads": 1}
+GEMMA3_1B |= {"intermediate_size": 6912, "head_dim": 256, "vocab_size": 262144, "sliding_window": 512}
 
 FAMILIES: dict[str, Family] = {
     "bert": Family(
@@ -257,7 +262,6 @@ FAMILIES: dict[str, Family] = {
         last_token,
         tolerance=1e-5,
         full=LLAMA_1B,
-        cut=16,
     ),
     "mistral": Family(
         "Mistral (sliding window)",
@@ -278,8 +282,7 @@ FAMILIES: dict[str, Family] = {
         decoder,
         last_token,
         tolerance=1e-5,
-        full={**WIDE, "intermediate_size": 12288, "head_dim": 128},
-        cut=36,
+        full=QWEN3_600M,
     ),
     "gemma3": Family(
         "Gemma 3 (soft-capping, sliding window)",
@@ -297,8 +300,7 @@ FAMILIES: dict[str, Family] = {
         decoder,
         last_token,
         tolerance=1e-5,
-        full={"num_hidden_layers": 6},
-        cut=26,
+        full=GEMMA3_1B,
     ),
     "mixtral": Family(
         "Mixtral (experts as `batched_mm`)",
