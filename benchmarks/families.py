@@ -6,8 +6,8 @@ Each model runs in a process of its own, so that one that fails or runs out of m
 says that the model runs at this size, how long it takes and how well its books close. Columns:
 
 - compile_core_s, explain_core_s, forward_core_s: seconds of the processor, summed over its cores, and not of the clock:
-  these rows are taken beside other work. The smaller of two calls that explanation and forward pass make
-  in turn, after one each that does not count.
+  these rows are taken beside other work. The smaller of two calls that explanation and forward pass make in turn,
+  after one each that does not count.
 - ratio_to_forward: the median of their ratios in the same round.
 - peak_mb: the process's memory at its highest, weights and libraries included.
 - ledger_error: the largest error by which the ledger fails to close in float32, relative to the largest sum in it.
@@ -94,7 +94,7 @@ def measure(family: Family, batch: int, composite: str) -> dict[str, Any]:
         times = in_turn(runs, ROUNDS, time.process_time)
     books = engine(**inputs, target=family.target, ledger=True).ledger
     assert books is not None
-    largest = max(1.0, *(float(entry.arriving.abs().max()) for entry in books.entries))
+    largest = max(float(entry.arriving.abs().max()) for entry in books.entries)
     return {
         "method": method,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
