@@ -42,10 +42,14 @@ def golden(case: str) -> tuple[nn.Module, dict[str, Tensor]]:
     return model.double().eval(), tensors
 
 
+SEEDS = pytest.mark.parametrize("seed", [0, 1])
+
+
+@SEEDS
 @pytest.mark.parametrize(("name", "start"), [("default", -1), ("start0", 0), ("start1", 1)])
-def test_clip(name: str, start: int) -> None:
+def test_clip(name: str, start: int, seed: int) -> None:
     """As the notebook calls it."""
-    model, tensors = golden("clip_A_seed0")
+    model, tensors = golden(f"clip_A_seed{seed}")
     img, text = tensors["inputs/pixel_values"], tensors["inputs/input_ids"]
     R_text, R_image = interpret(
         model=model, image=img, texts=text, device="cpu", start_layer=start, start_layer_text=start
@@ -65,15 +69,16 @@ LXMERT: dict[str, dict[str, Any]] = {
 }
 
 
-def lxmert() -> tuple[nn.Module, dict[str, Tensor], dict[str, Tensor]]:
-    model, tensors = golden("lxmert_A_seed0")
+def lxmert(seed: int = 0) -> tuple[nn.Module, dict[str, Tensor], dict[str, Tensor]]:
+    model, tensors = golden(f"lxmert_A_seed{seed}")
     names = ("input_ids", "attention_mask", "visual_feats", "visual_pos")
     return model, {name: tensors[f"inputs/{name}"] for name in names}, tensors
 
 
+@SEEDS
 @pytest.mark.parametrize("name", sorted(LXMERT))
-def test_lxmert(name: str) -> None:
-    model, given, tensors = lxmert()
+def test_lxmert(name: str, seed: int) -> None:
+    model, given, tensors = lxmert(seed)
     generator = GeneratorOurs(model)
     for t in range(2):
         targets = tensors["inputs/targets"][:, t]
@@ -90,6 +95,7 @@ def test_lxmert(name: str) -> None:
                     assert relative(both[i], expected) < 1e-6
 
 
+@SEEDS
 @pytest.mark.parametrize(
     ("name", "targeted"),
     [
@@ -100,8 +106,8 @@ def test_lxmert(name: str) -> None:
         ("rollout", False),
     ],
 )
-def test_lxmert_baselines(name: str, targeted: bool) -> None:
-    model, given, tensors = lxmert()
+def test_lxmert_baselines(name: str, targeted: bool, seed: int) -> None:
+    model, given, tensors = lxmert(seed)
     generate = getattr(GeneratorBaselines(model), f"generate_{name}")
     for t in range(2):
         targets = tensors["inputs/targets"][:, t]
@@ -157,9 +163,10 @@ DETR: dict[str, dict[str, Any]] = {
 }
 
 
+@SEEDS
 @pytest.mark.parametrize("name", sorted(DETR))
-def test_detr(name: str) -> None:
-    model, tensors = golden("detr_A_seed0")
+def test_detr(name: str, seed: int) -> None:
+    model, tensors = golden(f"detr_A_seed{seed}")
     x, generator = tensors["inputs/pixel_values"], DetrGenerator(model)
     for i in range(2):
         for t, (query, index) in enumerate(tensors["inputs/targets"][i].tolist()):
@@ -180,9 +187,10 @@ def test_detr(name: str) -> None:
 DETR_BASELINES = ("transformer_att", "partial_lrp", "attn_gradcam", "raw_attn", "rollout")
 
 
+@SEEDS
 @pytest.mark.parametrize("name", DETR_BASELINES)
-def test_detr_baselines(name: str) -> None:
-    model, tensors = golden("detr_A_seed0")
+def test_detr_baselines(name: str, seed: int) -> None:
+    model, tensors = golden(f"detr_A_seed{seed}")
     x, generate = tensors["inputs/pixel_values"], getattr(DetrGenerator(model), f"generate_{name}")
     for i in range(2):
         for t, (query, index) in enumerate(tensors["inputs/targets"][i].tolist()):
@@ -196,9 +204,10 @@ def test_detr_baselines(name: str) -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_detr_with_relevance() -> None:
+@SEEDS
+def test_detr_with_relevance(seed: int) -> None:
     """The original scales what each linear layer passes on, so numbers agree to 1e-5 only."""
-    model, tensors = golden("detr_A_seed0")
+    model, tensors = golden(f"detr_A_seed{seed}")
     x, generator = tensors["inputs/pixel_values"], DetrGenerator(model)
     for i in range(2):
         for t, (query, index) in enumerate(tensors["inputs/targets"][i].tolist()):

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import relprop
 from relprop.compat import zennit as ours
 from relprop.compat.zennit import EpsilonGammaBox, EpsilonPlus, EpsilonPlusFlat, Gradient
 from relprop.errors import OptionError, ShapeError, TargetError, UnsupportedOpError
-from tests.engine.models import relative, vit
+from relprop.rules import Stabiliser
+from tests.engine.models import GOLDEN, relative, vit
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -70,6 +73,58 @@ def test_composites(name: str, given: str) -> None:
     output, found = Gradient(model, composite)(data, seed)
     assert torch.allclose(output, expected_output)
     assert relative(found, expected) < 1e-6
+
+
+def everywhere(rule: str, **parameters: Any) -> ours.LayerMap:
+    """One rule for all linear layers and convolutions; relevance passes activations as it is."""
+    layers = ((nn.Linear, nn.Conv2d), rule, {"stabiliser": Stabiliser(1e-6), **parameters})
+    return ours.LayerMap((((nn.ReLU,), "identity", {}), layers))
+
+
+GOLDEN_COMPOSITES = {
+    "EpsilonPlus": EpsilonPlus(),
+    "EpsilonPlusFlat": EpsilonPlusFlat(),
+    "EpsilonAlpha2Beta1": ours.EpsilonAlpha2Beta1(),
+    "EpsilonAlpha2Beta1Flat": ours.EpsilonAlpha2Beta1Flat(),
+    "EpsilonGammaBox": EpsilonGammaBox(low=-3.0, high=3.0),
+    "LayerMap_all_Epsilon1e-6": everywhere("epsilon"),
+    "LayerMap_all_Epsilon0.25": everywhere("epsilon", stabiliser=Stabiliser(0.25)),
+    "LayerMap_all_Gamma0.25": everywhere("gamma", gamma=0.25),
+    "LayerMap_all_ZPlus": everywhere("alpha_beta", alpha=1.0, beta=0.0, bias=True),
+    "LayerMap_all_AlphaBeta2_1": everywhere("alpha_beta", alpha=2.0, beta=1.0, bias=True),
+}
+GOLDEN_CASES = {c["case"]: c for c in json.loads((GOLDEN / "manifest_zennit.json").read_text())["cases"]}
+NETWORKS = {
+    "zennit_mlp": lambda: nn.Sequential(
+        *(nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU()),
+        *(nn.Linear(32, 24), nn.ReLU(), nn.Linear(24, 10)),
+    ),
+    "zennit_cnn": lambda: nn.Sequential(
+        *(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 12, 3, stride=2, padding=1), nn.ReLU()),
+        *(nn.MaxPool2d(2), nn.Conv2d(12, 16, 3, padding=1), nn.ReLU(), nn.AvgPool2d(2), nn.Flatten()),
+        *(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", sorted(GOLDEN_COMPOSITES))
+@pytest.mark.parametrize("case", sorted(GOLDEN_CASES))
+def test_golden(case: str, name: str) -> None:
+    """Numbers that zennit gave, of small networks of plain torch."""
+    methods = set(GOLDEN_CASES[case]["methods"])
+    assert methods <= {f"zennit/{known}" for known in GOLDEN_COMPOSITES}
+    if f"zennit/{name}" not in methods:
+        assert name == "EpsilonGammaBox" and case.startswith("zennit_mlp")  # a box is of pixels
+        return
+    tensors = load_file(GOLDEN / f"{case}.safetensors")
+    model = NETWORKS[case.rsplit("_", 1)[0]]()
+    model.load_state_dict({k.removeprefix("weights/"): v for k, v in tensors.items() if k.startswith("weights/")})
+    x, targets = tensors["inputs/x"].double(), tensors["inputs/targets"]
+    attributor = Gradient(model.double().eval(), GOLDEN_COMPOSITES[name])
+    for t in range(targets.shape[1]):
+        logits, found = attributor(x, torch.eye(10, dtype=torch.float64)[targets[:, t]])
+        assert relative(found, tensors[f"expected/zennit/{name}"][:, t]) < 1e-12
+        assert float((logits - tensors["expected/logits"]).abs().max()) < 1e-12
 
 
 def test_rules_by_the_modules_name() -> None:
