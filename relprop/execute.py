@@ -117,8 +117,10 @@ class Sweep:
         self.entries: list[LedgerEntry] | None = [] if ledger else None
         self.wanted_values = program.requirements.values
         self.kept = {name: {v.index for v, of in self.wanted_values if of == name} for name in program.seeds}
-        if "relevance" in self.kept:
-            self.kept["relevance"] |= {value.index for value in program.requirements.latents.values()}
+        self.latent_stream = program.requirements.latent_stream or "relevance"
+        if self.latent_stream in self.kept:
+            latents = program.requirements.latents.values()
+            self.kept[self.latent_stream] |= {value.index for value in latents}
 
     def run(self, seed: Tensor) -> Ledger | None:
         """Seed every stream at the output and walk.
@@ -149,11 +151,12 @@ class Sweep:
     def latents(self, several: bool) -> dict[str, Latent]:
         """Relevance at the values that the plan keeps by name; call it after `run`."""
         found: dict[str, Latent] = {}
+        times_value = self.latent_stream == "gradient" or self.program.gradient_form
         for name, value in self.program.requirements.latents.items():
-            activation, stream = self.activations[name], self.streams["relevance"].get(value.index)
+            activation, stream = self.activations[name], self.streams[self.latent_stream].get(value.index)
             if stream is None:
                 stream = activation.new_zeros(self.reading.targets, *activation.shape, dtype=self.dtype)
-            found[name] = make_latent(value, activation, stream, self.program.gradient_form, several)
+            found[name] = make_latent(value, activation, stream, times_value, several)
         return found
 
     def _collect(self) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from relprop import cost
 from relprop.composites import Composite
+from relprop.errors import OptionError
 from relprop.graph import Graph, Node, Value, leaves
 from relprop.latents import latent_values
 from relprop.methods.base import Method, Readout, Requirements
@@ -353,11 +354,14 @@ def build_program(
         books: walk relevance itself also where a modified gradient would do, for a ledger or a trace.
         latents: module paths at whose outputs relevance is kept.
     Raises:
+        OptionError: latents of a method of several passes.
         UnsupportedOpError: operations without a rule; all are named.
         UnsupportedTopologyError: the method does not apply to this structure.
     """
     readout = method.make_readout(options).resolve(graph)
     requirements = replace(readout.require(graph), latents=latent_values(graph, latents))
+    if latents and requirements.latent_stream is None:
+        raise OptionError(f"latents: expected a method of one pass, got {method.name}, a mean over several")
     streams: dict[str, dict[Node, Rule]] = {}
     gradient = make_rule("any", "gradient")
     if _uses(requirements, "gradient"):
@@ -461,7 +465,7 @@ def _fused(steps: tuple[ReverseStep, ...], requirements: Requirements, kernels: 
 
 
 def _uses(requirements: Requirements, stream: str) -> bool:
-    if stream == "relevance" and requirements.latents:
+    if stream == requirements.latent_stream and requirements.latents:
         return True
     return any(stream in maps for maps in requirements.maps.values()) or any(
         name == stream for _, name in requirements.values
@@ -471,7 +475,7 @@ def _uses(requirements: Requirements, stream: str) -> bool:
 def _reached(graph: Graph, requirements: Requirements, stream: str, everything: bool) -> set[int]:
     """Values at which a stream is needed: below each lies something that is read out."""
     wanted = {value.index for value, name in requirements.values if name == stream}
-    if stream == "relevance":
+    if stream == requirements.latent_stream:
         wanted |= {value.index for value in requirements.latents.values()}
     if everything:
         wanted |= {v.index for v in graph.explained}

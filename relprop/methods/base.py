@@ -25,6 +25,8 @@ class Requirements:
         read_after: attention layers for which the read-out asks how much of each query the output reads.
         positions: whether it asks for what positions keep.
         latents: values whose relevance is kept, by name.
+        latent_stream: "relevance", or "gradient" where the method's relevance is the gradient times the value; None
+            where there is no one pass to keep it of.
         padding: whether it asks which tokens no query sees.
     """
 
@@ -33,6 +35,7 @@ class Requirements:
     profile: bool = False
     positions: bool = False
     latents: Mapping[str, Value] = field(default_factory=dict)
+    latent_stream: str | None = "relevance"
     padding: bool = False
     read_after: tuple[Node, ...] = ()
 

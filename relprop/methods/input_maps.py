@@ -46,8 +46,9 @@ class InputMap(Readout):
         if self.rows not in ("read", "all"):
             raise OptionError(f"rows: expected 'read' or 'all', got {self.rows!r}")
         if self.at == "tokens":
-            return Requirements(values=((first_tokens(graph, self.method), self.stream),))
-        return Requirements(values=tuple((value, self.stream) for _, value in entries(graph)))
+            return Requirements(values=((first_tokens(graph, self.method), self.stream),), latent_stream=self.stream)
+        values = tuple((value, self.stream) for _, value in entries(graph))
+        return Requirements(values=values, latent_stream=self.stream)
 
     def reader(self) -> Reader:
         """A reader at the inputs."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ class SampledMap(InputMap):
 
     def require(self, graph: Graph) -> Requirements:
         """The gradient at the one explained input."""
-        return only_one(super().require(graph), self.method)
+        return replace(only_one(super().require(graph), self.method), latent_stream=None)
 
     def points(self, x: Tensor) -> Sequence[tuple[float, Tensor]]:
         """Weights and points. x: [B, ...]"""

@@ -6,14 +6,14 @@ import pytest
 import torch
 
 import relprop
-from relprop.errors import ShapeError, TargetError, UnknownNameError
+from relprop.errors import OptionError, ShapeError, TargetError, UnknownNameError
 from tests.engine.models import Spelled, relative, vit
 
 IMAGES = torch.randn(2, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
 def test_neurons_by_hooks_and_autograd() -> None:
-    """libragrad on a model without norms in between: after the last block nothing but a norm and a linear layer."""
+    """After the last block there is nothing but a norm and a linear layer."""
     model = vit().double()
     found = relprop.explain(model, IMAGES, method="attnlrp", target=3, latents=["blocks.*.mlp", "blocks.2", "norm"])
     assert set(found.latents) == {"blocks.0.mlp", "blocks.1.mlp", "blocks.2.mlp", "blocks.2", "norm"}
@@ -79,6 +79,47 @@ def test_with_the_default_method() -> None:
     latent = found.at("blocks.1")
     assert latent.relevance.shape == (2, 17, 48)
     assert torch.allclose(latent.activation * latent.coefficient, latent.relevance)
+
+
+def test_gradient_times_what_is_inside() -> None:
+    """Where the answer is the gradient times the input, so is a latent: the gradient times its value."""
+    model = vit().double()
+    found = relprop.explain(model, IMAGES, target=3, method="gradient_x_input", latents=["blocks.1.mlp", "*:heads"])
+    kept: dict[str, torch.Tensor] = {}
+
+    def keep(module: torch.nn.Module, args: object, output: torch.Tensor) -> None:
+        output.retain_grad()
+        kept["mlp"] = output
+
+    handle = model.blocks[1].mlp.register_forward_hook(keep)
+    model(IMAGES)[:, 3].sum().backward()
+    handle.remove()
+    model.zero_grad()
+    value, gradient = kept["mlp"].detach(), kept["mlp"].grad
+    assert gradient is not None
+    latent = found.at("blocks.1.mlp")
+    assert relative(latent.relevance, value * gradient) < 1e-10
+    assert relative(latent.coefficient, gradient) < 1e-10
+    assert found.at("blocks.0.attn:heads").per_token().shape == (2, 4, 17)
+    assert found.at("blocks.0.attn:heads").per_token().abs().max() > 0
+    for method in ("integrated_gradients", "smoothgrad"):
+        with pytest.raises(OptionError, match=f"latents: expected a method of one pass, got {method}, a mean over"):
+            relprop.explain(model, IMAGES, method=method, latents=["blocks.1.mlp"])
+
+
+def test_features_that_are_not_linear() -> None:
+    """A sparse autoencoder's: relevance of each is its code times what its direction counts for."""
+    model, generator = vit().double(), torch.Generator().manual_seed(2)
+    encoder, decoder = (torch.randn(48, 60, dtype=torch.float64, generator=generator) for _ in range(2))
+    targets = [[3, 1]] * 2
+    found = relprop.explain(model, IMAGES, method="attnlrp", target=targets, latents=["blocks.1.mlp"])
+    latent = found.at("blocks.1.mlp")
+    features = latent.directions(lambda x: (x @ encoder - 0.5).relu(), decoder.T)
+    assert features.shape == (2, 2, 17, 60)
+    codes = (latent.activation @ encoder - 0.5).clamp(min=0)
+    expected = torch.einsum("bnk,ck,btnc->btnk", codes, decoder, latent.relevance / latent.activation.unsqueeze(1))
+    torch.testing.assert_close(features, expected)
+    assert bool((features[..., 0] == 0).any())  # a feature that is absent somewhere
 
 
 def test_unknown_paths() -> None:
