@@ -14,6 +14,7 @@ import argparse
 import random
 import re
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,15 +30,35 @@ from benchmarks.numerics.rows import RESULTS, write_rows
 
 PAIRS, SEED, BATCH = 200, 0, 20
 DELETED = (1, 2, 3)
-METHODS: dict[str, tuple[str, dict[str, Any]]] = {
-    "attnlrp": ("attnlrp", {}),
-    "cp_lrp": ("cp_lrp", {}),
-    "reslrp": ("reslrp", {}),
-    "transformer_attribution": ("transformer_attribution", {}),
-    "transformer_attribution, chefer_stable": ("transformer_attribution", {"composite": "chefer_stable"}),
-    "generic_attention": ("generic_attention", {}),
-    "gradient_x_input": ("gradient_x_input", {}),
-    "raw_attention": ("raw_attention", {}),
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A method, and what of it is a token's relevance.
+
+    Where the answer has a value for every channel of the word embedding, the Euclidean length of these is meant.
+    """
+
+    method: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def relevance(self, model: nn.Module, given: dict[str, Tensor], target: Callable[[Tensor], Tensor]) -> Tensor:
+        """Of every token. [S, N]"""
+        found = relprop.explain(model, **given, method=self.method, target=target, **self.options).relevance
+        return found.norm(dim=-1) if found.ndim == 3 else found
+
+
+METHODS: dict[str, Contender] = {
+    "attnlrp": Contender("attnlrp"),
+    "cp_lrp": Contender("cp_lrp"),
+    "reslrp": Contender("reslrp"),
+    "transformer_attribution": Contender("transformer_attribution"),
+    "transformer_attribution, chefer_stable": Contender("transformer_attribution", {"composite": "chefer_stable"}),
+    "generic_attention": Contender("generic_attention"),
+    "integrated_gradients": Contender("integrated_gradients"),
+    "gradient_x_input": Contender("gradient_x_input"),
+    "gradient_x_input, length": Contender("gradient_x_input", {"method_options": {"channels": "kept"}}),
+    "raw_attention": Contender("raw_attention"),
 }
 
 
@@ -114,15 +135,13 @@ class Study:
             raise SystemExit(f"expected {PAIRS} pairs of similar sentences, got {len(found)}")
         return found[:PAIRS]
 
-    def word_relevance(self, method: str, options: dict[str, Any], pairs: list[tuple[str, str]]) -> list[np.ndarray]:
+    def word_relevance(self, contender: Contender, pairs: list[tuple[str, str]]) -> list[np.ndarray]:
         """Per pair the relevance of each word of the first sentence: the sum over its pieces."""
         found: list[np.ndarray] = []
         for start in range(0, len(pairs), BATCH):
             part = pairs[start : start + BATCH]
             encoded, other = self.tokens([a for a, _ in part]), self.embed([b for _, b in part])
-            relevance = relprop.explain(
-                self.model, **self.given(encoded), method=method, target=cosine(other), **options
-            ).relevance
+            relevance = contender.relevance(self.model, self.given(encoded), cosine(other))
             for i, (text, _) in enumerate(part):
                 words = np.zeros(len(text.split()))
                 for value, word in zip(relevance[i].tolist(), encoded.word_ids(i), strict=True):
@@ -159,8 +178,8 @@ def main() -> None:
     pairs = study.pairs()
     generator = np.random.default_rng(SEED)
     orders = {}
-    for name, (method, options) in METHODS.items():
-        orders[name] = [np.argsort(-words) for words in study.word_relevance(method, options, pairs)]
+    for name, contender in METHODS.items():
+        orders[name] = [np.argsort(-words) for words in study.word_relevance(contender, pairs)]
         print(f"{name}: explained", flush=True)
     orders["random"] = [generator.permutation(len(a.split())) for a, _ in pairs]
     rows = []

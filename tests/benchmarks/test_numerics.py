@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from pathlib import Path
 from statistics import NormalDist
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from benchmarks.numerics import float32_parity, localisation, reference, stable_composite, trust_check
+from benchmarks.numerics import conditioning, float32_parity, localisation, reference, stable_composite, trust_check
 from benchmarks.numerics.intervals import clustered_geometric_mean, geometric_mean, mean, wilson
 from benchmarks.numerics.models import SHAPES, random_case, relative_error, spread, trained_available
 from benchmarks.numerics.rows import RESULTS, kept_rows, markdown, read_rows, write_rows
@@ -257,3 +259,35 @@ def test_localisation_rows() -> None:
     difference = scores["transformer_attribution", "chefer_stable", "float32", "chefer float32"]
     assert float(difference["mass_low"]) > -0.02
     assert float(difference["pointing_low"]) > -0.02
+
+
+# Conditioning ---------------------------------------------------------------------------------------------------------
+
+
+def test_conditioning_rows_are_the_sites_of_a_ledger() -> None:
+    case = random_case(4001, 60)
+    ledgers = list(conditioning.images(case, "reslrp"))
+    rows = conditioning.rows_of(case.name, "reslrp", ledgers)
+    assert len(ledgers) == 2 and [row["module"] for row in rows] == [f"blocks.{i // 2}" for i in range(8)]
+    for number, row in enumerate(rows):
+        values = torch.cat([ledger.residual_sites()[number].amplification.flatten() for ledger in ledgers])
+        assert row["inputs"] == len(values) == 60
+        assert row["amplification_worst"] == float(values.max()) <= 3
+        assert 1 <= row["cancellation_median"] <= row["cancellation_worst"]
+
+
+def test_conditioning_rows_and_their_picture(tmp_path: Path) -> None:
+    """gamma = 1 bounds what an add amplifies; cancellation is the model's, whatever the rules."""
+    rows = rows_of("conditioning")
+    models = {row["model"] for row in rows}
+    assert len(models) == 3 and conditioning.ENCODER in models
+    for row in rows:
+        if row["composite"] in ("chefer_stable", "reslrp"):
+            assert float(row["amplification_worst"]) < 3
+        same = [r for r in rows if (r["model"], r["site"]) == (row["model"], row["site"])]
+        assert [r["composite"] for r in same] == list(conditioning.COMPOSITES)
+        for r in same:
+            assert float(r["cancellation_worst"]) == pytest.approx(float(row["cancellation_worst"]), rel=1e-3)
+    conditioning.draw(rows, tmp_path / "conditioning.png")
+    with Image.open(tmp_path / "conditioning.png") as drawn, Image.open(conditioning.PICTURE) as committed:
+        assert drawn.size == committed.size == (1000, 700)

@@ -41,9 +41,9 @@ def test_words_of_a_few_pairs() -> None:
         ("The parser reads tokens from the input file.", "A file is read by the parser token by token."),
         ("Nobody expected the train to arrive on time.", "The railway was surprisingly punctual."),
     ]
-    found = study.word_relevance("attnlrp", {}, pairs)
+    found = study.word_relevance(METHODS["attnlrp"], pairs)
     assert [len(words) for words in found] == [len(first.split()) for first, _ in pairs]
-    alone = study.word_relevance("attnlrp", {}, pairs[1:2])[0]
+    alone = study.word_relevance(METHODS["attnlrp"], pairs[1:2])[0]
     np.testing.assert_allclose(found[1], alone, rtol=1e-3, atol=1e-4)
     most, least = ([np.argsort(sign * words) for words in found] for sign in (-1, 1))
     for deleted in DELETED:
