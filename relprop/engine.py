@@ -18,20 +18,20 @@ from relprop.capture import Captured
 from relprop.composites import Composite, find_composite
 from relprop.errors import BackendError, OptionError
 from relprop.execute import Forward, PassResult, Trace, run_pass, run_sampled
-from relprop.explanation import Explanation
+from relprop.explanation import Explanation, TokenKinds
 from relprop.export import example_batch, export_program, save
 from relprop.inputs import bind_inputs, check_mode, check_weights, placement
 from relprop.lowering import PassFunction, output_shape
 from relprop.methods import Reading, find_method
 from relprop.methods.sampled import SampledMap
-from relprop.methods.topology import patch_grid
+from relprop.methods.topology import explained_tokens, patch_grid
 from relprop.native import available
 from relprop.plans import CACHE, plan_of
 from relprop.program import Program, build_program
 from relprop.recurring import Recurring
 from relprop.replay import CudaRecorder, Recorder, Recording, Replays
 from relprop.tape import CpuRecorder
-from relprop.targets import Target, TargetLike, find_index, resolve_target
+from relprop.targets import Target, TargetLike, find_index, resolve_target, sent
 from relprop.weights import DerivedWeights, DeriveOnce, Weights
 
 PRECISIONS = ("highest", "high", "medium")
@@ -315,7 +315,7 @@ class Engine:
         index, several = None, False
         if target is not None or len(shape) != 2:
             index, several = find_index(target, torch.empty(shape, device="meta"))
-            index = index.to(self._device)
+            index = sent(index, self._device)
         found = replays([inputs[i] for i in self._batched], index)
         if found is None:
             return None
@@ -500,7 +500,7 @@ class Engine:
             target=index,
             method=method.name,
             composite=self.program.composite.name,
-            token_kinds=kinds if method.output == "tokens" else (),
+            kinds=kinds if method.output == "tokens" else None,
             grid=grid if method.output == "tokens" else None,
             image_size=size,
             ledger=result.books,
@@ -514,23 +514,18 @@ class Engine:
 
     def _layout(
         self, reading: Reading, shapes: Mapping[int, torch.Size], tokens: int
-    ) -> tuple[tuple[str, ...], tuple[int, int] | None, tuple[int, int] | None]:
-        """Kinds of the tokens, the grid of patches, and the size of the input image."""
+    ) -> tuple[TokenKinds | None, tuple[int, int] | None, tuple[int, int] | None]:
+        """What tells the kinds of the tokens, the grid of patches, and the size of the input image."""
         graph = self.program.graph
         image = next((v for v in graph.explained if v.rank == 4), None)
         size = None if image is None else tuple(int(s) for s in shapes[image.index][-2:])
         if not self.program.requirements.profile:
-            return (), None, size  # type: ignore[return-value]
-        explained = [True] * tokens if reading.explained_tokens is None else reading.explained_tokens.tolist()
+            return None, None, size  # type: ignore[return-value]
         assert reading.profile is not None
-        read = (reading.profile[..., :tokens].amax((0, 1)) > 0).tolist()
+        explained = explained_tokens(graph, graph.attention_sites()[0], lambda i: shapes[i]) or [True] * tokens
         plain = "patch" if image is not None else "word"
-        kinds = tuple(
-            plain if is_input else ("class" if is_read else "register")
-            for is_input, is_read in zip(explained, read, strict=True)
-        )
         grid = None if size is None else patch_grid(graph, sum(explained), size, shapes)  # type: ignore[arg-type]
-        return kinds, grid, size  # type: ignore[return-value]
+        return TokenKinds(plain, explained, reading.profile[..., :tokens]), grid, size  # type: ignore[return-value]
 
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[int, Any]:
         return bind_inputs(self._model, self._captured, self.program.graph, args, kwargs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,27 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class TokenKinds:
+    """What each token is. Which class tokens there are depends on what the output read, which the device knows.
+
+    Attributes:
+        plain: of a token that comes from an explained input: "patch" or "word".
+        explained: whether it does, per token.
+        profile: how much the output reads of each token. [T or 1, B, N]
+    """
+
+    plain: str
+    explained: Sequence[bool]
+    profile: Tensor
+
+    def names(self) -> tuple[str, ...]:
+        """Per token "patch" or "word", "class" or "register"; waits for the device."""
+        read = (self.profile.amax((0, 1)) > 0).tolist()
+        others = ("class" if is_read else "register" for is_read in read)
+        return tuple(self.plain if is_input else other for is_input, other in zip(self.explained, others, strict=True))
+
+
+@dataclass(frozen=True)
 class Explanation:
     """One batch of explanations.
 
@@ -34,7 +56,7 @@ class Explanation:
         logits: the model's output. [B, ...]
         target: indices explained, None for a callable. [B], [B, T], ...
         method, composite: names.
-        token_kinds: per token of `relevance` "class", "register" or "patch" / "word"; empty for pixels.
+        kinds: what tells `token_kinds`, None for pixels.
         grid: (h, w) of the patches of an image model, None otherwise.
         image_size: (H, W) of the input image, None otherwise.
         ledger: the books of the pass, if asked for.
@@ -52,7 +74,7 @@ class Explanation:
     target: Tensor | None
     method: str
     composite: str
-    token_kinds: tuple[str, ...] = ()
+    kinds: TokenKinds | None = field(default=None, repr=False)
     grid: tuple[int, int] | None = None
     image_size: tuple[int, int] | None = None
     ledger: Ledger | None = None
@@ -61,6 +83,14 @@ class Explanation:
     trustworthy: Tensor | None = None
     inputs: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     annotation: Annotation = field(default_factory=Annotation, repr=False)
+
+    @cached_property
+    def token_kinds(self) -> tuple[str, ...]:
+        """Per token of `relevance` "class", "register", "patch" or "word"; empty for pixels.
+
+        Found when first asked for: the call itself does not wait for a GPU.
+        """
+        return () if self.kinds is None else self.kinds.names()
 
     @property
     def batch(self) -> int:
@@ -72,7 +102,7 @@ class Explanation:
         """Whether there is an axis of targets."""
         if self.target is not None:
             return self.target.ndim == (2 if self.logits.ndim == 2 else 3)
-        single = 3 if self.image_size is not None and not self.token_kinds else 2
+        single = 3 if self.image_size is not None and self.kinds is None else 2
         return self.relevance.ndim > single
 
     def at(self, path: str) -> Latent:

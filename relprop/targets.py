@@ -79,7 +79,7 @@ def resolve_target(target: TargetLike, output: Tensor, seed_dtype: torch.dtype, 
     if callable(target):
         return _from_callable(target, output, seed_dtype)
     index, several = find_index(target, output)
-    return aimed_at(index.to(output.device), output, seed_dtype, several)
+    return aimed_at(sent(index, output.device), output, seed_dtype, several)
 
 
 def find_index(target: Any, output: Tensor) -> tuple[Tensor, bool]:
@@ -88,17 +88,29 @@ def find_index(target: Any, output: Tensor) -> tuple[Tensor, bool]:
     Args:
         target: as `resolve_target` takes it, no callable.
         output: only its shape is looked at, unless the target is None. [B, ...]
+    Returns:
+        indices on the host, where they are checked; on the output's device for a target of None
     Raises:
         TargetError: out of range, of the wrong shape, or not integers.
     """
     sizes = tuple(output.shape[1:])
     index, several = _as_index(target, output)
-    limits = torch.tensor(sizes, device=index.device)
+    if target is None:
+        return index, several
+    index = index.cpu()
+    limits = torch.tensor(sizes)
     bad = (index < -limits) | (index >= limits)
     if bool(bad.any()):
         wrong = index[bad][0].item()
         raise TargetError(f"target: expected indices within an output of shape [B, {_sizes(sizes)}], got {wrong}")
     return torch.where(index < 0, index + limits, index), several
+
+
+def sent(index: Tensor, device: torch.device) -> Tensor:
+    """Indices on a device; the host does not wait, as they are read from pinned memory that torch keeps until then."""
+    if index.device == device or device.type != "cuda":
+        return index.to(device)
+    return index.pin_memory().to(device, non_blocking=True)
 
 
 def aimed_at(index: Tensor, output: Tensor, seed_dtype: torch.dtype, several: bool) -> Target:
