@@ -124,6 +124,17 @@ def attention_relevance(
 Pair = tuple[Tensor | None, Tensor | None]  # gradient, relevance
 
 
+def _signed_parts(x: Tensor) -> Tensor:
+    """x+ and x- as operands of products: large products read theirs from memory, what is computed is in registers.
+
+    [B, H, N, d] -> [2, B, H, N, d]
+    """
+    parts = torch.empty((2, *x.shape), dtype=x.dtype, device=x.device)
+    torch.clamp(x, min=0, out=parts[0])
+    torch.clamp(x, max=0, out=parts[1])
+    return parts
+
+
 class _Attention:
     """One layer: its tensors checked, and the launches of its kernels in order."""
 
@@ -172,6 +183,11 @@ class _Attention:
             # Three-part operands do not fit into this architecture's shared memory.
             precision = {"highest": "ieee", "tf32x3": "ieee"}.get(precision, precision)
         self.dots, self.streams = products(q.dtype, precision), share_products(products(q.dtype, precision))
+        if self.dots.kind == "medium":
+            # Rounded once, and half of what every tile loads.
+            self.q, self.k, self.v = (t.to(self.dots.operand) for t in (self.q, self.k, self.v))
+            self.dots = products(self.dots.operand, precision)
+        self.parts = [_signed_parts(t) if signed and relevance is not None else t for t in (self.q, self.k)]
         # float32 operands, and the largest heads, leave registers for one accumulator.
         self.separate = largest > (128 if self.dots.kind == "half" and not signed else 64)
         self.blocks = {
@@ -229,6 +245,10 @@ class _Attention:
         if interpreted:
             kind = "half"  # numpy takes larger tiles faster
         return configuration(f"attention_{side}{rule}", architecture_of(self.q.device), kind, f"d{size}")
+
+    def _rule(self, shares: Tensor | None) -> int:
+        """Of q k; one for all kernels without such shares, so that they are compiled once."""
+        return QK_RULES["none"] if shares is None else self.qk
 
     def _constants(self, stabiliser: Stabiliser) -> dict[str, Any]:
         return {
@@ -304,7 +324,8 @@ class _Attention:
             _attention_relevance_queries_kernel,
             (cdiv(self.nq, chosen.tiles["BLOCK_Q"]) * self.batch * self.heads, self.targets),
             (
-                *(self._stream(dq), self._stream(rq), self.q, self.k, self.v, g, self.s, self.lse, self.delta),
+                *(self._stream(dq), self._stream(rq), self.q, self.k, self.v, *self.parts),
+                *(g, self.s, self.lse, self.delta),
                 *(self.mask, self.batch, self.heads, self.heads // self.key_heads),
                 *(self.nq, self.nk, self.d, self.dv),
                 *(*self.q.stride()[:3], *self.k.stride()[:3], *self.v.stride()[:3]),
@@ -312,7 +333,7 @@ class _Attention:
                 *(self.scale, float(stabiliser[1])),
             ),
             chosen,
-            QK=self.qk,
+            QK=self._rule(rq),
             GRADIENT=dq is not None,
             RELEVANCE=rq is not None,
             **self._constants(stabiliser),
@@ -366,14 +387,14 @@ class _Attention:
             (
                 *(self._stream(t) for t in (*keys, *values)),
                 self.lse if reached is None else reached,
-                *(self.q, self.k, self.v, g, self.s, self.lse, self.delta, row, self.mask),
+                *(self.q, self.k, self.v, *self.parts, g, self.s, self.lse, self.delta, row, self.mask),
                 *(self.batch, self.heads, self.heads // self.key_heads, self.nq, self.nk, self.d, self.dv),
                 *(*self.q.stride()[:3], *self.k.stride()[:3], *self.v.stride()[:3]),
                 *(*g.stride()[:4], *row.stride()[:3], *self._mask_strides()),
                 *(self.scale, float(stabiliser[1]), 1.0 if self.qk == QK_RULES["none"] else 0.5),
             ),
             chosen,
-            QK=self.qk,
+            QK=self._rule(keys[1]),
             EDGE=0 if reached is None else self.edge,
             KEY_GRADIENT=keys[0] is not None,
             KEY_RELEVANCE=keys[1] is not None,

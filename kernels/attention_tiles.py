@@ -36,6 +36,13 @@ def _rows(pointer, rows, stride, size, columns, columns_size):
 
 
 @jit
+def _last_rows(pointer, rows, stride, columns, inside):
+    """Rows read once more, for the last time: held since the first time they would take the registers of the sums."""
+    at = pointer + rows.to(tl.int64)[:, None] * stride + columns[None, :]
+    return tl.load(at, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
+
+
+@jit
 def _logits(
     dots,
     scale,
@@ -180,20 +187,10 @@ def _attention_relevance_statistics_kernel(
 
 
 @jit
-def _positive(x, DTYPE: tl.constexpr):
-    return tl.maximum(x.to(tl.float32), 0.0).to(DTYPE)
-
-
-@jit
-def _negative(x, DTYPE: tl.constexpr):
-    return tl.minimum(x.to(tl.float32), 0.0).to(DTYPE)
-
-
-@jit
-def _signed_dots(a, b, zero, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
+def _signed_dots(plus, minus, other_plus, other_minus, zero, PRECISION: tl.constexpr):
     """a+ b+^T + a- b-^T: what supports the products a b^T."""
-    found = product(_positive(a, OPERAND), tl.trans(_positive(b, OPERAND)), zero, PRECISION)
-    return product(_negative(a, OPERAND), tl.trans(_negative(b, OPERAND)), found, PRECISION)
+    found = product(plus, tl.trans(other_plus), zero, PRECISION)
+    return product(minus, tl.trans(other_minus), found, PRECISION)
 
 
 @jit
@@ -203,6 +200,8 @@ def _attention_relevance_queries_kernel(
     q_ptr,  # [B, H, Nq, d]
     k_ptr,  # [B, Hk, Nk, d]
     v_ptr,  # [B, Hk, Nk, dv]
+    q_parts_ptr,  # [2, B, H, Nq, d]: q+, q-
+    k_parts_ptr,  # [2, B, Hk, Nk, d]: k+, k-
     gradient_ptr,  # [T, B, H, Nq, dv]
     s_ptr,  # [T, B, H, Nq, dv]
     lse_ptr,  # [B, H, Nq]
@@ -275,6 +274,14 @@ def _attention_relevance_queries_kernel(
         s = _rows(s_at, queries, dv_size, query_size, dv, dv_size).to(STREAM)
         rq = tl.full((BLOCK_Q, BLOCK_D), 0.0, tl.float32)
         rq_minus = tl.full((BLOCK_Q, BLOCK_D), 0.0, tl.float32)
+        if QK == ALPHA_BETA:
+            q_plus_at = q_parts_ptr + layer.to(tl.int64) * query_size * d_size
+            q_minus_at = q_plus_at + samples * heads * tl.cast(query_size, tl.int64) * d_size
+            q_plus = _rows(q_plus_at, queries, d_size, query_size, d, d_size)
+            q_minus = _rows(q_minus_at, queries, d_size, query_size, d, d_size)
+            key_heads = heads // groups
+            k_plus_at = k_parts_ptr + (sample * key_heads + head // groups) * key_size * d_size
+            k_minus_at = k_plus_at + samples * key_heads * tl.cast(key_size, tl.int64) * d_size
     last = key_size
     if CAUSAL:
         last = tl.minimum(key_size, (block + 1) * BLOCK_Q)
@@ -307,18 +314,21 @@ def _attention_relevance_queries_kernel(
                 shares = share(map_relevance, dots, epsilon, KIND).to(STREAM)
                 rq = product(shares, k.to(STREAM), rq, STREAM_PRECISION)
             else:
-                z = _signed_dots(q, k, zero, OPERAND, PRECISION)
+                k_plus = _rows(k_plus_at, keys, d_size, key_size, d, d_size)
+                k_minus = _rows(k_minus_at, keys, d_size, key_size, d, d_size)
+                z = _signed_dots(q_plus, q_minus, k_plus, k_minus, zero, PRECISION)
                 shares = tl.where(z == 0, 0.0, share(map_relevance, z, epsilon, KIND)).to(STREAM)
-                rq = product(shares, _positive(k, STREAM), rq, STREAM_PRECISION)
-                rq_minus = product(shares, _negative(k, STREAM), rq_minus, STREAM_PRECISION)
+                rq = product(shares, k_plus.to(STREAM), rq, STREAM_PRECISION)
+                rq_minus = product(shares, k_minus.to(STREAM), rq_minus, STREAM_PRECISION)
     inside = (queries < query_size)[:, None] & (d < d_size)[None, :]
     out = (rows_of_target + row)[:, None] * d_size + d[None, :]
     if GRADIENT:
         tl.store(dq_ptr + out, (dq * scale).to(dq_ptr.dtype.element_ty), mask=inside)
     if RELEVANCE:
+        q = _last_rows(q_ptr + sample * stride_qb + head * stride_qh, queries, stride_qn, d, inside)
         if QK == ALPHA_BETA:
-            rq = tl.where(q.to(tl.float32) > 0, rq, rq_minus)
-        tl.store(rq_ptr + out, (0.5 * q.to(tl.float32) * rq).to(rq_ptr.dtype.element_ty), mask=inside)
+            rq = tl.where(q > 0, rq, rq_minus)
+        tl.store(rq_ptr + out, (0.5 * q * rq).to(rq_ptr.dtype.element_ty), mask=inside)
 
 
 @jit
@@ -344,6 +354,8 @@ def _attention_relevance_keys_kernel(
     q_ptr,  # [B, H, Nq, d]
     k_ptr,  # [B, Hk, Nk, d]
     v_ptr,  # [B, Hk, Nk, dv]
+    q_parts_ptr,  # [2, B, H, Nq, d]: q+, q-
+    k_parts_ptr,  # [2, B, Hk, Nk, d]: k+, k-
     gradient_ptr,  # [T, B, H, Nq, dv]
     s_ptr,  # [T, B, H, Nq, dv]
     lse_ptr,  # [B, H, Nq]
@@ -418,6 +430,11 @@ def _attention_relevance_keys_kernel(
     dvalue = tl.full((BLOCK_K, BLOCK_DV), 0.0, tl.float32)
     rv = tl.full((BLOCK_K, BLOCK_DV), 0.0, tl.float32)
     reached = tl.full((BLOCK_K,), 0.0, tl.float32)
+    if KEY_RELEVANCE and QK == ALPHA_BETA:
+        k_plus_at = k_parts_ptr + layer.to(tl.int64) * key_size * d_size
+        k_minus_at = k_plus_at + samples * key_heads * tl.cast(key_size, tl.int64) * d_size
+        k_plus = _rows(k_plus_at, keys, d_size, key_size, d, d_size)
+        k_minus = _rows(k_minus_at, keys, d_size, key_size, d, d_size)
     first = 0
     if CAUSAL:
         first = block * BLOCK_K // BLOCK_Q * BLOCK_Q
@@ -428,6 +445,8 @@ def _attention_relevance_keys_kernel(
         q_at = q_ptr + sample * stride_qb + head * stride_qh
         mask_at = mask_ptr + sample * stride_mb + head * stride_mh
         g_at = gradient_ptr + target * stride_gt + sample * stride_gb + head * stride_gh
+        q_plus_at = q_parts_ptr + rows_of_head * d_size
+        q_minus_at = q_plus_at + samples * heads * tl.cast(query_size, tl.int64) * d_size
         for start in range(first, query_size, BLOCK_Q):
             queries = start + tl.arange(0, BLOCK_Q)
             q = _rows(q_at, queries, stride_qn, query_size, d, d_size)
@@ -471,10 +490,12 @@ def _attention_relevance_keys_kernel(
                         shares = share(map_relevance, dots, epsilon, KIND).to(STREAM)
                         rk = product(shares, q.to(STREAM), rk, STREAM_PRECISION)
                     else:
-                        z = _signed_dots(k, q, zero, OPERAND, PRECISION)
+                        q_plus = _rows(q_plus_at, queries, d_size, query_size, d, d_size)
+                        q_minus = _rows(q_minus_at, queries, d_size, query_size, d, d_size)
+                        z = _signed_dots(k_plus, k_minus, q_plus, q_minus, zero, PRECISION)
                         shares = tl.where(z == 0, 0.0, share(map_relevance, z, epsilon, KIND)).to(STREAM)
-                        rk = product(shares, _positive(q, STREAM), rk, STREAM_PRECISION)
-                        rk_minus = product(shares, _negative(q, STREAM), rk_minus, STREAM_PRECISION)
+                        rk = product(shares, q_plus.to(STREAM), rk, STREAM_PRECISION)
+                        rk_minus = product(shares, q_minus.to(STREAM), rk_minus, STREAM_PRECISION)
             if EDGE > 0:
                 row_at = row_ptr + target * stride_ct + sample * stride_cb + queries * stride_cn
                 row = tl.load(row_at, mask=queries < query_size, other=0.0).to(tl.float32)
@@ -488,12 +509,14 @@ def _attention_relevance_keys_kernel(
     if KEY_GRADIENT:
         tl.store(dk_ptr + at, (dk * scale).to(dk_ptr.dtype.element_ty), mask=inside & (d < d_size)[None, :])
     if KEY_RELEVANCE:
+        kept = inside & (d < d_size)[None, :]
+        k = _last_rows(k_ptr + sample * stride_kb + key_head * stride_kh, keys, stride_kn, d, kept)
         if QK == ALPHA_BETA:
-            rk = tl.where(k.to(tl.float32) > 0, rk, rk_minus)
-        rk = 0.5 * k.to(tl.float32) * rk
-        tl.store(rk_ptr + at, rk.to(rk_ptr.dtype.element_ty), mask=inside & (d < d_size)[None, :])
+            rk = tl.where(k > 0, rk, rk_minus)
+        tl.store(rk_ptr + at, (0.5 * k * rk).to(rk_ptr.dtype.element_ty), mask=kept)
     if VALUE_GRADIENT:
         tl.store(dv_ptr + at_values, dvalue.to(dv_ptr.dtype.element_ty), mask=inside & (dv < dv_size)[None, :])
     if VALUE_RELEVANCE:
-        rv = value_factor * v.to(tl.float32) * rv
-        tl.store(rv_ptr + at_values, rv.to(rv_ptr.dtype.element_ty), mask=inside & (dv < dv_size)[None, :])
+        kept = inside & (dv < dv_size)[None, :]
+        v = _last_rows(v_ptr + sample * stride_vb + key_head * stride_vh, keys, stride_vn, dv, kept)
+        tl.store(rv_ptr + at_values, (value_factor * v * rv).to(rv_ptr.dtype.element_ty), mask=kept)

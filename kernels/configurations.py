@@ -1,7 +1,8 @@
 """Good configurations per kernel, architecture, kind of product and class of shapes, so that no first call tunes.
 
-Architectures: 80 (A100), 86 (8.6, 8.9 and 12.x: 99 KB of shared memory), 90 (H100, H200), 100 (B200). A device takes
-the row of the largest architecture that is not above its own.
+Architectures: 80 (A100), 90 (H100, H200), 100 (B200). A device takes the row of the largest architecture that is not
+above its own. 86 stands for 8.6, 8.9 and 12.x, whose programs have 99 KB of shared memory: they take the row of 80 or
+a smaller one that fits, which nobody has looked at further.
 """
 
 from __future__ import annotations
@@ -142,13 +143,12 @@ TABLE: dict[tuple[str, str, str], Rows] = {
     },
     ("attention_queries_signed", "half", "d128"): {
         80: _tiles(32, 32, 8, 2),
-        90: _tiles(32, 32, 8, 1),
+        90: _tiles(64, 16, 8, 2),
         100: _tiles(64, 64, 8, 2),
     },
     ("attention_queries_signed", "half", "d256"): {
         80: _tiles(16, 32, 8, 1),
         90: _tiles(16, 16, 8, 1),
-        100: _tiles(32, 32, 8, 1),
     },
     ("attention_keys_values", "half", "d64"): {
         80: _tiles(32, 32, 4, 2),
@@ -170,13 +170,13 @@ TABLE: dict[tuple[str, str, str], Rows] = {
     },
     ("attention_keys_signed", "half", "d128"): {
         80: _tiles(32, 32, 8, 1),
-        90: _tiles(32, 32, 8, 1),
+        90: _tiles(16, 64, 8, 2),
         100: _tiles(32, 64, 8, 2),
     },
     ("attention_keys_signed", "half", "d256"): {
         80: _tiles(16, 16, 8, 1),
         90: _tiles(32, 16, 8, 1),
-        100: _tiles(32, 32, 8, 1),
+        100: _tiles(16, 32, 8, 1),
     },
     ("attention_values", "half", "d64"): {
         80: _tiles(64, 64, 4, 2),
@@ -236,23 +236,7 @@ for _kind, _class in [key[1:] for key in TABLE if key[0] == "linear_back"]:
 TABLE["linear_back_add", "half", "one_many"] = TABLE["linear_back", "half", "fused_many"]
 TABLE["linear_back_add", "tf32", "fused_many"] = {80: _back(64, 64, 32, 8, 2)}
 TABLE["linear_back_add", "medium", "fused_many"] = {80: _back(64, 64, 32, 8, 2), 90: _back(64, 64, 64, 8, 2)}
-for _kind in ("medium", "tf32", "tf32x3", "ieee"):
+for _kind in ("tf32", "tf32x3", "ieee"):
     for _side, _found in _FLOAT32_TILES.items():
         for _size, _chosen in zip((64, 128, 256), _found, strict=False):
             TABLE[f"attention_{_side}", _kind, f"d{_size}"] = {80: _chosen}
-
-# Operands that are bfloat16 once they are loaded: 64 rows of the output's side, which wgmma wants. Loads of 256
-# channels in float32 take the registers that such tiles would need.
-_MEDIUM_TILES_90 = {
-    "statistics": (_tiles(64, 32, 8, 2), _tiles(64, 32, 8, 2)),
-    "queries": (_tiles(64, 32, 8, 2), _tiles(64, 32, 8, 2)),
-    "queries_signed": (_tiles(64, 32, 8, 2),),
-    "keys_values": (_tiles(32, 64, 8, 2),),
-    "keys": (_tiles(32, 64, 8, 2), _tiles(16, 64, 8, 2)),
-    "keys_signed": (_tiles(32, 64, 8, 2),),
-    "values": (_tiles(32, 64, 8, 2), _tiles(16, 64, 8, 2)),
-}
-for _side, _found in _MEDIUM_TILES_90.items():
-    for _size, _chosen in zip((64, 128, 256), _found, strict=False):
-        _row = TABLE[f"attention_{_side}", "medium", f"d{_size}"]
-        TABLE[f"attention_{_side}", "medium", f"d{_size}"] = {**_row, 90: _chosen, 100: _row[80]}

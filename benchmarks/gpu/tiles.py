@@ -2,8 +2,8 @@
 
     python -m benchmarks.gpu.tiles [--out FILE]
 
-The kernels are the attention sides that sum both parts of z+ shares, with bfloat16 heads of 128 and 256 channels, on
-sm_90. No GPU is needed.
+The kernels are the attention sides that sum both parts of z+ shares, with bfloat16 heads of 256 channels and no mask.
+No GPU is needed.
 """
 
 from __future__ import annotations
@@ -20,35 +20,31 @@ from relprop.kernels.ahead_of_time import compile_launch
 from relprop.kernels.launch import Configuration, Launch, recording
 from tests.kernels.compile_cases import attention_cases, signed_shares
 
-ARCHITECTURE = 90
+ARCHITECTURES = (90, 100)
 
 
-def launches() -> Iterator[tuple[str, Launch]]:
-    """Those in question, with their case."""
-    for name, run in attention_cases():
-        _, label, dtype, rule, channels = name.split("/")
-        if (dtype, rule) != ("bf16", "alpha_beta") or channels == "d64":
-            continue
-        with recording(ARCHITECTURE) as recorded:
-            run()
-        yield from ((f"{label} {channels}", launch) for launch in recorded if signed_shares(launch))
+def launches(architecture: int) -> list[Launch]:
+    """Those in question."""
+    run = dict(attention_cases())["attention_relevance/plain/bf16/alpha_beta/d256"]
+    with recording(architecture) as recorded:
+        run()
+    return [launch for launch in recorded if signed_shares(launch)]
 
 
 def rows() -> Iterator[dict[str, Any]]:
     """One per launch and configuration."""
-    for case, launch in launches():
-        side = "keys" if "keys" in launch.kernel.__name__ else "queries"
-        own, other = ("BLOCK_K", "BLOCK_Q") if side == "keys" else ("BLOCK_Q", "BLOCK_K")
-        for size, stages in itertools.product((16, 32), (1, 2, 3)):
-            tiles = {own: 64, other: size}
+    for architecture in ARCHITECTURES:
+        for launch, stages in itertools.product(launches(architecture), (1, 2)):
+            side = "keys" if "keys" in launch.kernel.__name__ else "queries"
+            own, other = ("BLOCK_K", "BLOCK_Q") if side == "keys" else ("BLOCK_Q", "BLOCK_K")
+            tiles = {own: 64, other: 16}
             chosen = Configuration(tiles, 8, stages)
             tried = replace(launch, configuration=chosen, constants={**launch.constants, **tiles})
-            built = compile_launch(tried, ARCHITECTURE)
+            built = compile_launch(tried, architecture)
             found = {"registers": built.registers, "spilled_bytes": built.stack, "shared_bytes": built.shared}
-            instruction = "wgmma" if "wgmma.mma_async" in built.ptx else "-"
-            yield {"case": case, "side": side, "rows": 64, "other": size, "warps": 8, "stages": stages, **found} | {
-                "instruction": instruction
-            }
+            used = [name for name in ("wgmma", "tcgen05") if f"{name}.mma" in built.ptx]
+            made = {"architecture": f"sm_{architecture}", "side": side, "rows": 64, "other": 16, "warps": 8}
+            yield {**made, "stages": stages, **found, "instruction": "".join(used) or "-"}
 
 
 def main() -> None:

@@ -155,6 +155,7 @@ def main(architectures: str, pattern: str = "*") -> None:
                 "tiles": dict(launch.configuration.tiles),
                 "warps": launch.configuration.warps,
                 "signed": signed_shares(launch),
+                "values": bool(launch.constants.get("VALUE_GRADIENT") or launch.constants.get("VALUE_RELEVANCE")),
             }
             print(json.dumps(row), flush=True)
 

@@ -140,6 +140,20 @@ def test_equals_rules(dtype: torch.dtype, qk: str) -> None:
     assert_same(*run(case(dtype), qk=qk), TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("qk", ["half", "alpha_beta"])
+def test_medium(qk: str) -> None:
+    """Operands are rounded once: the same as of a bfloat16 model with the same numbers, in float32."""
+    given = case()
+    rounded = {name: t.bfloat16().float() if name in "qkv" else t for name, t in given.items()}
+    output = F.scaled_dot_product_attention(rounded["q"], rounded["k"], rounded["v"])
+    streams = (given["gradient"], given["relevance"] * output)
+    options = {"qk": qk, "row": given["row"], "edge": "gradient_x_relevance"}
+    medium = attention_relevance(*(given[name] for name in "qkv"), output, *streams, precision="medium", **options)
+    halves = (rounded[name].bfloat16() for name in "qkv")
+    assert_same(medium, attention_relevance(*halves, output, *streams, **options), 0.0)  # type: ignore[arg-type]
+    assert {t.dtype for t in (*medium.gradients, *medium.relevances) if t is not None} == {torch.float32}
+
+
 @pytest.mark.parametrize(
     "sizes",
     [
