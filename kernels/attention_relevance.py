@@ -182,11 +182,12 @@ class _Attention:
         if signed and largest > 128 and tabled_architecture(architecture_of(q.device)) == 86:
             # Three-part operands do not fit into this architecture's shared memory.
             precision = {"highest": "ieee", "tf32x3": "ieee"}.get(precision, precision)
-        self.dots, self.streams = products(q.dtype, precision), share_products(products(q.dtype, precision))
+        self.dots = products(q.dtype, precision)
         if self.dots.kind == "medium":
             # Rounded once, and half of what every tile loads.
             self.q, self.k, self.v = (t.to(self.dots.operand) for t in (self.q, self.k, self.v))
             self.dots = products(self.dots.operand, precision)
+        self.streams = share_products(self.dots)
         self.parts = [_signed_parts(t) if signed and relevance is not None else t for t in (self.q, self.k)]
         # float32 operands, and the largest heads, leave registers for one accumulator.
         self.separate = largest > (128 if self.dots.kind == "half" and not signed else 64)

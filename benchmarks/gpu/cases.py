@@ -22,6 +22,7 @@ from relprop.kernels.fanout_epsilon import fanout_epsilon
 from relprop.kernels.linear_alpha_beta import linear_alpha_beta_back, linear_alpha_beta_share_out
 from relprop.kernels.linear_back import linear_back
 from relprop.kernels.linear_back_add import linear_back_add
+from relprop.kernels.linear_back_gated import linear_back_gated
 from relprop.kernels.linear_epsilon import linear_epsilon_share_out
 from relprop.kernels.norm_gradient import norm_gradient
 from relprop.kernels.softmax_taylor import softmax_taylor
@@ -157,6 +158,17 @@ def linear(machine: Machine, dtype: torch.dtype, precision: str, rows: int, n: i
         lambda: (slopes() * (g.double() @ w.double()),),
         one,
         _size(w, g, h) + 4.0 * rows * k,
+        tolerance,
+    )
+    f = F.gelu(h)
+    yield Case(
+        "linear_back_gated",
+        name,
+        shape,
+        runs(lambda: linear_back_gated(g, w, h, f, x, activation="gelu", precision=precision), None),
+        lambda: (x.double() * slopes() * (g.double() @ w.double()), f.double() * (g.double() @ w.double())),
+        one,
+        _size(w, g, h, f, x) + 8.0 * rows * k,
         tolerance,
     )
 

@@ -1,7 +1,8 @@
 """Where the Triton backend takes streams through several steps in one kernel.
 
 Through a linear layer and the activation below it: the gradient of both, while relevance passes the activation as it
-is. Through a linear layer, the fan-out and the normalised add of a residual block (and norms that pass relevance on):
+is. A gradient alone, also one that AttnLRP's rules modify, through a linear layer, a gate and its activation. Through a
+linear layer, the fan-out and the normalised add of a residual block (and norms that pass relevance on):
 the sums per sample are taken on the way, and the add's scales are left to the steps below.
 """
 
@@ -11,15 +12,29 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from relprop.backends import triton
 from relprop.backends.elementwise import ACTIVATIONS, stored
 from relprop.graph import Node, Value
 from relprop.program import FusedKernel, FusedStep, Place, ReverseStep, Scaled
-from relprop.rules import ActivationIdentity, AddNormalised, Call, FanoutEpsilon, Gradient, NormIdentity, Rule
+from relprop.rules import (
+    ActivationIdentity,
+    ActivationSlope,
+    AddNormalised,
+    Call,
+    FanoutEpsilon,
+    Gradient,
+    ModifiedGradient,
+    MulHalf,
+    NormIdentity,
+    Rule,
+)
 
 _CHANNELS = 16  # rows of another multiple are read one element at a time, which the residual epilogue has no room for
+
+_PRODUCTS = (torch.ops.aten.mul.Tensor,)
 
 Steps = Mapping[Node, ReverseStep]
 Unseen = Callable[[Value], bool]
@@ -30,6 +45,9 @@ def fused_step(step: ReverseStep, steps: Steps, unseen: Unseen, alone: bool) -> 
     node, rules = step.node, {stream.stream: stream.rule for stream in step.streams}
     if node.kind != "linear" or step.maps or not all(stream.wanted[0] for stream in step.streams):
         return None
+    gated = None if alone else _gated(step, rules, steps, unseen)
+    if gated is not None:
+        return gated
     if not all(_takes(node, name, rule) for name, rule in rules.items()) or not rules:
         return None
     if alone:
@@ -84,6 +102,58 @@ def _activation(step: ReverseStep, rules: dict[str, Rule], steps: Steps, unseen:
         return None
     covers = frozenset((name, below) for name in rules)
     return _fused(step, _Linear(rules, triton.activation_name(below)), (node, below), covers, _places(rules, h))
+
+
+def _gated(step: ReverseStep, rules: dict[str, Rule], steps: Steps, unseen: Unseen) -> FusedStep | None:
+    """A gradient, of the model or as AttnLRP has it, through f(h) u; or as AttnLRP has it through f(h)."""
+    m = step.node.operands[0]
+    if m is None or not unseen(m) or len(rules) != 1:
+        return None
+    ((name, rule),) = rules.items()
+    if not isinstance(rule, Gradient):
+        return None
+    found = (m, None, 1.0, ()) if _is_activation(m) else _gate(m.producer, steps, name, unseen)
+    if found is None:
+        return None
+    f, u, factor, gates = found
+    assert f.producer is not None
+    h, form = f.producer.operands[0], _rule_of(steps, f.producer, name)
+    # `linear_back` takes a gradient through an activation without a gate.
+    known = _modifies(form, ActivationSlope) or (isinstance(form, Gradient) and u is not None)
+    if not known or h is None or h.index not in steps[f.producer].tensors or str(h.shape) != str(f.shape):
+        return None
+    nodes = (step.node, *gates, f.producer)
+    if not {v.index for v in (f, u) if v is not None} <= set(steps[nodes[1]].tensors):
+        return None
+    derivative = triton.activation_name(f.producer) if isinstance(form, Gradient) else None
+    gives = _places(rules, h) + (() if u is None else _places(rules, u))
+    covers = frozenset((name, covered) for covered in nodes[1:])
+    return _fused(step, _LinearGated(h, f, u, derivative, factor), nodes, covers, gives)
+
+
+def _gate(
+    node: Node | None, steps: Steps, name: str, unseen: Unseen
+) -> tuple[Value, Value, float, tuple[Node, ...]] | None:
+    """f(h) and u of a product of two values of one shape, and the factor of a stream's gradients at both."""
+    met = None if node is None else _rule_of(steps, node, name)
+    if node is None or node.target not in _PRODUCTS or len(node.operands) != 2:
+        return None
+    f, u = node.operands if _is_activation(node.operands[0]) else node.operands[::-1]
+    if f is None or u is None or not _is_activation(f) or not unseen(f) or str(f.shape) != str(u.shape):
+        return None
+    if not (isinstance(met, Gradient) or _modifies(met, MulHalf)):
+        return None
+    if not all(next(s.wanted for s in steps[node].streams if s.stream == name)):
+        return None
+    return f, u, 1.0 if isinstance(met, Gradient) else 0.5, (node,)
+
+
+def _is_activation(value: Value | None) -> bool:
+    return value is not None and value.producer is not None and value.producer.target in ACTIVATIONS
+
+
+def _modifies(rule: Rule | None, kind: type[Rule]) -> bool:
+    return isinstance(rule, ModifiedGradient) and isinstance(rule.rule, kind)
 
 
 def _residual(step: ReverseStep, rules: dict[str, Rule], steps: Steps, unseen: Unseen) -> FusedStep | None:
@@ -167,6 +237,35 @@ class _Linear:
         )
         made = dict(zip(("relevance", "gradient"), found, strict=True))
         return [made[name] for name in self.rules]  # type: ignore[misc]
+
+
+@dataclass(frozen=True)
+class _LinearGated:
+    """A gradient through a linear layer and factor f(h) u, u None for 1; derivative None for the slope f(h) / h."""
+
+    h: Value
+    f: Value
+    u: Value | None
+    derivative: str | None
+    factor: float
+
+    def __call__(self, calls: Sequence[Call], arrived: Sequence[Tensor | Scaled]) -> list[Tensor | Scaled]:
+        from relprop.kernels.linear_back_gated import linear_back_gated
+
+        call, product, weight = calls[0], calls[1], calls[0].node.operands[1]
+        assert weight is not None
+        (gradients,) = arrived
+        found = linear_back_gated(
+            gradients,  # type: ignore[arg-type]
+            call.tensors[weight.index],
+            stored(calls[-1], self.h),
+            stored(product, self.f),
+            None if self.u is None else stored(product, self.u),
+            activation=self.derivative,
+            factor=self.factor,
+            precision=call.precision,
+        )
+        return [part for part in found if part is not None]
 
 
 @dataclass(frozen=True)

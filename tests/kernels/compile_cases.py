@@ -29,6 +29,7 @@ from relprop.kernels.fanout_epsilon import fanout_epsilon
 from relprop.kernels.launch import Launch, recording
 from relprop.kernels.linear_alpha_beta import linear_alpha_beta_back, linear_alpha_beta_share_out
 from relprop.kernels.linear_back_add import linear_back_add
+from relprop.kernels.linear_back_gated import linear_back_gated
 from relprop.kernels.linear_epsilon import linear_epsilon_back, linear_epsilon_share_out
 from relprop.kernels.linear_gamma import linear_gamma_back, linear_gamma_share_out
 from relprop.kernels.norm_gradient import norm_gradient
@@ -82,6 +83,8 @@ def linear_cases() -> Iterator[Case]:
             back = functools.partial(linear_back_add, s[:, None], s[:, None], *given, gradients)
             options_of = {"plain": 0.5, "magnified": 0.5, "other_scale": empty(2, 1), "gather_stabiliser": REFERENCE}
             yield case(f"linear_alpha_beta/{label}", back, **options_of, **options)
+        yield case("linear_back/slope", linear_back_gated, s, w, x, x, precision=precision)
+        yield case("linear_back/gated", linear_back_gated, s, w, x, x, x, activation="silu", precision=precision)
         yield case("linear_epsilon/share_out", linear_epsilon_share_out, r, x, w, None, bias, **options)
         yield case("linear_epsilon/back", linear_epsilon_back, s, x, w, s, precision=precision)
         yield case("linear_gamma/share_out", linear_gamma_share_out, r, x, w, None, bias, **options)

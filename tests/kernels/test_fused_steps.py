@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from timm.layers import SwiGLU
 
 import relprop
 from relprop.engine import Engine
@@ -40,13 +41,21 @@ def fused_kinds(engine: Engine) -> Counter[str]:
 def launched(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """Launches by kernel."""
     counted: Counter[str] = Counter()
-    from relprop.kernels import add_normalised, linear_back, linear_back_add, linear_products
+    from relprop.kernels import (
+        activation_gradient,
+        add_normalised,
+        linear_back,
+        linear_back_add,
+        linear_back_gated,
+        linear_products,
+    )
 
     def noted(kernel: Any, *rest: Any, **named: Any) -> None:
         counted[kernel.__name__] += 1
         launch.launch(kernel, *rest, **named)
 
-    for module in (add_normalised, linear_back, linear_back_add, linear_products):
+    fused = (linear_back_add, linear_back_gated)
+    for module in (activation_gradient, add_normalised, linear_back, linear_products, *fused):
         monkeypatch.setattr(module, "launch", noted)
     return counted
 
@@ -102,6 +111,36 @@ def test_other_methods(method: str, composite: str | None, expected: dict[str, i
     fused, plain = engines(method=method, composite=composite)
     assert fused_kinds(fused) == expected
     assert_near(fused(IMAGES, target=3).relevance, plain(IMAGES, target=3).relevance, 2e-2)
+
+
+@pytest.mark.parametrize(
+    ("method", "gated", "kind"),
+    [
+        ("attnlrp", False, "linear activation"),
+        ("attnlrp", True, "linear mul activation"),
+        ("gradient_x_input", True, "linear mul activation"),
+    ],
+)
+def test_slopes_and_gates(method: str, gated: bool, kind: str, launched: Counter[str]) -> None:
+    """An activation and a gate in the kernel of the layer above, as gradients and as AttnLRP has them."""
+    model = vit(depth=2, **({"mlp_layer": SwiGLU} if gated else {}))
+    exact = relprop.compile(model.double(), (IMAGES.double(),), method=method, backend="torch")
+    want = exact(IMAGES.double(), target=[[0, 9]] * 2).relevance
+    fused, plain = engines(model.float(), method=method)
+    assert fused_kinds(fused)[kind] == 2
+    for engine in (fused, plain):
+        launched.clear()
+        assert_near(engine(IMAGES, target=[[0, 9]] * 2).relevance, want, 1e-3)
+        assert launched["_linear_back_gated_kernel"] == (2 if engine is fused else 0)
+
+
+def test_a_gate_that_is_read_is_not_passed() -> None:
+    name = "blocks.0.mlp.act"
+    model = vit(depth=2, mlp_layer=SwiGLU).float()
+    fused, plain = engines(model, method="attnlrp", latents=[name])
+    assert fused_kinds(fused)["linear mul activation"] == 1
+    found, want = (engine(IMAGES, target=3).at(name).relevance for engine in (fused, plain))
+    assert_near(found, want, 1e-4)
 
 
 def test_not_where_something_is_read_in_between() -> None:
