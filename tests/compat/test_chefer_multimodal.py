@@ -21,6 +21,7 @@ from relprop.compat.chefer import (
     interpret,
 )
 from relprop.errors import OptionError, TargetError, UnsupportedTopologyError
+from relprop.methods import generic_attention
 from tests.engine.models import GOLDEN, relative
 
 transformers = pytest.importorskip("transformers")
@@ -120,6 +121,40 @@ def test_lxmert_baselines(name: str, targeted: bool, seed: int) -> None:
                 assert found.shape == expected.shape
                 for answer in (found, both[i]):
                     assert (answer - expected).norm() <= 1e-6 * expected.norm()  # some of Grad-CAM's are all zero
+
+
+STATES = {
+    "generate_ours": {},
+    "generate_ours_no_normalization": {"normalise_between": False},
+    "generate_ours_no_self_in_rule_10": {"self_between": False},
+}
+
+
+@SEEDS
+@pytest.mark.parametrize("name", sorted(STATES))
+def test_lxmert_states(name: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """R_i_i and R_i_t, which the answer depends on and does not show: the regions' last state."""
+    model, given, tensors = lxmert(seed)
+    states: list[Tensor] = []
+    apply = generic_attention._States.apply
+
+    def kept(self: Any, update: Any) -> dict[int, Tensor]:
+        found = apply(self, update)
+        if next(iter(found.values())).shape[-2] == 10 and len(found) == 2:
+            states[:] = found.values()
+        return found
+
+    monkeypatch.setattr(generic_attention._States, "apply", kept)
+    options = {"output": "question_answering_score", "method_options": STATES[name]}
+    engine = relprop.compile(model, (), given, method="generic_attention", **options)
+    for i in range(3):
+        for t in range(2):
+            engine(**{k: v[i : i + 1] for k, v in given.items()}, target=tensors["inputs/targets"][i : i + 1, t])
+            for part, size in (("R_i_i", 10), ("R_i_t", 12)):
+                expected = tensors[f"expected/lxmert/{name}/{part}"][i, t]
+                found = next(state[0, 0] for state in states if state.shape[-1] == size)
+                if torch.isfinite(expected).all():  # padding makes the original divide zero by zero
+                    assert relative(found, expected) < 1e-6
 
 
 def test_lxmert_index_of_the_largest_answer() -> None:

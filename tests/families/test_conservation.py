@@ -11,7 +11,11 @@ import torch
 
 import relprop
 from relprop.explanation import Explanation
-from tests.families.text_models import FAMILIES, build, inputs
+from relprop.ledger import Ledger
+from tests.families.catalogue import Family
+from tests.families.checks import Subject
+from tests.families.text_models import FAMILIES, build, inputs, refused
+from tests.families.vision_models import VISION
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 
@@ -53,6 +57,21 @@ def cases() -> list[Any]:
     return [pytest.param(*case, marks=() if case in QUICK else pytest.mark.full) for case in found]
 
 
+def check_closed(books: Ledger) -> float:
+    """Every step, and the pass as a whole; by what its sums are, and by how far entries grow that cancel in them.
+
+    Returns:
+        the size that errors are measured against.
+    """
+    size = max(1.0, *(float(entry.arriving.abs().max()) for entry in books.entries))
+    size *= max(1.0, *(float(entry.amplification.max()) for entry in books.entries))
+    assert float(books.imbalance.abs().max()) < 1e-11 * size
+    for entry in books.entries:
+        assert float(entry.rounding.abs().max()) < 1e-11 * size, entry.step
+        assert entry.step and entry.rule
+    return size
+
+
 def test_every_composite_is_held_to_something() -> None:
     assert set(BY_RULE) == set(relprop.composites())
 
@@ -62,13 +81,9 @@ def test_books(name: str, composite: str) -> None:
     found = explained(name, composite)
     books = found.ledger
     assert books is not None
-    size = max(1.0, *(float(entry.arriving.abs().max()) for entry in books.entries))
-    size *= max(1.0, *(float(entry.amplification.max()) for entry in books.entries))
-    assert float(books.imbalance.abs().max()) < 1e-11 * size
+    size = check_closed(books)
     kept: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     for entry in books.entries:
-        assert float(entry.rounding.abs().max()) < 1e-11 * size, entry.step
-        assert entry.step and entry.rule
         for cause, amount in entry.absorbed.items():
             kept[cause][entry.kind] += float(amount.abs().max())
     # Models that compute in float32 somewhere do not conserve beyond that.
@@ -78,3 +93,27 @@ def test_books(name: str, composite: str) -> None:
     assert set(kept) <= {"bias", "epsilon", "constant", "rule", "position"}
     total = sum(relevance.flatten(1).sum(1) for relevance in found.relevances.values())
     torch.testing.assert_close(books.frontier[0], total)
+
+
+REST = [name for name in relprop.composites() if name not in ("chefer", "chefer_stable", "gradient")]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in MODELS and not refused(name)])
+def test_books_of_every_text_family(name: str) -> None:
+    """With the composites that test_text.py does not try."""
+    for composite in REST:
+        books = explained(name, composite).ledger
+        assert books is not None
+        check_closed(books)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("family", VISION, ids=lambda family: family.name)
+def test_books_of_every_image_family(family: Family) -> None:
+    """With the composites that test_vision.py does not try."""
+    subject = Subject(family)
+    for composite in REST:
+        books = subject.explain("full", composite, ledger=True).ledger
+        assert books is not None
+        check_closed(books)
