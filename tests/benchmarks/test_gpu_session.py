@@ -72,7 +72,7 @@ def test_dry_run(tmp_path: Path) -> None:
     checks, kernels = rows_of(tmp_path / "checks.csv"), rows_of(tmp_path / "kernels.csv")
     assert all(row["right"] == "True" for row in checks)
     assert {row["op"] for row in checks} == {row["op"] for row in kernels}
-    assert len({row["op"] for row in checks}) == 14
+    assert len({row["op"] for row in checks}) == 15
     dtypes = {row["dtype"] for row in checks if row["op"].startswith("linear")}
     assert dtypes == {"bf16", "fp16", "highest", "high", "ieee"}
     assert {row["ceiling"] for row in rows_of(tmp_path / "ceilings.csv")} == {

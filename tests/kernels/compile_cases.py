@@ -1,9 +1,9 @@
 """Every kernel compiled ahead of time at its tabled configurations; run in a process of its own.
 
-    python -m tests.kernels.compile_cases ARCHITECTURE,... [PATTERN]
+    python -m tests.kernels.compile_cases ARCHITECTURE,... [PATTERN] [launches]
 
-writes one line of JSON per compiled kernel. Cases are calls of the public functions on tensors of the meta device, so
-that what is compiled is what would be launched.
+writes one line of JSON per compiled kernel; with `launches` nothing is compiled, and each has its tiles alone. Cases
+are calls of the public functions on tensors of the meta device, so that what is compiled is what would be launched.
 """
 
 from __future__ import annotations
@@ -136,8 +136,8 @@ def signed_shares(launch: Launch) -> bool:
     return given.get("QK") == QK_RULES["alpha_beta"] and bool(given.get("RELEVANCE") or given.get("KEY_RELEVANCE"))
 
 
-def main(architectures: str, pattern: str = "*") -> None:
-    """Compile what matches on each architecture."""
+def main(architectures: str, pattern: str = "*", what: str = "compiled") -> None:
+    """Compile what matches on each architecture, or say what would be."""
     warnings.simplefilter("ignore")
     for architecture, (name, run) in itertools.product([int(a) for a in architectures.split(",")], cases()):
         if not fnmatch(name, pattern):
@@ -145,6 +145,9 @@ def main(architectures: str, pattern: str = "*") -> None:
         with recording(architecture) as launches:
             run()
         for launch in launches:
+            if what == "launches":
+                print(json.dumps({"case": name, "architecture": architecture, "tiles": launch.configuration.tiles}))
+                continue
             built = compile_launch(launch, architecture)
             row = {
                 "case": name,

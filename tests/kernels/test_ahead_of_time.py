@@ -16,11 +16,11 @@ from relprop.kernels.configurations import SHARED_MEMORY, tabled_architecture
 ROOT = Path(__file__).parents[2]
 
 
-def compiled(architectures: str, pattern: str, **environment: str) -> list[dict[str, Any]]:
+def compiled(architectures: str, pattern: str, what: str = "compiled", **environment: str) -> list[dict[str, Any]]:
     """Rows of `compile_cases`, whose process has no interpreter."""
     clean = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | environment
     done = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.compile_cases", architectures, pattern],
+        [sys.executable, "-m", "tests.kernels.compile_cases", architectures, pattern, what],
         cwd=ROOT,
         env=clean,
         capture_output=True,
@@ -72,6 +72,13 @@ def small_tiles(row: dict[str, Any]) -> bool:
         return "few" in parts
     others = row["architecture"] == 100 and (row["values"] or "statistics" in row["kernel"])
     return parts[-1] == "d256" and (row["signed"] or others)
+
+
+def test_every_case_has_tiles() -> None:
+    """On every architecture, for every kind of product: no call asks for what the table does not have."""
+    rows = compiled("80,86,90,100", "*", "launches")
+    cases = {at: {row["case"] for row in rows if row["architecture"] == at} for at in (80, 100)}
+    assert cases[80] == cases[100] and len(cases[80]) > 200
 
 
 def test_a_few_on_hopper() -> None:
