@@ -32,6 +32,28 @@ struct Store {
   }
 };
 
+struct StoreRounded {
+  uint16_t* out;
+  float* sums;
+  const float* bias;
+  int64_t n;
+
+  RELPROP_INLINE void operator()(const float* tile, const float*, int64_t row, int64_t rows, int64_t column,
+                                 int64_t columns) const {
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t at = (row + i) * n + column;
+      const float* from = tile + i * kTileColumns;
+      float* to = sums + at;
+      uint16_t* rounded = out + at;
+      RELPROP_VECTORISE
+      for (int64_t j = 0; j < columns; ++j) {
+        to[j] = from[j];
+        rounded[j] = BFloat16::narrow(bias == nullptr ? from[j] : from[j] + bias[column + j]);
+      }
+    }
+  }
+};
+
 template <StabiliserKind kind, bool stored>
 struct Share {
   float* shares;
@@ -96,6 +118,11 @@ void linear_pack(char* packed, const Matrix& w, int64_t n, int64_t k, bool trans
 void linear_apply(float* y, const float* bias, const Linear& layer, int threads) {
   gemm({layer.rows, layer.n, layer.k}, layer.x, transposed(layer.w), layer.operands, Kind::kSingle, threads,
        Store{y, bias, layer.n});
+}
+
+void linear_apply_rounded(uint16_t* y, float* sums, const float* bias, const Linear& layer, int threads) {
+  gemm({layer.rows, layer.n, layer.k}, layer.x, transposed(layer.w), layer.operands, Kind::kSingle, threads,
+       StoreRounded{y, sums, bias, layer.n});
 }
 
 void linear_transpose(float* out, const float* r, const Linear& layer, int64_t targets, int threads) {

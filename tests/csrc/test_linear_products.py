@@ -56,6 +56,21 @@ def test_apply_and_transpose(size: tuple[int, int, int], stored: torch.dtype, op
     close(found, left @ right, left.abs() @ right.abs(), size[1])
 
 
+@pytest.mark.parametrize("operands", OPERANDS)
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("size", SIZES)
+def test_apply_rounded(size: tuple[int, int, int], biased: bool, operands: torch.dtype, isa: str) -> None:
+    """The sums are those of the products alone; the output is rounded once, from the sums with the bias."""
+    x, weight, bias = layer(size, torch.bfloat16)
+    added = bias if biased else None
+    found, sums = native.linear_apply_rounded(x, weight, added, operands=operands)
+    assert torch.equal(sums, native.linear_apply(x, weight, None, operands=operands))
+    assert torch.equal(found, (sums + bias if biased else sums).bfloat16())
+    packed = native.pack_weight(weight, transpose=True, operands=operands)
+    again = native.linear_apply_rounded(x, weight, added, operands=operands, packed=packed)
+    assert torch.equal(again[0], found) and torch.equal(again[1], sums)
+
+
 @pytest.mark.parametrize("stabiliser", [EXACT, (native.SIGNED, 1e-2), (native.REFERENCE, 1e-9)])
 @pytest.mark.parametrize("operands", OPERANDS)
 @pytest.mark.parametrize("stored", STORED)
