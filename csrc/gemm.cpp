@@ -31,24 +31,36 @@ struct Buffer {
   }
 };
 
+// Returns whether there is anything but zeros.
 template <Operands operands, DType dtype>
-RELPROP_INLINE void pack_row(char* out, const void* row, int64_t count, uint32_t mask) {
+RELPROP_INLINE bool pack_row(char* out, const void* row, int64_t count, uint32_t mask) {
   if constexpr (operands == Operands::kFloat32) {
-    float* to = reinterpret_cast<float*>(out);
+    uint32_t* to = reinterpret_cast<uint32_t*>(out);
+    uint32_t any = 0;
     RELPROP_VECTORISE
-    for (int64_t i = 0; i < count; ++i) to[i] = bits_of<float>(bits_of<uint32_t>(element<dtype>(row, i)) & mask);
+    for (int64_t i = 0; i < count; ++i) {
+      to[i] = bits_of<uint32_t>(element<dtype>(row, i)) & mask;
+      any |= to[i] & kNoSign;
+    }
+    return any != 0;
   } else {
     uint16_t* to = reinterpret_cast<uint16_t*>(out);
     const uint16_t mask16 = static_cast<uint16_t>(mask >> 16);
+    uint16_t any = 0;
     RELPROP_VECTORISE
-    for (int64_t i = 0; i < count; ++i) to[i] = BFloat16::narrow(element<dtype>(row, i)) & mask16;
+    for (int64_t i = 0; i < count; ++i) {
+      to[i] = BFloat16::narrow(element<dtype>(row, i)) & mask16;
+      any |= to[i] & 0x7fffu;
+    }
     if (count % 2 != 0) to[count] = 0;
+    return any != 0;
   }
 }
 
 template <Operands operands, DType dtype>
 struct RowPacker {
   char* packed;
+  uint8_t* filled;
   const Matrix& a;
   int64_t first, rows, depth;
   uint32_t mask;
@@ -58,8 +70,9 @@ struct RowPacker {
     for (int64_t row = begin; row < end; ++row) {
       const void* from = offset<dtype>(a.data, (first + row) * a.row);
       for (int64_t k = 0; k < depth; k += kDepth) {
-        char* to = packed + ((k / kDepth) * rows + row) * kRowBytes;
-        pack_row<operands, dtype>(to, offset<dtype>(from, k), std::min(kDepth, depth - k), mask);
+        const int64_t at = (k / kDepth) * rows + row;
+        filled[at] = pack_row<operands, dtype>(packed + at * kRowBytes, offset<dtype>(from, k),
+                                               std::min(kDepth, depth - k), mask);
       }
     }
   }
@@ -366,9 +379,9 @@ GemmKernels gemm_kernels(Operands operands, Kind kind) {
                                         : with(std::integral_constant<Operands, Operands::kBFloat16>());
 }
 
-void pack_rows(char* packed, const Matrix& a, int64_t first, int64_t rows, int64_t begin, int64_t end, int64_t depth,
-               Operands operands, bool abs) {
-  pack<RowPacker>(begin, end, operands, a.dtype, packed, a, first, rows, depth, abs ? kNoSign : kAll);
+void pack_rows(char* packed, uint8_t* filled, const Matrix& a, int64_t first, int64_t rows, int64_t begin, int64_t end,
+               int64_t depth, Operands operands, bool abs) {
+  pack<RowPacker>(begin, end, operands, a.dtype, packed, filled, a, first, rows, depth, abs ? kNoSign : kAll);
 }
 
 void pack_columns(char* packed, const Matrix& b, int64_t column, int64_t n, int64_t depth, Operands operands) {

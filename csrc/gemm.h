@@ -5,6 +5,9 @@
 //     C1 = A B, C2 = f(A) |B|  both from one pass over A and B ("dual"), f as is or absolute value
 //
 // B, usually a weight, may be given packed beforehand: it is then not converted and rearranged at every call.
+// Work on zeros is left out: a tile of rows skips the chunks in which it is zero, which changes no bit of a result (but
+// hides an infinite or NaN element of B behind them), and an epilogue may decline a tile.
+//
 // float32 accumulation. Sums over the depth are cut into chunks of kChunk that are summed in order, so results do not
 // depend on the number of threads; they do depend on the instruction set (fused multiply-adds, or bfloat16 operands).
 #pragma once
@@ -57,9 +60,9 @@ constexpr bool is_dual(Kind kind) { return kind == Kind::kDual || kind == Kind::
 GemmKernels gemm_kernels(Operands operands, Kind kind);
 
 // Packs rows first + [begin, end) of a matrix, depth elements each, of a block of `rows` rows, kRowBytes apart:
-// [chunk][row][...]. Depth is padded with zeros to whole steps.
-void pack_rows(char* packed, const Matrix& a, int64_t first, int64_t rows, int64_t begin, int64_t end, int64_t depth,
-               Operands operands, bool abs);
+// [chunk][row][...]. Depth is padded with zeros to whole steps. filled: [chunk][row], 0 where a row has zeros only.
+void pack_rows(char* packed, uint8_t* filled, const Matrix& a, int64_t first, int64_t rows, int64_t begin, int64_t end,
+               int64_t depth, Operands operands, bool abs);
 
 // Packs kTileColumns columns from `column` on (zeros beyond n), a panel: [step][kTileColumns] elements of 32 bits.
 void pack_columns(char* packed, const Matrix& b, int64_t column, int64_t n, int64_t depth, Operands operands);
@@ -112,14 +115,26 @@ struct Sizes {
   int64_t m, n, depth;
 };
 
+// An epilogue that declines no tile.
+struct EveryTile {
+  static constexpr bool wants(int64_t, int64_t, int64_t, int64_t) { return true; }
+};
+
 namespace gemm_detail {
+
+RELPROP_INLINE bool some_filled(const uint8_t* filled, int rows) {
+  uint8_t any = 0;
+  for (int i = 0; i < rows; ++i) any |= filled[i];
+  return any != 0;
+}
 
 template <class Epilogue>
 struct Tiles {
   const Epilogue& epilogue;
   const GemmKernels kernels;
   const Matrix& b;
-  const char* packed;  // rows of A from `first` on
+  const char* packed;     // rows of A from `first` on
+  const uint8_t* filled;  // of them
   Operands operands;
   bool dual;
   Sizes sizes;
@@ -138,8 +153,7 @@ struct Tiles {
     alignas(64) float tile_abs[15 * kTileColumns];
     for (int64_t piece = begin; piece < end; ++piece) {
       const int64_t column = piece / row_pieces * kTileColumns;
-      if (own != nullptr && column != held) pack_columns(own, b, column, sizes.n, sizes.depth, operands);
-      held = column;
+      const int64_t columns = std::min<int64_t>(kTileColumns, sizes.n - column);
       const char* panel = own != nullptr ? own : b.packed + column / kTileColumns * bytes;
       const int64_t part = piece % row_pieces;
       const int64_t row_begin = rows * part / row_pieces, row_end = rows * (part + 1) / row_pieces;
@@ -148,15 +162,20 @@ struct Tiles {
       for (int64_t i = 0; i < tiles; ++i) {
         const int64_t at = row_begin + count * i / tiles;
         const int height = static_cast<int>(row_begin + count * (i + 1) / tiles - at);
-        if (part == 0) prefetch_columns(b, column + ahead * kTileColumns, sizes.n, sizes.depth, operands, i, tiles);
         std::memset(tile, 0, sizeof(float) * height * kTileColumns);
         if (dual) std::memset(tile_abs, 0, sizeof(float) * height * kTileColumns);
-        for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-          const int64_t from = chunk * chunk_steps;
-          kernels.of[height](tile, tile_abs, packed + (chunk * rows + at) * kRowBytes, panel + from * kTileColumns * 4,
-                             std::min(chunk_steps, steps - from));
+        if (epilogue.wants(first + at, height, column, columns)) {
+          if (own != nullptr && column != held) pack_columns(own, b, column, sizes.n, sizes.depth, operands);
+          held = column;
+          if (part == 0) prefetch_columns(b, column + ahead * kTileColumns, sizes.n, sizes.depth, operands, i, tiles);
+          for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+            if (!some_filled(filled + chunk * rows + at, height)) continue;
+            const int64_t from = chunk * chunk_steps;
+            kernels.of[height](tile, tile_abs, packed + (chunk * rows + at) * kRowBytes,
+                               panel + from * kTileColumns * 4, std::min(chunk_steps, steps - from));
+          }
         }
-        epilogue(tile, tile_abs, first + at, height, column, std::min<int64_t>(kTileColumns, sizes.n - column));
+        epilogue(tile, tile_abs, first + at, height, column, columns);
       }
     }
   }
@@ -164,20 +183,22 @@ struct Tiles {
 
 struct PackRows {
   char* packed;
+  uint8_t* filled;
   const Matrix& a;
   int64_t first, rows, depth;
   Operands operands;
   bool abs;
 
   RELPROP_INLINE void operator()(int64_t begin, int64_t end) const {
-    pack_rows(packed, a, first, rows, begin, end, depth, operands, abs);
+    pack_rows(packed, filled, a, first, rows, begin, end, depth, operands, abs);
   }
 };
 
 }  // namespace gemm_detail
 
 // Runs the product, and epilogue(tile, tile_abs, row, rows, column, columns) on every finished tile: `rows` rows of
-// kTileColumns floats, of which `columns` belong to the result. tile_abs: only of a dual kind.
+// kTileColumns floats, of which `columns` belong to the result. tile_abs: only of a dual kind. Where
+// epilogue.wants(row, rows, column, columns) is false the tile is left at 0.
 template <class Epilogue>
 void gemm(const Sizes& sizes, const Matrix& a, const Matrix& b, Operands operands, Kind kind, int threads,
           const Epilogue& epilogue) {
@@ -185,17 +206,19 @@ void gemm(const Sizes& sizes, const Matrix& a, const Matrix& b, Operands operand
   const int64_t steps = steps_of(sizes.depth, operands);
   const int64_t chunks = std::max<int64_t>(1, (steps + kChunkBytes / 4 - 1) / (kChunkBytes / 4));
   const int64_t block = std::max<int64_t>(64, kPackedBytes / (chunks * kRowBytes));
-  char* packed = shared_buffer(std::min(sizes.m, block) * chunks * kRowBytes);
+  const int64_t packed_rows = std::min(sizes.m, block) * chunks;
+  char* packed = shared_buffer(packed_rows * (kRowBytes + 1));
+  uint8_t* filled = reinterpret_cast<uint8_t*>(packed + packed_rows * kRowBytes);
   const int64_t panels = (sizes.n + kTileColumns - 1) / kTileColumns;
   for (int64_t first = 0; first < sizes.m; first += block) {
     const int64_t rows = std::min(block, sizes.m - first);
-    for_ranges(gemm_detail::PackRows{packed, a, first, rows, sizes.depth, operands, kind == Kind::kAbs}, rows,
+    for_ranges(gemm_detail::PackRows{packed, filled, a, first, rows, sizes.depth, operands, kind == Kind::kAbs}, rows,
                sizes.depth, threads);
     // Enough pieces to even out the threads, of enough rows to be worth packing the columns once more.
     const int64_t wanted = (4 * threads + panels - 1) / panels;
     const int64_t row_pieces = std::max<int64_t>(1, std::min(wanted, rows / 64));
-    const gemm_detail::Tiles<Epilogue> tiles{epilogue, kernels, b,    packed,     operands, is_dual(kind),
-                                             sizes,    first,   rows, row_pieces, threads};
+    const gemm_detail::Tiles<Epilogue> tiles{epilogue,      kernels, b,     packed, filled,     operands,
+                                             is_dual(kind), sizes,   first, rows,   row_pieces, threads};
     run_pieces(range_function<gemm_detail::Tiles<Epilogue>>(), &tiles, panels * row_pieces, 1, threads);
   }
 }

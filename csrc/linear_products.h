@@ -22,6 +22,12 @@ void linear_apply(float* y,           // [rows, n]
                   const float* bias,  // [n] or null
                   const Linear& layer, int threads);
 
+// sums = x w^T, and y = sums + bias rounded to bfloat16.
+void linear_apply_rounded(uint16_t* y,        // [rows, n]
+                          float* sums,        // [rows, n]
+                          const float* bias,  // [n] or null
+                          const Linear& layer, int threads);
+
 // r w, the way back of the gradient.
 void linear_transpose(float* out,      // [targets, rows, k]
                       const float* r,  // [targets, rows, n]

@@ -77,6 +77,13 @@ void bind_apply(Pointer y, Pointer bias, const PythonLinear& given, int threads)
   linear_apply(as<float>(y), as<const float>(bias), layer, threads);
 }
 
+void bind_apply_rounded(Pointer y, Pointer sums, Pointer bias, const PythonLinear& given, int threads) {
+  const auto [layer, some] = checked(given, 1, threads);
+  if (!some) return;
+  check_pointers({{"y", y}, {"sums", sums}, {"x", given.x.first}});
+  linear_apply_rounded(as<uint16_t>(y), as<float>(sums), as<const float>(bias), layer, threads);
+}
+
 void bind_transpose(Pointer out, Pointer r, const PythonLinear& given, int64_t targets, int threads) {
   const auto [layer, some] = checked(given, targets, threads);
   if (!some) return;
@@ -111,6 +118,8 @@ const Bindings bindings([](py::module_& module) {
              py::arg("k"), py::arg("transpose"), py::arg("operands"), py::arg("threads"));
   module.def("linear_apply", taped<&bind_apply>, release_gil(), py::arg("y"), py::arg("bias"), py::arg("layer"),
              py::arg("threads"));
+  module.def("linear_apply_rounded", taped<&bind_apply_rounded>, release_gil(), py::arg("y"), py::arg("sums"),
+             py::arg("bias"), py::arg("layer"), py::arg("threads"));
   module.def("linear_transpose", taped<&bind_transpose>, release_gil(), py::arg("out"), py::arg("r"), py::arg("layer"),
              py::arg("targets"), py::arg("threads"));
   module.def("linear_alpha_beta_share_out_product", taped<&bind_share_out>, release_gil(), py::arg("shares"),

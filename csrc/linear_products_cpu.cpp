@@ -11,7 +11,7 @@ Matrix transposed(const Matrix& matrix) {
   return {matrix.data, matrix.dtype, matrix.column, matrix.row, matrix.packed};
 }
 
-struct Store {
+struct Store : EveryTile {
   float* out;
   const float* bias;
   int64_t n;
@@ -32,12 +32,48 @@ struct Store {
   }
 };
 
+struct StoreRounded : EveryTile {
+  uint16_t* out;
+  float* sums;
+  const float* bias;
+  int64_t n;
+
+  RELPROP_INLINE void operator()(const float* tile, const float*, int64_t row, int64_t rows, int64_t column,
+                                 int64_t columns) const {
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t at = (row + i) * n + column;
+      const float* from = tile + i * kTileColumns;
+      float* to = sums + at;
+      uint16_t* rounded = out + at;
+      RELPROP_VECTORISE
+      for (int64_t j = 0; j < columns; ++j) {
+        to[j] = from[j];
+        rounded[j] = BFloat16::narrow(bias == nullptr ? from[j] : from[j] + bias[column + j]);
+      }
+    }
+  }
+};
+
 template <StabiliserKind kind, bool stored>
 struct Share {
   float* shares;
   const float *relevance, *y, *bias;
   int64_t targets, rows, n;
   float alpha, tolerance, epsilon;
+
+  // Where no relevance arrives there is nothing to share out: no z+ is formed.
+  RELPROP_INLINE bool wants(int64_t row, int64_t count, int64_t column, int64_t columns) const {
+    for (int64_t t = 0; t < targets; ++t) {
+      for (int64_t i = 0; i < count; ++i) {
+        const float* from = relevance + (t * rows + row + i) * n + column;
+        uint32_t any = 0;
+        RELPROP_VECTORISE
+        for (int64_t j = 0; j < columns; ++j) any |= bits_of<uint32_t>(from[j]) & 0x7fffffffu;
+        if (any != 0) return true;
+      }
+    }
+    return false;
+  }
 
   // tile: |x||w|^T where the product is stored, else x w^T with |x||w|^T in tile_abs.
   RELPROP_INLINE void operator()(const float* tile, const float* tile_abs, int64_t row, int64_t count, int64_t column,
@@ -65,7 +101,7 @@ struct Share {
 };
 
 template <DType dtype>
-struct Select {
+struct Select : EveryTile {
   float* out;
   Matrix x;
   int64_t rows, k;
@@ -95,12 +131,17 @@ void linear_pack(char* packed, const Matrix& w, int64_t n, int64_t k, bool trans
 
 void linear_apply(float* y, const float* bias, const Linear& layer, int threads) {
   gemm({layer.rows, layer.n, layer.k}, layer.x, transposed(layer.w), layer.operands, Kind::kSingle, threads,
-       Store{y, bias, layer.n});
+       Store{{}, y, bias, layer.n});
+}
+
+void linear_apply_rounded(uint16_t* y, float* sums, const float* bias, const Linear& layer, int threads) {
+  gemm({layer.rows, layer.n, layer.k}, layer.x, transposed(layer.w), layer.operands, Kind::kSingle, threads,
+       StoreRounded{{}, y, sums, bias, layer.n});
 }
 
 void linear_transpose(float* out, const float* r, const Linear& layer, int64_t targets, int threads) {
   gemm({targets * layer.rows, layer.k, layer.n}, stream(r, layer.n), layer.w, layer.operands, Kind::kSingle, threads,
-       Store{out, nullptr, layer.k});
+       Store{{}, out, nullptr, layer.k});
 }
 
 void linear_alpha_beta_share_out_product(float* shares, const float* relevance, const float* y, const float* bias,
@@ -128,7 +169,7 @@ void linear_alpha_beta_share_out_product(float* shares, const float* relevance, 
 void linear_alpha_beta_back_product(float* out, const float* shares, const Linear& layer, int64_t targets,
                                     int threads) {
   with_stored(layer.x.dtype, [&](auto dtype) {
-    const Select<decltype(dtype)::value> select{out, layer.x, layer.rows, layer.k};
+    const Select<decltype(dtype)::value> select{{}, out, layer.x, layer.rows, layer.k};
     gemm({targets * layer.rows, layer.k, layer.n}, stream(shares, layer.n), layer.w, layer.operands, Kind::kDual,
          threads, select);
   });

@@ -74,6 +74,10 @@ def run_forward(
                 result = node.target(*args, **kwargs)
             else:
                 result = step.kernel(node, derive, *args, **kwargs)
+            if step.sums:
+                result, sums = result
+                if sums is not None:
+                    tensors[node.outputs[0].sums] = sums
             if len(node.outputs) == 1 and not isinstance(result, (list, tuple)):
                 index = node.outputs[0].index
                 if move is not None and node.kind == "embedding":

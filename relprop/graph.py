@@ -40,6 +40,11 @@ class Value:
     def rank(self) -> int:
         return len(self.shape)
 
+    @property
+    def sums(self) -> int:
+        """The index of the float32 sums that this value was rounded from, where a pass keeps them; no value has it."""
+        return ~self.index
+
     def __repr__(self) -> str:  # in one line: the fields would print everything before this value
         return f"<Value {self.index} {self.name} {self.describe()} {self.dtype}>"
 

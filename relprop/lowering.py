@@ -16,7 +16,7 @@ from relprop.execute import run_pass
 from relprop.graph import Graph, Node, Value, leaves
 from relprop.methods.attention_maps import EDGES
 from relprop.methods.base import Reading
-from relprop.program import FusedStep, JointKernel, JointStream, Kernel, Program, ReverseStep, Scaled
+from relprop.program import ForwardStep, FusedStep, JointKernel, JointStream, Kernel, Program, ReverseStep, Scaled
 from relprop.rules import Call, Relevances, Rule
 from relprop.targets import Target, aimed_at
 from relprop.weights import Derive, DerivedWeights, DeriveOnce
@@ -182,7 +182,7 @@ def plain(program: Program) -> Program:
     """The same plan with every rule in plain PyTorch."""
     return replace(
         program,
-        forward=tuple(replace(step, kernel=None) for step in program.forward),
+        forward=tuple(replace(step, kernel=None, sums=False) for step in program.forward),
         reverse=tuple(
             replace(
                 step,
@@ -223,12 +223,15 @@ def opaque(program: Program, weights: DerivedWeights) -> Program:
     derive = DeriveOnce(program.graph, weights)
     return replace(
         program,
-        forward=tuple(
-            step if step.kernel is None else replace(step, kernel=_OpaqueForward(step.kernel, derive))
-            for step in program.forward
-        ),
+        forward=tuple(_opaque_forward(step, derive) for step in program.forward),
         reverse=tuple(_opaque_step(step, derive) for step in program.reverse),
     )
+
+
+def _opaque_forward(step: ForwardStep, derive: Derive) -> ForwardStep:
+    # One that gives sums beside its output is left to the operation: without them, the sweep makes its own.
+    kernel = None if step.kernel is None or step.sums else _OpaqueForward(step.kernel, derive)
+    return replace(step, kernel=kernel, sums=False)
 
 
 def _opaque_step(step: ReverseStep, derive: Derive) -> ReverseStep:

@@ -98,12 +98,15 @@ class Kernels:
         rule: the backend of a rule at a node and its kernel, None for the rule itself.
         joint: the kernel for all streams of an operation and the edge that a row walks, with its backend's name.
         forward: the kernel of an operation's forward.
+        sums: the same for an operation whose rules ask for its output as it was before it was rounded: a kernel that
+            gives the output and the float32 sums, None in their place where it has none.
         fused: the kernel for a step and those after it on its streams' way, by node; see `FusedStep`.
     """
 
     rule: Callable[[Node, Rule], tuple[str, Kernel | None]] = _no_kernel
     joint: Callable[[Node, Mapping[str, Rule], str | None], tuple[str, JointKernel] | None] = lambda *step: None
     forward: Callable[[Node], ForwardKernel | None] = lambda node: None
+    sums: Callable[[Node, Mapping[str, Rule]], ForwardKernel | None] = lambda *step: None
     fused: FindFused | None = None
 
 
@@ -185,11 +188,16 @@ class ReverseStep:
 
 @dataclass(frozen=True)
 class ForwardStep:
-    """One operation of the forward pass, the values that are dead after it, and a kernel in place of its own."""
+    """One operation of the forward pass, the values that are dead after it, and a kernel in place of its own.
+
+    Attributes:
+        sums: the kernel gives the float32 sums of its output too.
+    """
 
     node: Node
     frees: tuple[int, ...]
     kernel: ForwardKernel | None = None
+    sums: bool = False
 
 
 @dataclass
@@ -293,6 +301,7 @@ class Program:
         for i, step in enumerate(self.reverse):
             node = step.node
             names = {v.index: v.name for v in (*node.operands, *node.outputs) if v is not None}
+            names.update((v.sums, f"{v.name} (sums)") for v in node.outputs)
             tensors = ", ".join(names[t] for t in step.tensors if t in names)
             size = cost.nbytes([v for v in (*node.operands, *node.outputs) if v is not None], self.batch_symbols)
             whole = step.fused or step.joint
@@ -395,15 +404,23 @@ def build_program(
             reverse.append((node, tuple(steps), maps))
     for name in streams:
         frontier[name].extend(v for v in graph.explained if v.index in live[name])
+    sums = {
+        node: kernel
+        for node, steps, _ in reverse
+        if (kernel := kernels.sums(node, {step.stream: step.rule for step in steps})) is not None
+    }
+    needed = [_needed(node, steps, maps, node in sums) for node, steps, maps in reverse]
     return Program(
         graph=graph,
         method=method,
         composite=composite,
         readout=readout,
         requirements=requirements,
-        forward=_forward_steps(graph, reverse, requirements, kernels),
+        forward=_forward_steps(graph, needed, requirements, kernels, sums),
         reverse=_fused(
-            _reverse_steps(reverse, [_joint(*item, readout, kernels) for item in reverse]), requirements, kernels
+            _reverse_steps(reverse, needed, [_joint(*item, readout, kernels) for item in reverse]),
+            requirements,
+            kernels,
         ),
         seeds=tuple(streams),
         batch_symbols=batch_symbols,
@@ -490,7 +507,7 @@ def _reached(graph: Graph, requirements: Requirements, stream: str, everything: 
     return found
 
 
-def _needed(node: Node, steps: tuple[StreamStep, ...], maps: frozenset[str]) -> list[int]:
+def _needed(node: Node, steps: tuple[StreamStep, ...], maps: frozenset[str], summed: bool) -> list[int]:
     """Values that a reverse step reads."""
     inputs = output = False
     for step in steps:
@@ -502,15 +519,16 @@ def _needed(node: Node, steps: tuple[StreamStep, ...], maps: frozenset[str]) -> 
         inputs = True
     found = [v.index for v in node.operands if v is not None and (inputs or not v.carrying)]
     if output:
-        found += [v.index for v in node.outputs]
+        found += [v.sums if summed else v.index for v in node.outputs]
     return list(dict.fromkeys(found))
 
 
 def _reverse_steps(
-    plan: list[tuple[Node, tuple[StreamStep, ...], frozenset[str]]], joints: list[JointStep | None]
+    plan: list[tuple[Node, tuple[StreamStep, ...], frozenset[str]]],
+    needed: list[list[int]],
+    joints: list[JointStep | None],
 ) -> tuple[ReverseStep, ...]:
     last: dict[int, int] = {}
-    needed = [_needed(*item) for item in plan]
     for i, indices in enumerate(needed):
         last.update(dict.fromkeys(indices, i))
     return tuple(
@@ -521,11 +539,12 @@ def _reverse_steps(
 
 def _forward_steps(
     graph: Graph,
-    plan: list[tuple[Node, tuple[StreamStep, ...], frozenset[str]]],
+    needed: list[list[int]],
     requirements: Requirements,
     kernels: Kernels,
+    sums: Mapping[Node, ForwardKernel],
 ) -> tuple[ForwardStep, ...]:
-    kept = {index for item in plan for index in _needed(*item)}
+    kept = {index for indices in needed for index in indices}
     kept |= {value.index for value in requirements.latents.values()}
     kept |= {graph.output.index} | {v.index for v, _ in requirements.values}
     read_after = requirements.read_after or (graph.attention_sites()[-1:] if requirements.profile else ())
@@ -543,7 +562,8 @@ def _forward_steps(
         if index not in kept and index not in outside:
             dying.setdefault(i, []).append(index)
     return tuple(
-        ForwardStep(node, tuple(dying.get(i, ())), kernels.forward(node)) for i, node in enumerate(graph.nodes)
+        ForwardStep(node, tuple(dying.get(i, ())), sums.get(node) or kernels.forward(node), node in sums)
+        for i, node in enumerate(graph.nodes)
     )
 
 

@@ -70,8 +70,11 @@ def choose_kernels(name: str, dtype: torch.dtype, device: torch.device, precisio
             return products.forward
         return forward_kernels.run if forward_kernels.takes(node) else None
 
+    def sums(node: Node, rules: Mapping[str, Rule]) -> ForwardKernel | None:
+        return products.forward_with_sums if precision == "medium" and cpp.divides_by_sums(node, rules) else None
+
     if used == "cpp":
-        return Kernels(rule, joint, forward)
+        return Kernels(rule, joint, forward, sums)
     return Kernels(rule, joint, fused=triton_fused.fused_step if used == "triton" else None)
 
 

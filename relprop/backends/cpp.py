@@ -83,6 +83,13 @@ def kernel_reasons(node: Node, rule: Rule) -> list[str]:
     return reasons
 
 
+def divides_by_sums(node: Node, rules: Mapping[str, Rule]) -> bool:
+    """Whether z+ of a bfloat16 layer would be made of x wᵀ as it was before it was rounded."""
+    rule = rules.get("relevance")
+    rounded = node.kind == "linear" and node.outputs[0].dtype == torch.bfloat16
+    return rounded and isinstance(rule, LinearAlphaBeta) and rule.beta == 0 and not kernel_reasons(node, rule)
+
+
 def joint_kernel(node: Node, rules: Mapping[str, Rule], edge: str | None) -> JointKernel | None:
     """The kernel that takes all streams of a step at once, None where there is none."""
     if node.kind != "attention" or cpp_attention.kernel_reasons(node, rules, edge):

@@ -72,14 +72,13 @@ def alpha_beta(rule: Any, call: Call, relevance: Tensor, made_of: torch.dtype) -
     # A product of bfloat16 numbers is exact in bfloat16 operands: nothing is lost and half the time is saved.
     exact = torch.bfloat16 if {x.dtype, weight.dtype} == {torch.bfloat16} else made_of
     exact = exact if native.products_fast(exact) else made_of
-    stored = call.tensors.get(node.outputs[0].index)
-    y = stored if stored is not None and stored.dtype == call.dtype else None
+    y, bias = _product(call)
     shares = native.share_out_product(
         relevance,
         x,
         weight,
         y,
-        None if y is None else linear_map.bias_of(call),
+        bias,
         operands=exact,
         alpha=rule.alpha,
         stabiliser=rule.stabiliser.code,
@@ -88,6 +87,15 @@ def alpha_beta(rule: Any, call: Call, relevance: Tensor, made_of: torch.dtype) -
     )
     packed = _packed(call, False, made_of)
     return native.back_product(shares, x, weight, operands=made_of, packed=packed), None, None
+
+
+def _product(call: Call) -> tuple[Tensor | None, Tensor | None]:
+    """x wᵀ in float32 as the forward pass left it, and the bias in it; None where it was rounded. [..., N], [N]"""
+    output = call.node.outputs[0]
+    sums, y = call.tensors.get(output.sums), call.tensors.get(output.index)
+    if sums is None and y is not None and y.dtype == call.dtype:
+        return y, linear_map.bias_of(call)
+    return sums, None
 
 
 def transpose(call: Call, s: Tensor, made_of: torch.dtype) -> Tensor:
@@ -113,3 +121,16 @@ def forward(node: Node, derive: Derive, x: Tensor, weight: Tensor, bias: Tensor 
             packed = None if value is None else derive.packed(value, weight, True, made_of)
             return native.linear_apply(x, weight, bias, operands=made_of, packed=packed)
     return node.target(x, weight, bias)
+
+
+def forward_with_sums(
+    node: Node, derive: Derive, x: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """A bfloat16 layer's forward and the sums x wᵀ in float32, None where the product is torch's. Each [..., N]"""
+    made_of = operands(row_count(x.shape), weight, torch.float32, "medium")
+    if made_of != torch.bfloat16 or {x.dtype, weight.dtype} != {torch.bfloat16}:
+        return node.target(x, weight, bias), None
+    value, third = node.operands[1:3]
+    packed = None if value is None else derive.packed(value, weight, True, made_of)
+    added = None if bias is None or third is None else derive(third, bias, "", torch.float32)
+    return native.linear_apply_rounded(x, weight, added, operands=made_of, packed=packed)

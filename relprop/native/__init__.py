@@ -15,6 +15,7 @@ from relprop.native.norm import activation_gradient, activation_slope, norm_grad
 from relprop.native.products import (
     back_product,
     linear_apply,
+    linear_apply_rounded,
     linear_transpose,
     pack_weight,
     products_fast,
@@ -56,6 +57,7 @@ __all__ = [
     "gamma_share_out",
     "info",
     "linear_apply",
+    "linear_apply_rounded",
     "linear_transpose",
     "norm_gradient",
     "norm_sigma_constant",

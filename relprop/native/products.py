@@ -125,6 +125,38 @@ def linear_apply(
     return y
 
 
+def linear_apply_rounded(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, operands: torch.dtype, packed: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """x wᵀ + b in bfloat16, rounded once, and the sums x wᵀ that it was rounded from.
+
+    Args:
+        x: [..., K]
+        weight: [N, K]
+        bias: [N] or None, float32
+        operands: torch.float32 | torch.bfloat16
+        packed: the weight as `pack_weight` makes it for this product, or None
+    Returns:
+        x wᵀ + b, bfloat16, and x wᵀ, float32, without the bias. Each [..., N]
+    Raises:
+        ShapeError, DTypeError, DeviceError, OptionError
+    """
+    weight = _weight(weight, operands)
+    n, k = weight.shape
+    packed = _packed(packed, n, k, operands)
+    x = _operand("x", x, (*x.shape[:-1], k))
+    bias = None if bias is None else _stream("bias", bias, (n,))
+    shape = (*x.shape[:-1], n)
+    if k == 0:
+        sums = torch.zeros(shape)
+        return (sums if bias is None else sums + bias).bfloat16(), sums
+    y, sums = empty(shape, torch.bfloat16), empty(shape, torch.float32)
+    layer = _layer(x, weight, packed, _rows(x.shape), operands)
+    pointer = 0 if bias is None else bias.data_ptr()
+    _C.linear_apply_rounded(y.data_ptr(), sums.data_ptr(), pointer, layer, torch.get_num_threads())
+    return y, sums
+
+
 def linear_transpose(stream: Tensor, weight: Tensor, *, operands: torch.dtype, packed: Tensor | None = None) -> Tensor:
     """stream w, the way back of the gradient.
 

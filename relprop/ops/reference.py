@@ -383,6 +383,18 @@ def linear_apply(
     return y if bias is None else y + product.stream("bias", bias, (product.n,))
 
 
+def linear_apply_rounded(
+    x: Tensor,  # [..., K]
+    weight: Tensor,  # [N, K]
+    bias: Tensor | None,  # [N]
+    operands: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """x wᵀ + b rounded to bfloat16, and x wᵀ in float32. Each [..., N]"""
+    sums = linear_apply(x, weight, None, operands)
+    y = sums if bias is None else sums + Product(weight, operands).stream("bias", bias, (weight.shape[0],))
+    return y.bfloat16(), sums
+
+
 def linear_transpose(
     stream: Tensor,  # [T, ..., N]
     weight: Tensor,  # [N, K]

@@ -26,7 +26,7 @@ class Spec:
         kernel: on the CPU; its arguments as the schema has them, and `out` where results are given.
         stream: the argument whose shape and dtype the results have.
         last: the size of the results' last axis where it is another one: an argument, and one of its axes.
-        dtype: of the results where it is not the stream's.
+        dtype: of the results, or of each, where it is not the stream's.
         fake: shapes of the results where more than the stream decides them.
     """
 
@@ -36,7 +36,7 @@ class Spec:
     kernel: Callable[..., Any]
     stream: str = "relevance"
     last: tuple[str, int] | None = None
-    dtype: torch.dtype | None = None
+    dtype: torch.dtype | tuple[torch.dtype, ...] | None = None
     fake: Callable[..., Any] | None = None
 
 
@@ -82,10 +82,10 @@ def _gamma_share_out(relevance: Tensor, y: Any, bias: Any, absz: Any, *rest: Any
     )
 
 
-def _product(kernel: Callable[..., Tensor], plain: Callable[..., Tensor], operands: int) -> Callable[..., Tensor]:
+def _product(kernel: Callable[..., Any], plain: Callable[..., Any], operands: int) -> Callable[..., Any]:
     """A matrix product by its kernel where the CPU has the instructions; `operands` is that argument's place."""
 
-    def call(*arguments: Any) -> Tensor:
+    def call(*arguments: Any) -> Any:
         if not native.products_fast(arguments[operands]):
             return plain(*arguments)
         *own, made_of = arguments[: operands + 1]
@@ -148,6 +148,15 @@ SPECS: dict[str, Spec] = {
         "x",
         ("weight", 0),
         torch.float32,
+    ),
+    "linear_apply_rounded": Spec(
+        "Tensor x, Tensor weight, Tensor? bias, ScalarType operands",
+        2,
+        reference.linear_apply_rounded,
+        _product(native.linear_apply_rounded, reference.linear_apply_rounded, 3),
+        "x",
+        ("weight", 0),
+        (torch.bfloat16, torch.float32),
     ),
     "linear_transpose": Spec(
         "Tensor stream, Tensor weight, ScalarType operands",
@@ -240,6 +249,7 @@ SPECS: dict[str, Spec] = {
 # Kernels that hold their tensors to certain dtypes: matrix products, and attention as a whole.
 PRODUCTS = {
     "linear_apply",
+    "linear_apply_rounded",
     "linear_transpose",
     "linear_alpha_beta_share_out_product",
     "linear_alpha_beta_back_product",
@@ -274,11 +284,10 @@ def _fake(name: str, spec: Spec) -> Callable[..., Any]:
             del shape[2]
         if spec.last is not None:
             shape[-1] = arguments[names.index(spec.last[0])].shape[spec.last[1]]
-        if spec.results == 1:
-            return stream.new_empty(shape, dtype=spec.dtype or stream.dtype)
         count = spec.results or (1 if arguments[names.index("beta")] == 0 else 2)
-        made = [stream.new_empty(shape) for _ in range(count)]
-        return made if spec.results == 0 else tuple(made)
+        dtypes = spec.dtype if isinstance(spec.dtype, tuple) else (spec.dtype or stream.dtype,) * count
+        made = [stream.new_empty(shape, dtype=dtype) for dtype in dtypes]
+        return made[0] if spec.results == 1 else made if spec.results == 0 else tuple(made)
 
     return fake
 

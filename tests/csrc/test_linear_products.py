@@ -56,6 +56,21 @@ def test_apply_and_transpose(size: tuple[int, int, int], stored: torch.dtype, op
     close(found, left @ right, left.abs() @ right.abs(), size[1])
 
 
+@pytest.mark.parametrize("operands", OPERANDS)
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("size", SIZES)
+def test_apply_rounded(size: tuple[int, int, int], biased: bool, operands: torch.dtype, isa: str) -> None:
+    """The sums are those of the products alone; the output is rounded once, from the sums with the bias."""
+    x, weight, bias = layer(size, torch.bfloat16)
+    added = bias if biased else None
+    found, sums = native.linear_apply_rounded(x, weight, added, operands=operands)
+    assert torch.equal(sums, native.linear_apply(x, weight, None, operands=operands))
+    assert torch.equal(found, (sums + bias if biased else sums).bfloat16())
+    packed = native.pack_weight(weight, transpose=True, operands=operands)
+    again = native.linear_apply_rounded(x, weight, added, operands=operands, packed=packed)
+    assert torch.equal(again[0], found) and torch.equal(again[1], sums)
+
+
 @pytest.mark.parametrize("stabiliser", [EXACT, (native.SIGNED, 1e-2), (native.REFERENCE, 1e-9)])
 @pytest.mark.parametrize("operands", OPERANDS)
 @pytest.mark.parametrize("stored", STORED)
@@ -143,6 +158,44 @@ def test_vanishing_denominators_get_no_share(isa: str) -> None:
         torch.ones(1, 14, 33), x, weight, None, None, operands=torch.float32, stabiliser=EXACT, tolerance=1e-6
     )
     assert (shares == 0).all()
+
+
+@pytest.mark.parametrize("ready", [True, False])
+@pytest.mark.parametrize("operands", OPERANDS)
+def test_zeros_on_the_way_back_are_left_out(operands: torch.dtype, ready: bool, isa: str) -> None:
+    """Where queries and keys hand nothing on, their part of a joint projection costs nothing, and no bit changes."""
+    zeros, rows, n, k = 512, 43, 700, 70  # whole chunks of the sums over n; tiles of 11 rows
+    x, weight, relevance = torch.randn(rows, k), torch.randn(n, k), torch.randn(2, rows, n)
+    relevance[..., :zeros] = 0.0
+    relevance[..., 0] = -0.0
+    hidden = weight.clone()
+    hidden[:zeros] = torch.nan  # shows where it is read
+    packed = {t: native.pack_weight(hidden, transpose=t, operands=operands) if ready else None for t in (True, False)}
+    options = {"operands": operands, "stabiliser": EXACT, "tolerance": 1e-6}
+    part = (x, weight[zeros:])
+
+    shares = native.share_out_product(relevance, x, hidden, None, None, packed=packed[True], **options)  # type: ignore[arg-type]
+    assert (shares[..., :zeros] == 0).all()
+    assert torch.equal(
+        shares[..., zeros:],
+        native.share_out_product(relevance[..., zeros:].contiguous(), *part, None, None, **options),  # type: ignore[arg-type]
+    )
+    back = native.back_product(shares, x, hidden, operands=operands, packed=packed[False])
+    assert torch.equal(back, native.back_product(shares[..., zeros:].contiguous(), *part, operands=operands))
+    passed = native.linear_transpose(relevance, hidden, operands=operands, packed=packed[False])
+    plain = native.linear_transpose(relevance[..., zeros:].contiguous(), part[1], operands=operands)
+    assert torch.equal(passed, plain)
+
+
+@pytest.mark.parametrize("operands", OPERANDS)
+def test_a_row_is_the_same_beside_rows_of_zeros(operands: torch.dtype, isa: str) -> None:
+    weight, stream = torch.randn(600, 70), torch.randn(43, 600)
+    whole = native.linear_transpose(stream, weight, operands=operands)
+    for first in (1, 21, 22, 42):
+        some = stream.clone()
+        some[:first] = 0.0
+        found = native.linear_transpose(some, weight, operands=operands)
+        assert (found[:first] == 0).all() and torch.equal(found[first:], whole[first:])
 
 
 def test_same_bits_on_any_number_of_threads() -> None:

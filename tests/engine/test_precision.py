@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 
 import relprop
+from relprop import native
+from relprop.backends import cpp, products
 from relprop.rules import linear_map
 from tests.engine.models import relative, vit
+from tests.engine.test_memory import allocated
+
+needs_products = pytest.mark.skipif(
+    not (linear_map.native_bfloat16() and native.available()[0] and native.products_fast(torch.bfloat16)),
+    reason="needs a CPU with bfloat16 products",
+)
 
 
 def _flags() -> tuple[object, ...]:
@@ -45,3 +54,82 @@ def test_medium_without_bfloat16_instructions_is_highest(monkeypatch: pytest.Mon
     model, x = vit(), torch.randn(2, 3, 32, 32)
     medium = relprop.explain(model, x, target=1, precision="medium").relevance
     assert torch.equal(medium, relprop.explain(model, x, target=1).relevance)
+
+
+@needs_products
+@pytest.mark.parametrize("tape", [False, True])
+@pytest.mark.parametrize("composite", ["chefer", "chefer_stable"])
+def test_the_sums_of_a_bfloat16_layer_are_not_formed_twice(
+    composite: str, tape: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bfloat16 model's forward leaves x w before it is rounded: the share-out divides by what it would form."""
+    formed = []
+
+    def share_out_product(*args: Any, **kwargs: Any) -> torch.Tensor:
+        formed.append(args[3] is None)
+        return share_out(*args, **kwargs)
+
+    share_out = native.share_out_product
+    monkeypatch.setattr(products.native, "share_out_product", share_out_product)
+    model, x = vit(embed_dim=72).bfloat16(), torch.randn(2, 3, 32, 32).bfloat16()
+    found = relprop.compile(model, (x,), precision="medium", composite=composite, tape=tape)(x, target=1)
+    assert formed and not any(formed)
+
+    def without_sums(*args: Any) -> Any:
+        return forward_with_sums(*args)[0], None
+
+    forward_with_sums = products.forward_with_sums
+    monkeypatch.setattr(products, "forward_with_sums", without_sums)
+    again = relprop.compile(copy.deepcopy(model), (x,), precision="medium", composite=composite)(x, target=1)
+    assert formed[-1] and torch.equal(again.logits, found.logits) and torch.equal(again.relevance, found.relevance)
+
+
+@needs_products
+@torch.no_grad()
+def test_logits_of_a_bfloat16_model_are_rounded_no_more_than_its_own() -> None:
+    """Its sums are added up in another order; each output is rounded once, as the model's own are."""
+    own, ours = [], []
+    for seed in range(6):
+        model, x = vit(seed, embed_dim=72), torch.randn(4, 3, 32, 32).bfloat16()
+        half = copy.deepcopy(model).bfloat16()
+        engine = relprop.compile(half, (x,), precision="medium", composite="chefer_stable")
+        truth = copy.deepcopy(half).double()(x.double())
+        own.append(relative(half(x).double(), truth))
+        ours.append(relative(engine(x, target=1).logits.double(), truth))
+        assert torch.equal(relprop.explain(half, x, target=1, composite="chefer_stable").logits, half(x))
+    assert sum(ours) < 1.25 * sum(own)
+
+
+@needs_products
+@torch.no_grad()
+def test_few_rows_take_the_model_s_own_product() -> None:
+    """Below the fewest rows that the kernels take, nothing is kept, and the sweep forms x w."""
+    model = vit(img_size=16, embed_dim=72).bfloat16()
+    x = torch.randn(2, 3, 16, 16).bfloat16()
+    engine = relprop.compile(model, (x,), precision="medium", composite="chefer_stable")
+    alone = engine(x[:1], target=1)
+    assert torch.equal(alone.logits, model(x[:1]))
+    truth = relprop.explain(model, x, target=1, composite="chefer_stable", backend="torch").relevance
+    assert relative(alone.relevance[0, 1:], truth[0, 1:]) < 0.05
+    assert relative(engine(x, target=1).relevance[0, 1:], truth[0, 1:]) < 0.05
+
+
+@needs_products
+def test_memory_counts_the_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = vit(embed_dim=96).bfloat16(), torch.randn(2, 3, 32, 32).bfloat16()
+    options: dict[str, Any] = {"precision": "medium", "composite": "chefer_stable", "tape": False}
+    engine = relprop.compile(model, (x,), **options)
+    assert "(sums)" in str(engine.program)
+    kept = {i for step in engine.program.reverse for i in step.tensors if i < 0}
+    assert kept and kept <= {i for step in engine.program.reverse for i in step.frees}
+    for batch in (7, 32):
+        images = torch.randn(batch, 3, 32, 32).bfloat16()
+        target = torch.zeros(batch, dtype=torch.int64)
+        real = allocated(lambda images=images, target=target: engine(images, target=target))
+        predicted = engine.memory(batch) - engine._weights.derived.nbytes
+        assert abs(predicted - real) < 0.1 * real, (batch, predicted, real)
+    monkeypatch.setattr(cpp, "divides_by_sums", lambda *step: False)
+    without = relprop.compile(copy.deepcopy(model), (x,), **options)
+    assert "(sums)" not in str(without.program)
+    grown = engine.memory(32) - without.memory(32)
+    assert grown > 0, grown

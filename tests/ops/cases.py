@@ -30,6 +30,7 @@ def arguments(name: str, dtype: torch.dtype = torch.float32, half: torch.dtype |
         "linear_epsilon_select": (x, r),
         "linear_gamma_share_out": (r, y, bias, absz, 0.25, True, True, *STABILISER),
         "linear_apply": (x, w, random(5, seed=10), torch.float32),
+        "linear_apply_rounded": (x, w, random(5, seed=10), torch.bfloat16),
         "linear_transpose": (own, w, torch.float32),
         "linear_alpha_beta_share_out_product": (own, x, w, None, None, torch.float32, 1.0, 1e-6, *STABILISER),
         "linear_alpha_beta_back_product": (own, x, w, torch.float32),

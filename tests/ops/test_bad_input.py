@@ -200,14 +200,17 @@ def test_products_of_zero_size(implementation: str, name: str, sizes: tuple[int,
     x, w, own = random(rows, k), random(n, k), random(2, rows, n)
     given = {
         "linear_apply": (x, w, random(n), torch.float32),
+        "linear_apply_rounded": (x, w, random(n), torch.float32),
         "linear_transpose": (own, w, torch.float32),
         "linear_alpha_beta_share_out_product": (own, x, w, None, None, torch.float32, 1.0, 1e-6, 0, 1e-6),
         "linear_alpha_beta_back_product": (own, x, w, torch.float32),
     }[name]
-    made = overload(name)(*given)
-    want = random(n).expand(rows, n) if name == "linear_apply" else torch.zeros(made.shape)
-    assert made.shape[-1] == (n if name in ("linear_apply", "linear_alpha_beta_share_out_product") else k)
-    assert torch.equal(made, want)
+    made, *sums = results(name, overload(name)(*given))
+    applied = name in ("linear_apply", "linear_apply_rounded")
+    want = random(n).expand(rows, n) if applied else torch.zeros(made.shape)
+    assert made.shape[-1] == (n if applied or name == "linear_alpha_beta_share_out_product" else k)
+    assert torch.equal(made, want.to(made.dtype))
+    assert all(torch.equal(one, torch.zeros(rows, n)) for one in sums)
 
 
 @pytest.mark.parametrize("axis", [0, 2])
@@ -255,6 +258,7 @@ def test_strides_beyond_an_int32() -> None:
     for name, places in {
         "attention_relevance": (0, 1, 2, 5, 6),
         "linear_apply": (1,),
+        "linear_apply_rounded": (1,),
         "linear_transpose": (1,),
     }.items():
         given = arguments(name)
