@@ -16,7 +16,7 @@ from relprop.execute import run_pass
 from relprop.graph import Graph, Node, Value, leaves
 from relprop.methods.attention_maps import EDGES
 from relprop.methods.base import Reading
-from relprop.program import FusedStep, JointKernel, JointStream, Kernel, Program, ReverseStep, Scaled
+from relprop.program import ForwardStep, FusedStep, JointKernel, JointStream, Kernel, Program, ReverseStep, Scaled
 from relprop.rules import Call, Relevances, Rule
 from relprop.targets import Target, aimed_at
 from relprop.weights import Derive, DerivedWeights, DeriveOnce
@@ -189,6 +189,7 @@ def plain(program: Program) -> Program:
                 joint=None,
                 fused=None,
                 streams=tuple(replace(s, backend="torch", kernel=None) for s in step.streams),
+                remakes=tuple(replace(made, kernel=None) for made in step.remakes),
             )
             for step in program.reverse
         ),
@@ -223,12 +224,13 @@ def opaque(program: Program, weights: DerivedWeights) -> Program:
     derive = DeriveOnce(program.graph, weights)
     return replace(
         program,
-        forward=tuple(
-            step if step.kernel is None else replace(step, kernel=_OpaqueForward(step.kernel, derive))
-            for step in program.forward
-        ),
+        forward=tuple(_opaque_forward(step, derive) for step in program.forward),
         reverse=tuple(_opaque_step(step, derive) for step in program.reverse),
     )
+
+
+def _opaque_forward(step: ForwardStep, derive: Derive) -> ForwardStep:
+    return step if step.kernel is None else replace(step, kernel=_OpaqueForward(step.kernel, derive))
 
 
 def _opaque_step(step: ReverseStep, derive: Derive) -> ReverseStep:
@@ -245,6 +247,7 @@ def _opaque_step(step: ReverseStep, derive: Derive) -> ReverseStep:
         streams=streams,
         joint=None if joint is None else replace(joint, kernel=_OpaqueJoint(joint.kernel, derive)),
         fused=None if fused is None else replace(fused, kernel=_OpaqueFused(fused, derive)),
+        remakes=tuple(_opaque_forward(made, derive) for made in step.remakes),
     )
 
 
