@@ -204,5 +204,6 @@ def _reverse_bytes(step: ReverseStep, symbols: frozenset[Any], batch: int, strea
         for value in (*node.outputs, *(v for v, want in zip(node.operands, stream.wanted, strict=True) if want))
         if value is not None and value.carrying
     ]
+    saved += [v for made in step.remakes for v in (*made.node.operands, *made.node.outputs) if v is not None]
     elements = sum(prod(sizes(v, symbols, batch)) for v in through)
     return nbytes(saved, symbols, batch) + stream_bytes * elements

@@ -15,7 +15,7 @@ from relprop.ledger import Ledger, LedgerEntry, book, cancellation
 from relprop.methods.base import Reader, Reading, RowReader
 from relprop.methods.sampled import SampledMap
 from relprop.methods.topology import explained_tokens, number_of_keys, padded_tokens, read_profile, tokens_read
-from relprop.program import FusedStep, JointStep, JointStream, Program, ReverseStep, Scaled, StreamStep
+from relprop.program import ForwardStep, FusedStep, JointStep, JointStream, Program, ReverseStep, Scaled, StreamStep
 from relprop.rules import Absorbed, Call
 from relprop.rules.add_epsilon import summands
 from relprop.targets import Target
@@ -69,11 +69,7 @@ def run_forward(
             for value in node.outputs:
                 tensors[value.index], shapes[value.index] = result, result.shape
         else:
-            args, kwargs = _bind(node.args, tensors), _bind(node.kwargs, tensors)
-            if step.kernel is None:
-                result = node.target(*args, **kwargs)
-            else:
-                result = step.kernel(node, derive, *args, **kwargs)
+            result = _outcome(step, tensors, derive)
             if step.sums:
                 result, sums = result
                 if sums is not None:
@@ -91,6 +87,15 @@ def run_forward(
         for index in step.frees:
             tensors.pop(index, None)
     return Forward(tensors, shapes)
+
+
+def _outcome(step: ForwardStep, tensors: dict[int, Any], derive: Derive) -> Any:
+    """What a forward step's operation gives."""
+    node = step.node
+    args, kwargs = _bind(node.args, tensors), _bind(node.kwargs, tensors)
+    if step.kernel is None:
+        return node.target(*args, **kwargs)
+    return step.kernel(node, derive, *args, **kwargs)
 
 
 def _bind(structure: Any, tensors: dict[int, Any]) -> Any:
@@ -179,6 +184,8 @@ class Sweep:
             self.trace.streams[value.name, name] = tensor
 
     def _step(self, step: ReverseStep) -> None:
+        for made in step.remakes:
+            self.forward.tensors[made.node.outputs[0].index] = _outcome(made, self.forward.tensors, self.derive)
         whole = self.entries is None and self.trace is None
         if whole and step.fused is not None and self._fused(step.fused):
             pass

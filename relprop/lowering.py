@@ -189,6 +189,7 @@ def plain(program: Program) -> Program:
                 joint=None,
                 fused=None,
                 streams=tuple(replace(s, backend="torch", kernel=None) for s in step.streams),
+                remakes=tuple(replace(made, kernel=None) for made in step.remakes),
             )
             for step in program.reverse
         ),
@@ -248,6 +249,7 @@ def _opaque_step(step: ReverseStep, derive: Derive) -> ReverseStep:
         streams=streams,
         joint=None if joint is None else replace(joint, kernel=_OpaqueJoint(joint.kernel, derive)),
         fused=None if fused is None else replace(fused, kernel=_OpaqueFused(fused, derive)),
+        remakes=tuple(_opaque_forward(made, derive) for made in step.remakes),
     )
 
 

@@ -15,6 +15,7 @@ from relprop.graph import Graph, Node, Value, leaves
 from relprop.latents import latent_values
 from relprop.methods.base import Method, Readout, Requirements
 from relprop.methods.topology import mask_of, profile_nodes
+from relprop.rematerialise import rematerialised
 from relprop.rules import Call, Relevances, Rule, make_rule
 
 Kernel = Callable[[Rule, Call, Any], Relevances]
@@ -175,7 +176,11 @@ class JointStep:
 
 @dataclass(frozen=True)
 class ReverseStep:
-    """One operation on the way back: its streams, the read-out's maps, and what is freed after it."""
+    """One operation on the way back: its streams, the read-out's maps, and what is freed after it.
+
+    Attributes:
+        remakes: forward steps that run again before it; see `rematerialise`.
+    """
 
     node: Node
     streams: tuple[StreamStep, ...]
@@ -184,6 +189,7 @@ class ReverseStep:
     frees: tuple[int, ...]
     joint: JointStep | None = None
     fused: FusedStep | None = None
+    remakes: tuple[ForwardStep, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -229,6 +235,7 @@ class Program:
     def kept(self) -> tuple[Value, ...]:
         """Values that live on after their last use in the forward pass."""
         indices = {i for step in self.reverse for i in step.tensors}
+        indices -= {v.index for step in self.reverse for again in step.remakes for v in again.node.outputs}
         return tuple(v for v in self.graph.values if v.index in indices and v.carrying)
 
     def flops(self) -> dict[str, float]:
@@ -302,7 +309,8 @@ class Program:
             node = step.node
             names = {v.index: v.name for v in (*node.operands, *node.outputs) if v is not None}
             names.update((v.sums, f"{v.name} (sums)") for v in node.outputs)
-            tensors = ", ".join(names[t] for t in step.tensors if t in names)
+            again = {v.index for made in step.remakes for v in made.node.outputs}
+            tensors = ", ".join(names[t] + (" (again)" if t in again else "") for t in step.tensors if t in names)
             size = cost.nbytes([v for v in (*node.operands, *node.outputs) if v is not None], self.batch_symbols)
             whole = step.fused or step.joint
             joint = None if whole is None else whole.backend
@@ -410,18 +418,19 @@ def build_program(
         if (kernel := kernels.sums(node, {step.stream: step.rule for step in steps})) is not None
     }
     needed = [_needed(node, steps, maps, node in sums) for node, steps, maps in reverse]
+    kept = _kept(graph, requirements)
+    outside = {v.index for v in graph.inputs.values()} | set(graph.parameters) | set(graph.constants)
+    again = rematerialised(graph, needed, kept, outside)
+    kept |= {i for indices in needed for i in indices} - {v.index for node in again for v in node.outputs}
+    sweep = _reverse_steps(reverse, needed, [_joint(*item, readout, kernels) for item in reverse])
     return Program(
         graph=graph,
         method=method,
         composite=composite,
         readout=readout,
         requirements=requirements,
-        forward=_forward_steps(graph, needed, requirements, kernels, sums),
-        reverse=_fused(
-            _reverse_steps(reverse, needed, [_joint(*item, readout, kernels) for item in reverse]),
-            requirements,
-            kernels,
-        ),
+        forward=_forward_steps(graph, kept | outside, kernels, sums),
+        reverse=_remaking(_fused(sweep, requirements, kernels), again, kernels),
         seeds=tuple(streams),
         batch_symbols=batch_symbols,
         frontier={name: tuple(values) for name, values in frontier.items()},
@@ -537,29 +546,40 @@ def _reverse_steps(
     )
 
 
-def _forward_steps(
-    graph: Graph,
-    needed: list[list[int]],
-    requirements: Requirements,
-    kernels: Kernels,
-    sums: Mapping[Node, ForwardKernel],
-) -> tuple[ForwardStep, ...]:
-    kept = {index for indices in needed for index in indices}
+def _remaking(steps: tuple[ReverseStep, ...], again: Sequence[Node], kernels: Kernels) -> tuple[ReverseStep, ...]:
+    """Steps with what runs again before each: the first that reads it, or whose kernel goes on to one that does."""
+    waiting = {node.outputs[0].index: ForwardStep(node, (), kernels.forward(node)) for node in again}
+    reads = {step.node: step.tensors for step in steps}
+    found = []
+    for step in steps:
+        nodes = (step.node, *(step.fused.nodes if step.fused is not None else ()))
+        due = dict.fromkeys(i for node in nodes for i in reads.get(node, ()) if i in waiting)
+        found.append(replace(step, remakes=tuple(waiting.pop(i) for i in due)))
+    return tuple(found)
+
+
+def _kept(graph: Graph, requirements: Requirements) -> set[int]:
+    """Values that live through the forward pass for something other than the reverse steps."""
+    kept = {graph.output.index} | {v.index for v, _ in requirements.values}
     kept |= {value.index for value in requirements.latents.values()}
-    kept |= {graph.output.index} | {v.index for v, _ in requirements.values}
     read_after = requirements.read_after or (graph.attention_sites()[-1:] if requirements.profile else ())
     read = [v for node in profile_nodes(graph, read_after) for v in (*node.operands, *node.outputs)]
     kept |= {v.index for v in read if v is not None and not v.carrying}
     if requirements.padding:
         kept |= {mask.value.index for site in graph.attention_sites() if (mask := mask_of(site)) is not None}
-    outside = {v.index for v in graph.inputs.values()} | set(graph.parameters) | set(graph.constants)
+    return kept
+
+
+def _forward_steps(
+    graph: Graph, kept: set[int], kernels: Kernels, sums: Mapping[Node, ForwardKernel]
+) -> tuple[ForwardStep, ...]:
     last: dict[int, int] = {}
     for i, node in enumerate(graph.nodes):
         for value in (*leaves((node.args, node.kwargs)), *node.outputs):
             last[value.index] = i
     dying: dict[int, list[int]] = {}
     for index, i in last.items():
-        if index not in kept and index not in outside:
+        if index not in kept:
             dying.setdefault(i, []).append(index)
     return tuple(
         ForwardStep(node, tuple(dying.get(i, ())), sums.get(node) or kernels.forward(node), node in sums)

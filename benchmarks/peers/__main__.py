@@ -1,7 +1,12 @@
 """relprop and the packages that people use, on the same models, inputs and machine, in the same run.
 
-    python -m benchmarks.peers [--reference CHECKOUT] [--quick] [--models ...] [--batches ...] [--tokens ...]
-                               [--dtypes ...] [--contenders ...] [--device cuda] [--budget 60] [--memory 5] [--out FILE]
+    python -m benchmarks.peers [--reference CHECKOUT] [--quick | --all] [--models ...] [--batches ...] [--tokens ...]
+                               [--dtypes ...] [--contenders ...] [--device cuda] [--budget 30] [--memory 5]
+                               [--minutes 25] [--out FILE]
+
+Six points in at most 25 minutes by default; what their time did not suffice for keeps the rows it has. A contender runs
+as many rounds as the budget of its point has, `rounds` says how many. `--all` has every point and no limit, `--models`
+with `--batches`, `--tokens` and `--dtypes` the combinations of them, `--quick` two tiny models.
 
 Every contender's answer is checked first, on two layers of the model; what is wrong gets no time (`check`, `error`).
 Then it runs in a fresh process, in turn with the others: times are medians of interleaved rounds, ratios are to the
@@ -16,13 +21,15 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
+import math
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.numerics.rows import RESULTS, read_rows, write_rows
-from benchmarks.peers.cases import DEFAULT, MODELS, QUICK, Point
+from benchmarks.peers.cases import ALL, DEFAULT, MODELS, QUICK, Point
 from benchmarks.peers.contenders import CONTENDERS, Options
 from benchmarks.peers.race import Out, compete
 
@@ -37,13 +44,15 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--reference", type=Path, help="a checkout of the authors' code, hila-chefer's repository")
     parser.add_argument("--quick", action="store_true", help="tiny models: does everything run?")
+    parser.add_argument("--all", action="store_true", help="every point of the plan, which takes hours")
     parser.add_argument("--models", nargs="+", choices=list(MODELS))
     parser.add_argument("--batches", nargs="+", type=int)
     parser.add_argument("--tokens", nargs="+", type=int)
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES)
     parser.add_argument("--contenders", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS))
-    parser.add_argument("--budget", type=float, default=60.0, help="seconds of a contender's runs of one point")
+    parser.add_argument("--budget", type=float, default=30.0, help="seconds of a contender's runs of one point")
     parser.add_argument("--memory", type=float, default=5.0, help="GiB that a contender's process may allocate")
+    parser.add_argument("--minutes", type=float, help="of the whole run; 25 by default, no limit with --all")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--out", type=Path, help="peers_DEVICE.csv among the results by default")
@@ -57,7 +66,7 @@ def points(given: argparse.Namespace) -> list[Point]:
         return [Point(*found) for found in itertools.product(*sizes)]
     return [
         point
-        for point in (QUICK if given.quick else DEFAULT)
+        for point in (QUICK if given.quick else ALL if given.all else DEFAULT)
         if (not given.batches or point.batch in given.batches)
         and (not given.tokens or point.tokens in given.tokens)
         and (not given.dtypes or point.dtype in given.dtypes)
@@ -80,10 +89,15 @@ def main(arguments: list[str] | None = None) -> int:
     named = {field.name: getattr(given, field.name) for field in dataclasses.fields(Options)}
     out = given.out or RESULTS / f"peers_{given.device}.csv"
     device = torch.cuda.get_device_name() if given.device == "cuda" else None
+    minutes = given.minutes or (math.inf if given.all else 25)
+    until = time.monotonic() + 60 * minutes
     for point in points(given):
         print(point, flush=True)
+        if time.monotonic() > until:
+            print(f"  not started: the {minutes:g} minutes are over (--minutes)", flush=True)
+            continue
         try:
-            rows = compete(point, given.contenders, Options(**named))
+            rows = compete(point, given.contenders, Options(**named), until=until)
         except (Out, ValueError) as problem:
             print(f"  no rows: {problem}", flush=True)
             status = 1

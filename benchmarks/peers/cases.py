@@ -188,12 +188,20 @@ def _points(model: str, dtype: str, *sizes: tuple[int, int]) -> list[Point]:
 
 QUICK = (*_points("small vit", "float32", (2, 17)), *_points("small llama", "float32", (1, 9)))
 DEFAULT = (
-    *_points("vit_tiny_patch16_224", "float32", (1, 197), (8, 197), (32, 197), (1, 1025), (1, 4097)),
-    *_points("vit_base_patch16_224", "float32", (1, 197), (8, 197), (1, 577), (1, 1025)),
+    *_points("vit_base_patch16_224", "float32", (1, 197)),
+    *_points("bert_base", "float32", (1, 197)),
+    *_points("llama_1b", "float32", (1, 1024)),
+    *_points("vit_tiny_patch16_224", "float32", (8, 197), (1, 1025)),
+    *_points("torchvision vit_b_16", "float32", (1, 197)),
+)
+ALL = (
+    *DEFAULT,
+    *_points("vit_tiny_patch16_224", "float32", (1, 197), (32, 197), (1, 4097)),
+    *_points("vit_base_patch16_224", "float32", (8, 197), (32, 197), (1, 577), (1, 1025)),
     *_points("vit_large_patch16_224", "float32", (1, 197)),
-    *_points("torchvision vit_b_16", "float32", (1, 197), (8, 197)),
-    *_points("bert_base", "float32", (1, 197), (8, 197), (1, 512)),
-    *_points("llama_1b", "float32", (1, 197), (8, 197), (1, 1024), (1, 4096)),
+    *_points("torchvision vit_b_16", "float32", (8, 197)),
+    *_points("bert_base", "float32", (8, 197), (32, 197), (1, 512)),
+    *_points("llama_1b", "float32", (1, 197), (8, 197), (32, 197), (1, 4096)),
     *_points("vit_base_patch16_224", "bfloat16", (1, 197), (8, 197)),
     *_points("bert_base", "bfloat16", (1, 197)),
     *_points("llama_1b", "bfloat16", (1, 1024)),

@@ -35,7 +35,7 @@ class Options:
     """
 
     reference: Path | None = None
-    budget: float = 60.0
+    budget: float = 30.0
     memory: float = 5.0
     rounds: int = 7
     device: str = "cpu"
@@ -94,10 +94,10 @@ def _ours_sampled(case: Case, options: Options) -> Answer:
 
 def _ours_zennit(case: Case, options: Options, backend: str | None = None) -> Answer:
     chosen = backend or ("triton" if options.device == "cuda" else "auto")
-    attributor = compat_zennit.Gradient(case.model, compat_zennit.EpsilonPlus(), backend=chosen)
+    attributor = compat_zennit.Gradient(case.model, compat_zennit.EpsilonPlus(packages.EPSILON), backend=chosen)
     classes = case.model(case.inputs[:1]).shape[-1]
     one_hot = torch.eye(classes).to(case.inputs)[[TARGET] * len(case.inputs)]
-    return lambda: attributor(case.inputs, one_hot)[1].sum(1 if case.images else -1)
+    return lambda: attributor(case.inputs, one_hot)[1]
 
 
 def _plain(case: Case, **settings: Any) -> Tensor:
@@ -198,6 +198,7 @@ def _theirs(make: Callable[[Case], Answer]) -> Make:
     return lambda case, options: make(case)
 
 
+_PLUS = f"EpsilonPlus({packages.EPSILON})"
 _IG = f"integrated gradients, {STEPS} steps"
 CONTENDERS: Mapping[str, Contender] = {
     "forward": Contender(_forward, _prove_forward, 1, "torch"),
@@ -233,8 +234,8 @@ CONTENDERS: Mapping[str, Contender] = {
     ),
     "relprop_cp_lrp": Contender(_ours_cp_lrp, partial(_prove_modified, modified.cp_lrp), 3, "relprop", "cp_lrp"),
     "lxt": Contender(_theirs(packages.lxt), _prove_lxt, 4, "lxt", "AttnLRP; CP-LRP on torchvision's"),
-    "relprop_zennit": Contender(_ours_zennit, _prove_ours_zennit, 6, "relprop", "EpsilonPlus of compat.zennit"),
-    "zennit": Contender(_theirs(packages.zennit), _prove_zennit, 6, "zennit", "EpsilonPlus"),
+    "relprop_zennit": Contender(_ours_zennit, _prove_ours_zennit, 6, "relprop", f"{_PLUS} of compat.zennit"),
+    "zennit": Contender(_theirs(packages.zennit), _prove_zennit, 6, "zennit", _PLUS),
     "grad_cam": Contender(
         _theirs(packages.grad_cam),
         lambda make, cut, low, options: packages.prove_grad_cam(low),

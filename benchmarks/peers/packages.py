@@ -21,6 +21,7 @@ Answer = Callable[[], Tensor]
 STEPS = 50  # Captum's default
 TOGETHER = 8  # inputs that its sampling methods put through the model at once
 LASSO = 1e-4  # Captum's 0.01 makes every coefficient 0 where random weights' logits hardly change
+EPSILON = 0.25  # with zennit's 1e-6 relevance on a Transformer outgrows float32; see docs/dropin/zennit.md
 _MODULES = {"zennit": "zennit", "captum": "captum", "lxt": "lxt", "grad-cam": "pytorch_grad_cam"}
 
 
@@ -72,17 +73,18 @@ def lxt(case: Case) -> Answer:
 
 
 def zennit(case: Case) -> Answer:
-    """EpsilonPlus. [B, H, W] or [B, N]"""
+    """EpsilonPlus, channels apart: below BERT's first LayerNorm their sum is 0. The shape of the inputs."""
     version("zennit")
+    if any(isinstance(module, nn.MultiheadAttention) for module in case.model.modules()):
+        raise CannotExplain("zennit takes torch.nn.MultiheadAttention for an activation, and its backward hook fails")
     attribution, composites = (importlib.import_module(f"zennit.{name}") for name in ("attribution", "composites"))
     classes = case.model(case.inputs[:1]).shape[-1]
     one_hot = torch.zeros(len(case.inputs), classes).to(case.inputs)
     one_hot[:, TARGET] = 1
 
     def run() -> Tensor:
-        with attribution.Gradient(model=case.model, composite=composites.EpsilonPlus()) as attributor:
-            _, relevance = attributor(case.inputs.clone(), one_hot)
-        return relevance.sum(1 if case.images else -1)
+        with attribution.Gradient(model=case.model, composite=composites.EpsilonPlus(EPSILON)) as attributor:
+            return attributor(case.inputs.clone(), one_hot)[1]
 
     return run
 

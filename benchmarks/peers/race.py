@@ -6,9 +6,11 @@ is closed when its processes hold half of the memory budget; the next one begins
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import statistics
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Sequence
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
@@ -101,11 +103,14 @@ class Process:
             self._process.join()
 
 
-def compete(point: Point, names: Iterable[str], options: Options, enter: Enter | None = None) -> list[dict[str, Any]]:
+def compete(
+    point: Point, names: Iterable[str], options: Options, enter: Enter | None = None, until: float = math.inf
+) -> list[dict[str, Any]]:
     """Rows of every contender named; those without a time say why.
 
     Args:
         enter: what starts a contender; a process of its own by default.
+        until: when the last may start, by `time.monotonic`; who comes later has no row.
     Raises:
         ValueError: the point's model or size. Out: the forward pass itself has no time.
     """
@@ -115,11 +120,11 @@ def compete(point: Point, names: Iterable[str], options: Options, enter: Enter |
         torch.save(case, Path(folder) / "case.pt")
         del case
         start = enter or (lambda name, _, chosen, proved: Process(name, Path(folder), chosen, proved))
-        results = _heats(point, [name for name in names if name != "forward"], options, start)
+        results = _heats(point, [name for name in names if name != "forward"], options, start, until)
     return [_row(point, name, found, note) for name, found in results.items()]
 
 
-def _heats(point: Point, names: list[str], options: Options, enter: Enter) -> dict[str, dict[str, Any]]:
+def _heats(point: Point, names: list[str], options: Options, enter: Enter, until: float) -> dict[str, dict[str, Any]]:
     results: dict[str, dict[str, Any]] = {"forward": {}}
     proved = ""
     while names or not results["forward"]:
@@ -128,6 +133,10 @@ def _heats(point: Point, names: list[str], options: Options, enter: Enter) -> di
         try:
             once = heat["forward"].again(options.budget)
             while names and _held(heat.values()) < options.memory * 2**29:
+                if time.monotonic() > until:
+                    print(f"  not started: {', '.join(names)}; the time of the whole run is over", flush=True)
+                    names.clear()
+                    break
                 name = names.pop(0)
                 try:
                     _expected(name, once, options)

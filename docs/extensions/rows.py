@@ -21,9 +21,9 @@ def shown(text: str) -> str:
         number = float(text)
     except ValueError:
         return text
-    if number == int(number) and abs(number) < 1e6:
+    if abs(number) < 1e6 and number == int(number):
         return str(int(number))
-    return f"{number:.3g}" if abs(number) < 1000 else f"{number:.0f}"
+    return f"{number:.3g}" if not 1000 <= abs(number) < 1e12 else f"{number:.0f}"
 
 
 def chosen(rows: list[dict[str, str]], conditions: str) -> list[dict[str, str]]:

@@ -29,6 +29,7 @@ needed("captum.attr", by="relprop.compat.captum")
 
 from captum._utils.common import _select_targets  # noqa: E402
 from captum.attr import Attribution, LayerAttribution  # noqa: E402
+from captum.log import log_usage  # noqa: E402
 
 __all__ = ["LRP", "LayerLRP", "LayerRelevance", "Relevance"]
 
@@ -79,6 +80,7 @@ class Relevance(Attribution):  # type: ignore[misc]
         given = attributions if isinstance(attributions, tuple) else (attributions,)
         return output.flatten() - sum(part.reshape(len(part), -1).sum(1) for part in given)
 
+    @log_usage(part_of_slo=True)  # NoiseTunnel calls what it wraps
     def attribute(
         self,
         inputs: Inputs,
@@ -165,6 +167,7 @@ class LayerRelevance(LayerAttribution, Relevance):  # type: ignore[misc]
         Relevance.__init__(self, forward_func, *args, **kw)
         self.layer = layer
 
+    @log_usage(part_of_slo=True)
     def attribute(  # type: ignore[override]
         self,
         inputs: Inputs,

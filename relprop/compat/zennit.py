@@ -15,7 +15,7 @@ relprop have rules for all operations of Transformers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, TypeAlias
@@ -29,6 +29,7 @@ from relprop.errors import OptionError, ShapeError, TargetError, UnsupportedOpEr
 from relprop.rules import Stabiliser, make_rule
 
 __all__ = [
+    "COMPOSITES",
     "EpsilonAlpha2Beta1",
     "EpsilonAlpha2Beta1Flat",
     "EpsilonGammaBox",
@@ -189,6 +190,16 @@ def ExcitationBackprop(stabilizer: float = 1e-6) -> LayerMap:
     return LayerMap((pools, ((*_CONVOLUTIONS, nn.Linear), "alpha_beta", plus)))
 
 
+COMPOSITES: Mapping[str, Callable[..., LayerMap]] = {
+    "epsilon_alpha2_beta1": EpsilonAlpha2Beta1,
+    "epsilon_alpha2_beta1_flat": EpsilonAlpha2Beta1Flat,
+    "epsilon_gamma_box": EpsilonGammaBox,
+    "epsilon_plus": EpsilonPlus,
+    "epsilon_plus_flat": EpsilonPlusFlat,
+    "excitation_backprop": ExcitationBackprop,
+}
+
+
 def translated(composite: Any, model: nn.Module) -> Composite:
     """A composite of relprop with the rules that another one gives this model; relevance starts as it is given.
 
@@ -289,12 +300,23 @@ def _zeroed(modifier: Any, path: str) -> bool:
     return bool(names)
 
 
-def _bound(name: str, bound: Any) -> float:
-    """A bound of the input's values, the same for all of them."""
-    values = torch.as_tensor(bound).flatten()
-    if not len(values) or bool((values != values[0]).any()):
-        raise OptionError(f"{name}: expected one value for all elements of the input, got several")
-    return float(values[0])
+def _bound(name: str, bound: Any) -> float | tuple[float, ...]:
+    """A bound of the input's values, the same for all of them or for all of a channel.
+
+    Args:
+        bound: a number, or a tensor for images, [1, C, 1, 1]; zennit takes the first axis of any other for samples.
+    """
+    values = torch.as_tensor(bound, dtype=torch.float64)
+    first = values.flatten()[:1]
+    if len(first) and bool((values == first).all()):
+        return float(first)
+    channels = values[0, :, :1, :1] if values.ndim == 4 and len(values) else values.new_empty(0, 1, 1)
+    if not channels.numel() or not bool((values == channels).all()):
+        raise OptionError(
+            f"{name}: expected one value for the input or one for each channel, [1, C, 1, 1], got several in a"
+            f" tensor {list(values.shape)}"
+        )
+    return tuple(channels.flatten().tolist())
 
 
 def _seeded_by(attr_output: AttrOutput) -> Callable[[Tensor], Tensor]:

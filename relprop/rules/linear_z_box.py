@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from relprop.errors import ShapeError
 from relprop.rules.base import Call, Relevances, Rule, register_rule
 from relprop.rules.linear_map import apply, transpose, weight_of
 from relprop.rules.stabiliser import Stabiliser
@@ -20,7 +21,7 @@ class LinearZBox(Rule):
     lies at its bounds (a blank image).
 
     Args:
-        low, high: bounds of the input; None takes each sample's own minimum and maximum.
+        low, high: bounds of the input, one or one for each channel; None takes each sample's own minimum and maximum.
         stabiliser: of the share-out.
     Conservation:
         sum(R_in) = sum(R_out) - epsilon leak, per sample; the bias takes no share.
@@ -30,8 +31,8 @@ class LinearZBox(Rule):
     kind: ClassVar = ("linear", "conv")
     name: ClassVar = "z_box"
     needs_output: ClassVar = False
-    low: float | None = None
-    high: float | None = None
+    low: float | tuple[float, ...] | None = None
+    high: float | tuple[float, ...] | None = None
     stabiliser: Stabiliser = Stabiliser()
 
     def propagate(self, call: Call, relevance: Tensor) -> Relevances:
@@ -43,7 +44,13 @@ class LinearZBox(Rule):
         return above * transpose(call, s, positive) + below * transpose(call, s, negative), None, None
 
     @staticmethod
-    def _bound(call: Call, x: Tensor, bound: float | None, extreme: str) -> Tensor:
+    def _bound(call: Call, x: Tensor, bound: float | tuple[float, ...] | None, extreme: str) -> Tensor:
+        if isinstance(bound, tuple):
+            axis = 1 if call.node.kind == "conv" else x.ndim - 1
+            if len(bound) != x.shape[axis]:
+                raise ShapeError(f"z_box: expected bounds for {x.shape[axis]} channels, got {len(bound)}")
+            sizes = [-1 if i == axis else 1 for i in range(x.ndim)]
+            return x.new_tensor(bound).reshape(sizes).expand_as(x).contiguous()
         if bound is not None:
             return torch.full_like(x, bound)
         value = call.node.operands[0]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from benchmarks.peers import __main__ as command
 from benchmarks.peers import contenders, packages, proofs, race
-from benchmarks.peers.cases import DEFAULT, MODELS, Point, case_of, proof_of
+from benchmarks.peers.cases import ALL, DEFAULT, MODELS, Point, case_of, proof_of
 from benchmarks.peers.child import Contestant, reason
 from benchmarks.peers.contenders import CONTENDERS, Contender, Options
 
@@ -113,6 +113,26 @@ def test_budgets(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rows["hungry"]["error"] == "over the memory budget of 5 GiB"
 
 
+def test_a_run_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who would start too late has no row, so that the one it has stays; whoever runs is finished."""
+    clock = iter([0.0, 0.0, 10.0, 10.0])
+    monkeypatch.setattr(race.time, "monotonic", lambda: next(clock))
+    names = ["forward_backward", "relprop_attnlrp", "relprop_stable"]
+    rows = race.compete(SMALL, names, OPTIONS, Here, until=5.0)
+    assert [row["contender"] for row in rows] == ["forward", "forward_backward", "relprop_attnlrp"]
+    assert all(row["rounds"] == 2 for row in rows)
+
+
+def test_zennit() -> None:
+    """The same formula from both, and no row for a model that zennit's hooks fail on."""
+    pytest.importorskip("zennit")
+    for model in ("small vit", "small bert"):
+        rows = rows_of(["relprop_zennit", "zennit"], replace(SMALL, model=model))
+        assert not any(row["error"] for row in rows.values()), rows
+    with pytest.raises(packages.CannotExplain, match="takes torch.nn.MultiheadAttention for an activation"):
+        packages.zennit(proof_of(Point("torchvision vit_b_16", 1, 5)))
+
+
 def test_peers_that_are_missing_or_cannot_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packages.importlib.util, "find_spec", lambda name: None)
     rows = rows_of(["authors", "lxt", "zennit", "captum_ig", "grad_cam"])
@@ -131,7 +151,9 @@ def test_texts(model: str) -> None:
 
 
 def test_points() -> None:
-    assert {point.model for point in DEFAULT} <= set(MODELS)
+    assert {point.model for point in ALL} <= set(MODELS) and set(DEFAULT) < set(ALL)
+    assert command.points(command.parsed([])) == list(DEFAULT)
+    assert command.points(command.parsed(["--all", "--batches", "32"])) == [p for p in ALL if p.batch == 32]
     case = case_of(SMALL)
     assert case.model(case.inputs).shape[0] == 2 and case.patches().unique().numel() == 16
     assert torch.equal(case.inputs, case_of(SMALL).inputs)

@@ -126,6 +126,26 @@ def test_integrated_gradients(ours: Any) -> None:
     assert relative(found, captum.attr.IntegratedGradients(net).attribute(x, target=1, n_steps=20)) < 1e-6
 
 
+@pytest.mark.parametrize("kind", ["smoothgrad", "smoothgrad_sq", "vargrad"])
+def test_noise_tunnel(ours: Any, kind: str) -> None:
+    """Captum's own methods on top: noise in, answers averaged, as on Captum's class."""
+    import captum.attr
+
+    net, x = ImageClassifier().double().eval(), torch.randn(3, 3, 32, 32, dtype=torch.float64)
+    options = {"nt_type": kind, "nt_samples": 4, "nt_samples_batch_size": 2, "stdevs": 0.1, "target": 2}
+    torch.manual_seed(0)
+    expected, theirs = captum.attr.NoiseTunnel(captum.attr.LRP(net)).attribute(
+        x, **options, return_convergence_delta=True
+    )
+    torch.manual_seed(0)
+    found, delta = captum.attr.NoiseTunnel(ours.LRP(net)).attribute(x, **options, return_convergence_delta=True)
+    assert relative(found, expected) < 1e-5
+    assert delta.shape == theirs.shape
+    torch.manual_seed(0)
+    layer = captum.attr.NoiseTunnel(ours.LayerLRP(net, net.conv1)).attribute(x, **options)
+    assert torch.isfinite(layer).all()
+
+
 def test_transformer(ours: Any) -> None:
     """Where Captum's LRP has no rules; layers come whole, also above the last attention layer."""
     net, x = vit().double(), torch.randn(2, 3, 32, 32, dtype=torch.float64)

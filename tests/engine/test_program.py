@@ -74,6 +74,30 @@ def test_lifetimes(method: str) -> None:
     assert {v.index for v in program.kept} <= set(freed)
 
 
+@pytest.mark.parametrize("backend", ["torch", "cpp"])
+@pytest.mark.parametrize("method", ["transformer_attribution", "full", "attnlrp", "gradient_x_input"])
+def test_rematerialised(method: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is made again is what was there before, to the bit, and is not kept in between."""
+    images, latents = torch.randn(3, 3, 32, 32), ["blocks.1.mlp.act"] if method == "attnlrp" else []
+    engine = relprop.compile(vit(), (images,), method=method, backend=backend, latents=latents)
+    monkeypatch.setattr("relprop.program.rematerialised", lambda *given: [])
+    keeping = relprop.compile(vit(), (images,), method=method, backend=backend, latents=latents)
+    found, expected = engine(images, target=[[1, 4]] * 3), keeping(images, target=[[1, 4]] * 3)
+    assert torch.equal(found.relevance, expected.relevance)
+    made = [again.node for step in engine.program.reverse for again in step.remakes]
+    assert not any(step.remakes for step in keeping.program.reverse)
+    assert len(made) == len(set(made)) and {node.kind for node in made} <= {"activation", "norm"}
+    assert not {node.outputs[0] for node in made} & set(engine.program.kept)
+    if method in ("transformer_attribution", "full"):
+        assert {node.module for node in made if node.kind == "activation"} >= {"blocks.1.mlp.act", "blocks.2.mlp.act"}
+        assert len(engine.program.kept) == len(keeping.program.kept) - len(made)
+        assert engine.memory(8) < 0.95 * keeping.memory(8)
+        assert " (again)" in str(engine.program)
+    if latents:
+        name = "blocks.1.mlp.act"
+        assert torch.equal(found.at(name).relevance, expected.at(name).relevance)
+
+
 def test_memory_does_not_grow_over_calls(engine: relprop.Engine) -> None:
     import gc
 
