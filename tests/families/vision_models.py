@@ -23,9 +23,9 @@ def timm_small(name: str, **options: Any) -> nn.Module:
     return randomised(model)
 
 
-def timm_full(name: str) -> tuple[nn.Module, Callable[[int], Inputs]]:
+def timm_full(name: str, **options: Any) -> tuple[nn.Module, Callable[[int], Inputs]]:
     """A registered timm model at its own size, and its inputs."""
-    model = timm.create_model(name).eval()
+    model = timm.create_model(name, **options).eval()
     return model, images(model.default_cfg["input_size"][-1])
 
 
@@ -104,7 +104,11 @@ def torchvision_swin() -> nn.Module:
 
 def torchvision_full(name: str) -> tuple[nn.Module, Callable[[int], Inputs]]:
     """A torchvision model at its own size."""
-    return torchvision.models.get_model(name).eval(), images(224)
+    model = torchvision.models.get_model(name).eval()
+    for parameter in model.parameters():  # its ViT's head starts at zero, and with it every explanation
+        if parameter.ndim > 1 and not parameter.any():
+            nn.init.normal_(parameter, std=0.02)
+    return model, images(224)
 
 
 WINDOWS = "windows of each sample"
@@ -119,7 +123,8 @@ EVA = "timm.models.eva.Eva"
 
 def _timm(name: str, title: str, stock: str, arch: str, *, quick: bool = False, **options: Any) -> Family:
     small = partial(timm_small, arch, **options)
-    return Family(name, title, stock, small, images(32), quick=quick, full=partial(timm_full, arch))
+    structure = {key: value for key, value in options.items() if key != "ref_feat_shape"}  # that is a size
+    return Family(name, title, stock, small, images(32), quick=quick, full=partial(timm_full, arch, **structure))
 
 
 def _swin(name: str, title: str, stock: str, arch: str, *, quick: bool = False) -> Family:

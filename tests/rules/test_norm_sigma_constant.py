@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from relprop.errors import UnsupportedOpError
 from relprop.rules import NormSigmaConstant, Stabiliser
 from tests.rules.rule_checks import (
     SIZES,
@@ -123,10 +122,31 @@ def test_epsilon_may_be_left_to_its_default() -> None:
     assert_near(found[0], found[1], 1e-14)
 
 
-def test_other_norms_are_refused() -> None:
-    op, x = Op(nn.GroupNorm(2, 4), random(2, 4, 3), kind="norm"), random(2, 4, 3)
-    with pytest.raises(UnsupportedOpError, match="expected a layer norm or RMS norm, got group_norm"):
-        NormSigmaConstant().propagate(op.call([x]), op.relevance([x], 1))
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize(("groups", "shape"), [(2, (4, 3)), (3, (9, 5, 7)), (1, (5, 2)), (4, (4, 6))])
+def test_group_norms(groups: int, shape: tuple[int, ...], affine: bool) -> None:
+    """A layer norm of every group for itself, a channel's weight and bias afterwards."""
+    module = nn.GroupNorm(groups, shape[0], eps=1e-3, affine=affine).double()
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, mean=1.0)
+    op, x = Op(module, random(2, *shape), kind="norm"), random(3, *shape)
+    relevance = op.relevance([x], 2)
+    ones, zeros = torch.ones(shape[0], dtype=torch.float64), torch.zeros(shape[0], dtype=torch.float64)
+    weight, bias = (module.weight.detach(), module.bias.detach()) if affine else (ones, zeros)
+    width = x[0].numel() // groups
+    per_entry = [t.repeat_interleave(x[0].numel() // shape[0]).reshape(groups, width) for t in (weight, bias)]
+    flat, arriving = x.reshape(3, groups, width), relevance.reshape(2, 3, groups, width)
+    centre = torch.eye(width, dtype=torch.float64) - 1.0 / width
+    sigma = ((flat @ centre.T).square().mean(-1) + 1e-3).sqrt()
+    contributions = per_entry[0][..., None] * centre / sigma[..., None, None] * flat[..., None, :]  # [B, G, i, j]
+    s = divide(arriving, contributions.sum(-1) + per_entry[1], NormSigmaConstant().stabiliser)
+    expected = (contributions * s[..., None]).sum(-2).reshape(relevance.shape)
+    found = NormSigmaConstant().propagate(op.call([x]), relevance)[0]
+    assert found is not None
+    assert_near(found, expected, 1e-9)
+    if affine:
+        entry = check_ledger(op, NormSigmaConstant(), [x], relevance, ["bias", "epsilon", "rule"])
+        torch.testing.assert_close(entry.absorbed["bias"], (s * per_entry[1]).sum((-2, -1)), rtol=1e-7, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["layer-no-bias", "layer-two-axes", "rms-plain"])
