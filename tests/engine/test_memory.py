@@ -13,6 +13,7 @@ import relprop
 from relprop import memory
 from relprop.errors import OptionError
 from relprop.native.tensors import fresh_results
+from relprop.recurring import MOST
 from tests.engine.models import vit
 
 
@@ -37,7 +38,7 @@ def images(batch: int) -> torch.Tensor:
 @pytest.mark.parametrize("method", ["transformer_attribution", "attention_gradcam", "full"])
 @pytest.mark.parametrize("targets", [1, 3])
 def test_prediction(backend: str, method: str, targets: int) -> None:
-    engine = relprop.compile(vit(embed_dim=96), (images(2),), backend=backend, method=method)
+    engine = relprop.compile(vit(embed_dim=96), (images(2),), backend=backend, method=method, tape=False)
     # What a convolution takes within itself is not seen; it does not grow with the batch.
     for batch in (7, 32) if method == "full" else (1, 7, 32):
         index = torch.zeros(batch, targets, dtype=torch.int64)
@@ -55,13 +56,23 @@ def test_prediction_for_texts(name: str, method: str, dtype: torch.dtype) -> Non
 
     given = test_text.inputs(name, 2, 24)
     model = copy.deepcopy(test_text.model(name)).to(dtype)
-    engine = relprop.compile(model, (), given, method=method, output="logits", backend="torch")
+    engine = relprop.compile(model, (), given, method=method, output="logits", backend="torch", tape=False)
     target = 1 if name == "bert" else (23, 7)
     for batch in (3, 16):
         more = test_text.inputs(name, batch, 24, seed=batch)
         real = allocated(lambda more=more: engine(**more, target=target))
         predicted = engine.memory(batch) - engine._weights.derived.nbytes
         assert abs(predicted - real) < 0.1 * real, (batch, predicted, real)
+
+
+def test_recording_takes_a_bounded_rest() -> None:
+    """The second call of a small shape keeps all that a pass makes; the third only what it answers with."""
+    engine = relprop.compile(vit(embed_dim=96), (images(2),))
+    predicted = engine.memory(7) - engine._weights.derived.nbytes
+    second = allocated(lambda: engine(images(7), target=1))
+    assert predicted < second < predicted + MOST
+    assert len(engine.recordings) == 1
+    assert allocated(lambda: engine(images(7), target=1)) < 0.5 * predicted
 
 
 def test_derived_weights_count() -> None:
