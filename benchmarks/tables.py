@@ -117,41 +117,66 @@ def generation() -> str:
     return f"{table(head, rows)}\n\n{where}; `benchmarks/results/generation.csv`."
 
 
-def race() -> str:
-    """Times of one input against the forward pass, and memory, by contender and model."""
+def _race() -> dict[bool, list[dict[str, str]]]:
+    """Rows of the race, sorted: those of one input of its model's shortest length in float32, and all others."""
     path = RESULTS / "peers_cpu.csv"
-    if not path.exists():
-        return NOT_YET
-    single = [row for row in read_rows(path) if (row["batch"], row["dtype"]) == ("1", "float32")]
-    shortest: dict[str, int] = {}
-    for row in single:
-        shortest[row["model"]] = min(int(row["tokens"]), shortest.get(row["model"], int(row["tokens"])))
-    found = [row for row in single if int(row["tokens"]) == shortest[row["model"]]]
-    if not found:
-        return NOT_YET
-    models = list(shortest)
-    cells = {
-        (row["contender"], row["model"]): f"{float(row['ratio_to_forward']):.1f} / {int(row['peak_bytes']) / 2**20:.0f}"
-        for row in found
+    rows = read_rows(path) if path.exists() else []
+    rows.sort(key=lambda row: (row["model"], row["dtype"] != "float32", int(row["batch"]), int(row["tokens"])))
+    single = [row for row in rows if (row["batch"], row["dtype"]) == ("1", "float32")]
+    lengths = {row["model"]: row["tokens"] for row in reversed(single)}
+    found: dict[bool, list[dict[str, str]]] = {True: [], False: []}
+    for row in rows:
+        found[row in single and row["tokens"] == lengths[row["model"]]].append(row)
+    return found
+
+
+def _race_cells(rows: list[dict[str, str]]) -> dict[tuple[str, str], str]:
+    """By contender and point: times of the forward pass / MiB."""
+    return {
+        (row["contender"], _point(row)): f"{float(row['ratio_to_forward']):.1f} / {int(row['peak_bytes']) / 2**20:.0f}"
+        for row in rows
         if row["ratio_to_forward"]
     }
-    rows = [[NAMES[name], *(cells.get((name, model), "-") for model in models)] for name in NAMES]
+
+
+def _point(row: dict[str, str]) -> str:
+    batch = f" × {row['batch']}" if row["batch"] != "1" else ""
+    return f"{row['model']}{batch}, {row['tokens']} tokens" + (", bfloat16" if row["dtype"] == "bfloat16" else "")
+
+
+def race() -> str:
+    """Times of one input against the forward pass, and memory, by contender and model."""
+    found = _race()[True]
+    if not found:
+        return NOT_YET
+    cells, points = _race_cells(found), list(dict.fromkeys(map(_point, found)))
+    rows = [[NAMES[name], *(cells.get((name, point), "-") for point in points)] for name in NAMES]
     rows = [row for row in rows if set(row[1:]) != {"-"}]
     first = found[0]
     where = (
         f"Times of the forward pass / MiB beyond the model; one input. {first['device']}, {first['threads']}"
-        f" threads, float32, torch {first['torch']}. A dash: no answer or not yet measured; reasons, times and longer"
-        " inputs are in `benchmarks/results/peers_cpu.csv`. llama_1b is cut to 2 of 16 layers, which flatters"
+        f" threads, float32, torch {first['torch']}. A dash: no answer or not yet measured; reasons and times"
+        " are in `benchmarks/results/peers_cpu.csv`. llama_1b is cut to 2 of 16 layers, which flatters"
         " relprop: it computes the last layer's MLP for the one token whose logits are asked, half of the model here."
     )
-    return (
-        f"{table(['contender', *(f'{model}, {tokens} tokens' for model, tokens in shortest.items())], rows)}\n\n{where}"
-    )
+    return f"{table(['contender', *points], rows)}\n\n{where}"
+
+
+def race_larger() -> str:
+    """The same for batches, longer inputs and bfloat16, by point and contender."""
+    found = _race()[False]
+    if not found:
+        return NOT_YET
+    cells, points = _race_cells(found), list(dict.fromkeys(map(_point, found)))
+    names = [name for name in NAMES if name != "forward" and any((name, point) in cells for point in points)]
+    rows = [[point, *(cells.get((name, point), "-") for name in names)] for point in points]
+    return table(["input", *(NAMES[name] for name in names)], rows)
 
 
 TABLES: dict[str, Callable[[], str]] = {
     "speed": speed,
     "race": race,
+    "race_larger": race_larger,
     "localisation": localisation,
     "similarity": similarity,
     "generation": generation,
