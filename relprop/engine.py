@@ -68,7 +68,8 @@ def compile(
         precision: of matrix products in float32 streams: "highest", "high", or "medium" for bfloat16 products with
             float32 accumulation where the hardware has them.
         output: which of several outputs to explain: a key, an index, or a function of the output.
-        latents: module paths ("blocks.*.mlp", "blocks.5.attn:heads") at which relevance is kept for `Explanation.at`.
+        latents: module paths ("blocks.*.mlp", "blocks.3:input", "blocks.5.attn:heads") at which relevance is kept for
+            `Explanation.at`.
         compile: run the pass as one graph through torch.compile, kernels as custom ops in it. Made once per padded
             batch size, which takes long.
         cuda_graph: record the pass as a CUDA graph once per padded batch size, and replay it.

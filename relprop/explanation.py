@@ -106,7 +106,8 @@ class Explanation:
         return self.relevance.ndim > single
 
     def at(self, path: str) -> Latent:
-        """Relevance at a module's output ("blocks.5.mlp"), or at its attention heads ("blocks.5.attn:heads").
+        """Relevance at a module's output ("blocks.5.mlp"), its input ("blocks.5.mlp:input") or its attention heads
+        ("blocks.5.attn:heads").
 
         Rows that carry no relevance are left out: above a classifier's last attention layer there is one.
 

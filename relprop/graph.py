@@ -72,7 +72,10 @@ class Value:
 
 @dataclass(eq=False, repr=False)
 class Node:
-    """One operation. `operands` are its tensor inputs in order, as rules see them (None where one is absent)."""
+    """One operation. `operands` are its tensor inputs in order, as rules see them (None where one is absent).
+
+    `called_again` has those of the modules around it that had been called before.
+    """
 
     name: str
     kind: str
@@ -84,6 +87,7 @@ class Node:
     role: str = ""
     module: str = ""
     source: str = ""
+    called_again: frozenset[str] = frozenset()
     attributes: dict[str, Any] = field(default_factory=dict)
 
     def __repr__(self) -> str:

@@ -245,7 +245,7 @@ CONTENDERS: Mapping[str, Contender] = {
     ),
     "captum_gradient_shap": Contender(
         _theirs(packages.gradient_shap),
-        lambda make, cut, low, options: packages.prove_gradient_shap(cut),
+        lambda make, cut, low, options: packages.prove_gradient_shap(lambda case: make(case, options), cut),
         15,
         "captum",
         "5 samples",

@@ -334,10 +334,17 @@ def _member(structure: Any, key: str | int) -> Any:
 def module_path(node: fx.Node) -> str:
     """Qualified name of the module that a node came from, as in `model.named_modules()`."""
     stack = node.meta.get("nn_module_stack") or {}
-    if not stack:
-        return ""
-    path = list(stack.values())[-1][0]
-    # The wrapper that calls the model by name holds it as `model`.
+    return _in_model(list(stack.values())[-1][0]) if stack else ""
+
+
+def called_again(node: fx.Node) -> frozenset[str]:
+    """The modules around a node that had been called before; torch.export counts calls in the stack's keys."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return frozenset(_in_model(path) for key, (path, _) in stack.items() if "@" in key)
+
+
+def _in_model(path: str) -> str:
+    """A path without the wrapper that calls the model by name and holds it as `model`."""
     return str(path).removeprefix("model.") if str(path).startswith("model.") else ""
 
 

@@ -23,12 +23,14 @@ from relprop.compat.engines import Engines, needed
 from relprop.composites import Composite, find_composite
 from relprop.errors import OptionError, TargetError
 from relprop.explanation import Explanation
+from relprop.latents import INPUT, check_calls
 from relprop.methods import find_method
 
 needed("captum.attr", by="relprop.compat.captum")
 
 from captum._utils.common import _select_targets  # noqa: E402
 from captum.attr import Attribution, LayerAttribution  # noqa: E402
+from captum.attr._utils.lrp_rules import EpsilonRule, PropagationRule  # noqa: E402
 from captum.log import log_usage  # noqa: E402
 
 __all__ = ["LRP", "LayerLRP", "LayerRelevance", "Relevance"]
@@ -126,6 +128,9 @@ class Relevance(Attribution):  # type: ignore[misc]
         engine = self._engines(
             args, method=self.method.name, composite=self.composite, options=options, latents=latents
         )
+        _check_rules(self.model)
+        for path in latents:
+            check_calls(engine.program.graph, path.removesuffix(INPUT))
         if verbose:
             print(engine.program)
         return engine(*args, target=_score(target)), args
@@ -155,7 +160,7 @@ class Relevance(Attribution):  # type: ignore[misc]
 
 
 class LayerRelevance(LayerAttribution, Relevance):  # type: ignore[misc]
-    """Relevance at the output of one layer, or of each of several.
+    """Relevance at the output or input of one layer, or of each of several.
 
     Args:
         forward_func, method, composite, method_options, backend, precision: as for `Relevance`.
@@ -177,16 +182,20 @@ class LayerRelevance(LayerAttribution, Relevance):  # type: ignore[misc]
         attribute_to_layer_input: bool = False,
         verbose: bool = False,
     ) -> Any:
-        """Relevance in the shape of the layer's output; a list of them for a list of layers.
+        """Relevance in the shape of the layer's output or input; a list of them for a list of layers.
 
+        Args:
+            inputs, target, additional_forward_args, return_convergence_delta, verbose: as for `Relevance`; the delta is
+                of each layer.
+            attribute_to_layer_input: at what goes into the layer, instead of what comes out of it.
         Raises:
-            OptionError: the layer is none of the model's, or its input was asked for.
+            OptionError: the layer is none of the model's. UnsupportedTopologyError: it is called several times, or its
+                input was asked for and it has several.
         """
-        if attribute_to_layer_input:
-            raise OptionError("attribute_to_layer_input: expected False, got True; name the layer before it instead")
-        several = not isinstance(self.layer, nn.Module)
-        layers = list(self.layer) if several else [self.layer]  # type: ignore[arg-type]
-        paths = tuple(_path(self.model, layer) for layer in layers)
+        several = isinstance(self.layer, (list, tuple))
+        layers = list(self.layer) if several else [self.layer]
+        end = INPUT if attribute_to_layer_input else ""
+        paths = tuple(_path(self.model, layer) + end for layer in layers)
         found, _ = self._explain(inputs, target, additional_forward_args, paths, verbose)
         parts = [found.at(path).relevance for path in paths]
         deltas = [self._with_delta(p, (p,), found, target, return_convergence_delta) for p in parts]
@@ -223,6 +232,19 @@ def _score(target: Any) -> Callable[[Tensor], Tensor]:
         return found.reshape(output.shape[0])
 
     return score
+
+
+def _check_rules(model: nn.Module) -> None:
+    """Raises OptionError for rules that were set as Captum wants them, but have no counterpart here."""
+    for path, module in model.named_modules():
+        rule = getattr(module, "rule", None)
+        if not isinstance(rule, PropagationRule):
+            continue
+        if type(rule) is not EpsilonRule or rule.STABILITY_FACTOR != PropagationRule.STABILITY_FACTOR:
+            raise OptionError(
+                f"{path}.rule: expected none, or EpsilonRule as Captum makes it, got {type(rule).__name__}; give rules"
+                " for layers as composite=, such as relprop.find_composite('attnlrp').overridden(...)"
+            )
 
 
 def _path(model: nn.Module, layer: Any) -> str:

@@ -11,13 +11,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from torch import Tensor
+import torchvision
+from torch import Tensor, nn
 
 from benchmarks.peers import __main__ as command
 from benchmarks.peers import contenders, packages, proofs, race
-from benchmarks.peers.cases import ALL, DEFAULT, MODELS, Point, case_of, proof_of
+from benchmarks.peers.cases import ALL, DEFAULT, MODELS, Case, Point, case_of, proof_of
 from benchmarks.peers.child import Contestant, reason
 from benchmarks.peers.contenders import CONTENDERS, Contender, Options
 
@@ -131,6 +133,33 @@ def test_zennit() -> None:
         assert not any(row["error"] for row in rows.values()), rows
     with pytest.raises(packages.CannotExplain, match="takes torch.nn.MultiheadAttention for an activation"):
         packages.zennit(proof_of(Point("torchvision vit_b_16", 1, 5)))
+
+
+def early(heads: nn.Module, side: int = 32) -> Case:
+    """A torchvision model: where a LayerNorm comes first, the score changes mostly near the zero image."""
+    torch.manual_seed(0)
+    model = torchvision.models.VisionTransformer(side, 16, 2, 2, 32, 48, num_classes=8).eval()
+    model.heads = heads
+    return Case(SMALL, "torchvision", model.double(), torch.randn(2, 3, side, side).double())
+
+
+def test_gradient_shap(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its answer and its draws are right; either of them changed is noticed."""
+    pytest.importorskip("captum")
+    case = early(nn.Linear(32, 8))
+    assert [proof.passed for proof in packages.prove_gradient_shap(packages.gradient_shap, case)] == [True] * 3
+    assert not rows_of(["captum_gradient_shap"])["captum_gradient_shap"]["error"]
+
+    def changed_answer(case: Case) -> Callable[[], Tensor]:
+        run = packages.gradient_shap(case)
+        return lambda: run() * 1.01
+
+    passed = [proof.passed for proof in packages.prove_gradient_shap(changed_answer, case)]
+    assert passed == [False, True, True]
+    uniform = np.random.uniform
+    monkeypatch.setattr(np.random, "uniform", lambda low, high, size: uniform(low, 0.4, size))
+    passed = [proof.passed for proof in packages.prove_gradient_shap(packages.gradient_shap, case)]
+    assert passed == [True, True, False]
 
 
 def test_peers_that_are_missing_or_cannot_say_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -194,12 +194,82 @@ def test_bad_input_is_captums(ours: Any) -> None:
         ours.LRP(lambda x: x)
     with pytest.raises(OptionError, match="layer: expected a module inside ImageClassifier, got ReLU"):
         ours.LayerLRP(net, nn.ReLU()).attribute(x, target=1)
-    with pytest.raises(OptionError, match="attribute_to_layer_input: expected False"):
-        ours.LayerLRP(net, net.conv1).attribute(x, target=1, attribute_to_layer_input=True)
+    with pytest.raises(OptionError, match="layer: expected a module inside ImageClassifier, got NoneType"):
+        ours.LayerLRP(net, None).attribute(x, target=1)
     with pytest.raises(ModelStateError, match="evaluation mode"):
         ours.LRP(ImageClassifier()).attribute(x, target=1)
     with pytest.raises(NotImplementedError):
         ours.LRP(net).attribute_future()
+
+
+class Pooled(nn.Module):
+    """Layers of every type that Captum's LRP has a rule for, but its own addition."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.norm, self.relu, self.pool = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2)
+        self.mean, self.out = nn.AdaptiveAvgPool2d((2, 3)), nn.Linear(24, 10)
+        nn.init.normal_(self.norm.running_mean)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.mean(self.pool(self.relu(self.norm(self.conv(x))))).flatten(1))
+
+
+def test_layer_inputs(ours: Any) -> None:
+    import captum.attr
+
+    net, x = Pooled().double().eval(), torch.randn(3, 3, 11, 13, dtype=torch.float64)
+    layers = [net.conv, net.norm, net.pool, net.mean, net.out]
+    options: dict[str, Any] = {"target": [1, 2, 3], "attribute_to_layer_input": True, "return_convergence_delta": True}
+    found, expected = (package.LayerLRP(net, layers).attribute(x, **options) for package in (ours, captum.attr))
+    for part, wanted in zip((*found[0], *found[1]), (*expected[0], *expected[1]), strict=True):
+        assert part.shape == wanted.shape
+        assert relative(part, wanted) < 1e-6
+    single, delta = ours.LayerLRP(net, net.pool).attribute(x, **options)
+    assert torch.equal(single, found[0][2]) and torch.equal(delta, found[1][2])
+    above = ours.LayerLRP(net, net.pool).attribute(x, target=[1, 2, 3])
+    assert above.shape != single.shape
+    net, x = vit().double(), torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    part = ours.LayerLRP(net, net.blocks[2].mlp).attribute(x, target=3, attribute_to_layer_input=True)  # type: ignore[index, union-attr]
+    assert part.shape == (2, 17, 48)  # whole, though only the class token's row carries anything
+    assert float(part[:, 1:].abs().max()) == 0.0 < float(part[:, 0].abs().max())
+
+
+class Shared(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.out = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(torch.relu(self.layer(torch.relu(self.layer(x)))))
+
+
+@pytest.mark.parametrize("of_input", [False, True])
+def test_layer_that_is_called_twice(ours: Any, of_input: bool) -> None:
+    """Captum raises a RuntimeError for it, and so do we; what goes into the model is explained all the same."""
+    import captum.attr
+
+    net, x = Shared().eval(), torch.randn(2, 6)
+    for package in (captum.attr, ours):
+        with pytest.raises(RuntimeError, match="more than once|expected a module that is called once, got layer"):
+            package.LayerLRP(net, net.layer).attribute(x, target=1, attribute_to_layer_input=of_input)
+    assert torch.isfinite(ours.LRP(net).attribute(x, target=1)).all()
+
+
+def test_rules_on_layers(ours: Any) -> None:
+    """Set as Captum's documentation says; those that would change the answer are not passed over."""
+    from captum.attr._utils import lrp_rules
+
+    net, x = ImageClassifier().eval(), torch.randn(3, 3, 32, 32)
+    plain = ours.LRP(net).attribute(x, target=1)
+    net.lin1.rule = lrp_rules.EpsilonRule()  # type: ignore[assignment]
+    assert torch.equal(ours.LRP(net).attribute(x, target=1), plain)
+    for rule in (lrp_rules.EpsilonRule(0.1), lrp_rules.GammaRule(), lrp_rules.IdentityRule()):
+        net.lin1.rule = rule
+        for attribution in (ours.LRP(net), ours.LayerLRP(net, net.conv1)):
+            with pytest.raises(OptionError, match=f"lin1.rule: expected none, .*got {type(rule).__name__}"):
+                attribution.attribute(x, target=1)
 
 
 def test_without_captum(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from torch import Tensor, nn
 
 import relprop
-from relprop.errors import OptionError, ShapeError, TargetError, UnknownNameError
+from relprop.errors import OptionError, ShapeError, TargetError, UnknownNameError, UnsupportedTopologyError
 from tests.engine.models import Spelled, relative, vit
 
 IMAGES = torch.randn(2, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -55,6 +58,105 @@ def test_heads(spelling: str) -> None:
     projected = found.at("blocks.0.proj")
     expected = joined.unsqueeze(1) * (projected.coefficient @ model.blocks[0].proj.weight)
     assert relative(heads.relevance.transpose(2, 3).flatten(3), expected.detach()) < 1e-10
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.proj = (nn.Linear(12, 12) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (part(x).unflatten(-1, (3, 4)).transpose(1, 2) for part in (self.q, self.k, self.v))
+        return self.proj(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Gated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(12, 20), nn.Linear(12, 20), nn.Linear(20, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(nn.functional.silu(self.gate(x)) * self.up(x))
+
+
+class Parallel(nn.Module):
+    """One norm feeds an attention module, which uses it three times, and a gated one, which uses it twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.attn, self.mlp = nn.LayerNorm(12), Attention(), Gated()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        return x + self.attn(y) + self.mlp(y)
+
+
+class Blocks(nn.Module):
+    """Two parallel blocks, a layer that is called twice, and one with two inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.Sequential(Parallel(), Parallel())
+        self.shared, self.pair, self.head = nn.Linear(12, 12), nn.Bilinear(12, 12, 12), nn.Linear(12, 5)
+        self.pair.forward = lambda a, b: a * b  # type: ignore[method-assign, assignment]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.blocks(x)
+        return self.head(self.pair(self.shared(torch.tanh(self.shared(x))), x).mean(1))
+
+
+INPUTS = ("blocks", "blocks.0", "blocks.1", "blocks.1.norm", "blocks.1.attn", "blocks.1.attn.k", "blocks.0.mlp", "head")
+
+
+def test_what_goes_into_a_module() -> None:
+    """All that a module takes of a value, however often it uses it, and nothing that goes past it."""
+    model, x = Blocks().double().eval(), torch.randn(2, 7, 12, dtype=torch.float64)
+    latents = [f"{path}:input" for path in INPUTS]
+    found = relprop.explain(model, x, target=3, method="gradient_x_input", latents=latents)
+    assert set(found.latents) == set(latents)
+    kept: dict[str, Tensor] = {}
+
+    def cut(path: str) -> Callable[..., tuple[Tensor, ...]]:
+        def keep(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            kept[path] = args[0].clone()  # a value of its own, so that its gradient is what this module sends back
+            kept[path].retain_grad()
+            return (kept[path], *args[1:])
+
+        return keep
+
+    modules = dict(model.named_modules())
+    handles = [modules[path].register_forward_pre_hook(cut(path)) for path in INPUTS]
+    model(x.clone().requires_grad_())[:, 3].sum().backward()
+    for handle in handles:
+        handle.remove()
+    for path in INPUTS:
+        value, gradient = kept[path].detach(), kept[path].grad
+        assert gradient is not None
+        latent = found.at(f"{path}:input")
+        assert relative(latent.activation, value) < 1e-12, path
+        assert relative(latent.relevance, value * gradient) < 1e-10, path
+
+
+def test_inputs_and_outputs_meet() -> None:
+    """What goes into a block is what came out of the one before; patterns select inputs alone."""
+    latents = ["blocks.0", "blocks.1:input", "blocks.*.mlp:input"]
+    found = relprop.explain(vit().double(), IMAGES, method="attnlrp", target=[[3, 1]] * 2, latents=latents)
+    assert set(found.latents) == {"blocks.0", "blocks.1:input", *(f"blocks.{i}.mlp:input" for i in range(3))}
+    assert found.at("blocks.1:input").relevance.shape == (2, 2, 17, 48)
+    assert torch.equal(found.at("blocks.1:input").relevance, found.at("blocks.0").relevance)
+
+
+def test_inputs_that_are_not_one() -> None:
+    model, x = Blocks().eval(), torch.randn(2, 7, 12)
+    for path, message in (
+        ("pair:input", "a module with one input that carries relevance, got pair:input with 2"),
+        ("shared:input", "a module that is called once, got shared, called several times"),
+    ):
+        with pytest.raises(UnsupportedTopologyError, match=f"latents: expected {message}"):
+            relprop.explain(model, x, target=1, method="gradient_x_input", latents=[path])
+    with pytest.raises(UnknownNameError, match=r"did you mean 'blocks\.1\.mlp:input'\?"):
+        relprop.explain(model, x, target=1, method="gradient_x_input", latents=["blocks.1.mpl:input"])
 
 
 def test_directions_of_a_dictionary() -> None:
