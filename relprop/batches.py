@@ -44,7 +44,9 @@ def join(parts: list[Explanation]) -> Explanation:
         return None if tensors[0] is None else torch.cat(tensors)
 
     whole = {field: joined(field) for field in ("relevance", "logits", "target", "disagreement", "trustworthy")}
-    whole["relevances"] = {name: torch.cat([part.relevances[name] for part in parts]) for name in parts[0].relevances}
+    for field in ("relevances", "matrices"):
+        maps = [getattr(part, field) for part in parts]
+        whole[field] = {name: torch.cat([found[name] for found in maps]) for name in maps[0]}
     whole["latents"] = {
         path: replace(
             latent,

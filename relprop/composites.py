@@ -9,7 +9,7 @@ from typing import Any
 
 from relprop.errors import OptionError, UnsupportedOpError, unknown_name
 from relprop.graph import Graph, Node
-from relprop.rules import EXACT, REFERENCE, AddIdentity, Rule, Stabiliser, make_rule
+from relprop.rules import EXACT, REFERENCE, AddIdentity, LinearAlphaBeta, MatmulHalf, Rule, Stabiliser, make_rule
 from relprop.rules.attention_composed import AttentionComposed
 
 _REGISTER = "Register one with relprop.register_rule and name it in a Composite"
@@ -109,6 +109,7 @@ class Composite:
             return None
         qk, softmax, av = parts
         assert qk is not None and softmax is not None and av is not None
+        qk = qk.at_scale(node.args[4]) if isinstance(qk, MatmulHalf) else qk
         masks = (e.rule for e in self.entries if e.role == "mask" and e.matches("add", "mask", node.module))
         return AttentionComposed(qk=qk, softmax=softmax, av=av, mask=next(masks, AddIdentity()))
 
@@ -209,8 +210,13 @@ register_composite(
 register_composite(
     Composite(
         "chefer_detr",
-        _replace(_chefer, entry("add", "identity", role="positional")),
-        "chefer as its authors wrote it for DETR: position embeddings take no share",
+        _replace(
+            _chefer,
+            entry("add", "identity", role="positional"),
+            entry("linear", "rescaled", inner=LinearAlphaBeta(stabiliser=REFERENCE), stabiliser=REFERENCE),
+            entry("matmul", "half", role="qk", stabiliser=REFERENCE, scaled=True),
+        ),
+        "chefer as its authors wrote it for DETR: position embeddings take no share, linear layers hand on all",
         "Chefer et al., ICCV 2021, code (DETR)",
     )
 )

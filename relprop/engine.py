@@ -201,10 +201,11 @@ class Engine:
                 f" {', '.join(sorted(self._explained_names()))} and an output of shape"
                 f" {self.program.graph.output.describe()}"
             )
-        if isinstance(self.program.readout, SampledMap) or self.program.requirements.latents:
+        matrices, latents = self.program.readout.gives_matrices, len(self.program.requirements.latents)
+        if isinstance(self.program.readout, SampledMap) or latents or matrices:
             raise OptionError(
-                f"{what}: expected a method of one pass, without latents, got {self.program.method.name} with"
-                f" {len(self.program.requirements.latents)} latent(s)"
+                f"{what}: expected a method of one pass, without latents and matrices of sequences, got"
+                f" {self.program.method.name} with {latents} latent(s){' and matrices' if matrices else ''}"
             )
 
     def _parts(self) -> tuple[PassFunction, list[bool], Callable[[], list[Tensor]], DerivedWeights]:
@@ -483,11 +484,14 @@ class Engine:
 
     def _explanation(self, result: PassResult) -> Explanation:
         method, target, reading = self.program.method, result.target, result.reading
-        maps = {"": result.relevance, **result.by_input}
-        for name, found in maps.items():
-            found = found.expand(reading.targets, *found.shape[1:])
-            maps[name] = (found.transpose(0, 1) if target.several else found[0]).contiguous()
-        shaped = maps.pop("")
+
+        def per_sample(found: Tensor) -> Tensor:
+            found = found.expand(reading.targets, reading.batch, *found.shape[2:])
+            return (found.transpose(0, 1) if target.several else found[0]).contiguous()
+
+        shaped = per_sample(result.relevance)
+        maps = {name: per_sample(found) for name, found in result.by_input.items()}
+        paths = {spec.placeholder: spec.path for spec in self._captured.inputs}
         kinds, grid, size = self._layout(reading, result.shapes, shaped.shape[-1])
         index = target.index
         if index is not None and not target.several:
@@ -507,6 +511,9 @@ class Engine:
             image_size=size,
             ledger=result.books,
             latents=result.latents,
+            matrices={
+                (paths.get(of, of), paths.get(on, on)): per_sample(found) for (of, on), found in result.matrices.items()
+            },
         )
 
     def _explained_names(self) -> set[str]:

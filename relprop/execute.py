@@ -345,6 +345,7 @@ class PassResult:
 
     Attributes:
         by_input: the read-out's maps by explained input, where it answers for inputs.
+        matrices: between sequences of inputs, where it has such. Each [T or 1, B or 1, N, M]
     """
 
     relevance: Tensor
@@ -355,6 +356,7 @@ class PassResult:
     books: Ledger | None = None
     latents: dict[str, Latent] = field(default_factory=dict)
     by_input: dict[str, Tensor] = field(default_factory=dict)
+    matrices: dict[tuple[str, str], Tensor] = field(default_factory=dict)
 
 
 def run_pass(
@@ -390,7 +392,8 @@ def run_pass(
     relevance = reader.finish(reading) if instead is None else instead(forward, target)
     by_input = reader.by_input(program.graph, reading) if instead is None else {}
     latents = sweep.latents(target.several)
-    return PassResult(relevance, output, target, reading, forward.shapes, books, latents, by_input)
+    matrices = reader.matrices()
+    return PassResult(relevance, output, target, reading, forward.shapes, books, latents, by_input, matrices)
 
 
 def run_sampled(

@@ -60,6 +60,10 @@ class Explanation:
         grid: (h, w) of the patches of an image model, None otherwise.
         image_size: (H, W) of the input image, None otherwise.
         ledger: the books of the pass, if asked for.
+        matrices: of `generic_attention` with the option `rows="all"`, by the names of two inputs: how much each token
+            of the first one's sequence stands for each token of the second one's. With text t and image i they are
+            R_tt, R_ti, R_it and R_ii of the paper; "learned" is a sequence of learned queries, and sequences that no
+            attention leads to have no pair. Each [B, N, M] or [B, T, N, M]
         latents: relevance inside the model, by module path, where compilation was asked for it; see `at`.
         disagreement: relative difference to runs with a slightly moved input, the larger, if asked for. [B] or [B, T]
         trustworthy: disagreement below the method's threshold, if asked for. [B] or [B, T], bool
@@ -79,6 +83,7 @@ class Explanation:
     image_size: tuple[int, int] | None = None
     ledger: Ledger | None = None
     latents: Mapping[str, Latent] = field(default_factory=dict)
+    matrices: Mapping[tuple[str, str], Tensor] = field(default_factory=dict, repr=False)
     disagreement: Tensor | None = None
     trustworthy: Tensor | None = None
     inputs: Mapping[str, Tensor] = field(default_factory=dict, repr=False)

@@ -139,7 +139,14 @@ class GeneratorOurs(_LxmertGenerator):
         save_visualization: as in the original, where it has no effect on the answer.
         composite: rules for `use_lrp`.
         backend, precision: as `relprop.compile` takes them.
+    Attributes:
+        R_t_t, R_t_i, R_i_i, R_i_t: of the last call, as the original keeps them.
     """
+
+    R_t_t: Tensor
+    R_t_i: Tensor
+    R_i_i: Tensor
+    R_i_t: Tensor
 
     def generate_ours(
         self,
@@ -164,8 +171,13 @@ class GeneratorOurs(_LxmertGenerator):
             normalise_between=bool(normalize_self_attention),
             self_between=bool(apply_self_in_rule_10),
         )
-        found = engine(**given, target=class_score(index)).relevances
-        return _answer(found["input_ids"].clone(), found["visual_feats"])
+        found = engine(**given, target=class_score(index)).matrices
+        words, regions = "input_ids", "visual_feats"
+        self.R_t_t, self.R_t_i = _answer(found[words, words], found[words, regions])
+        self.R_i_i = alone(found[regions, regions], True)
+        seen = found.get((regions, words))  # by no region where one layer alone lies between them: its last is skipped
+        self.R_i_t = torch.zeros_like(self.R_t_i.mT) if seen is None else alone(seen, True)
+        return self.R_t_t, self.R_t_i
 
 
 class GeneratorBaselines(_LxmertGenerator):
@@ -283,13 +295,20 @@ class DetrGenerator:
 
     Args:
         model: put into evaluation mode, and not changed otherwise.
-        composite: rules of the methods that propagate relevance. The original also scales what each linear layer
-            passes on to what arrived, which moves the numbers by about 1e-6.
+        composite: rules of the methods that propagate relevance. The default also scales what each linear layer passes
+            on to what arrived, as the original does.
         backend, precision: as `relprop.compile` takes them.
+    Attributes:
+        R_i_i, R_q_q, R_q_i: of the last `generate_ours`, as the original keeps them. Each [N, M], of several images
+            [B, N, M].
 
     Every method takes images without padding [B, 3, H, W], a query and, where the answer depends on it, the query's
     class (None for the largest one but the last, "no object"), and raises TargetError and ClassIndexError for these.
     """
+
+    R_i_i: Tensor
+    R_q_q: Tensor
+    R_q_i: Tensor
 
     def __init__(
         self,
@@ -325,6 +344,7 @@ class DetrGenerator:
                 inner, outer = (_bar(r_ii), _bar(r_qq)) if normalize_self_attention else (r_ii, r_qq)
                 gain = outer.mT @ (cross @ inner)
             r_qi = r_qi + torch.where(gain.isnan(), 0.0, gain)
+        self.R_i_i, self.R_q_q, self.R_q_i = (alone(found, True) for found in (r_ii, r_qq, r_qi))
         return r_qi[:, target_index][None]
 
     def generate_transformer_att(self, img: Tensor, target_index: int | Tensor, index: Any = None) -> Tensor:

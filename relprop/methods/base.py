@@ -84,6 +84,10 @@ class Reader:
         """Relevance maps by explained input, where the read-out answers for inputs. Each [T or 1, B, ...]"""
         return {}
 
+    def matrices(self) -> dict[tuple[str, str], Tensor]:
+        """Matrices between the sequences of inputs, where the read-out has such. Each [T or 1, B or 1, N, M]"""
+        return {}
+
 
 class RowReader(Reader):
     """A reader that only multiplies a row with each layer's matrix E, which a kernel can do without E."""
@@ -109,6 +113,11 @@ class Readout:
     @property
     def all_rows(self) -> bool:
         """Whether it reads rows that the output does not, so that the graph must compute them."""
+        return False
+
+    @property
+    def gives_matrices(self) -> bool:
+        """Whether its readers have matrices between sequences beside the map."""
         return False
 
     def row_edge(self, site: Node) -> str | None:

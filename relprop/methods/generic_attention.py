@@ -63,6 +63,12 @@ class Topology:
             return slice(rows.start + self.learned, None if rows.stop is None else rows.stop + self.learned)
         return slice(rows.start, None if self.learned and rows.stop == -self.learned else rows.stop)
 
+    def names(self) -> dict[int, tuple[str, ...]]:
+        """What each root is called: its inputs, "learned" and "learned 2" ... for constants."""
+        constants = [root for root, names in self.roots.items() if not names]
+        numbered = {root: (f"learned {i}" if i > 1 else "learned",) for i, root in enumerate(constants, 1)}
+        return {root: names or numbered[root] for root, names in self.roots.items()}
+
     def new(self, origin: int | None = None) -> int:
         """A state; a root where it has no origin."""
         self.origin.append(len(self.origin) if origin is None else origin)
@@ -169,8 +175,8 @@ class GenericAttention(Readout):
         normalise_between: where sequences meet, the residual-free parts of R_ss and R_qq are divided by their row sums.
         self_between: where they meet, relevance within each of them counts (eq. 10); without it E alone.
         edge: what E is made of, a name of `EDGES`.
-        rows: "read" for the row that the output reads, "all" for the matrix of every token of its sequence, where
-            layers attend between several.
+        rows: "read" for the row that the output reads, "all" for every token's of its sequence, and for the matrices of
+            all sequences.
     """
 
     method: str
@@ -189,7 +195,7 @@ class GenericAttention(Readout):
         return self.rows == "all"
 
     def resolve(self, graph: Graph) -> Readout:
-        """A row walk where all layers attend within one sequence, the matrices of all states elsewhere.
+        """A row walk where all layers attend within one sequence and one row is read, matrices of all states elsewhere.
 
         Learned queries are a sequence of their own where they attend to each other.
         """
@@ -201,16 +207,18 @@ class GenericAttention(Readout):
         sites = graph.attention_sites()
         among_learned = any(key_rows(site).start < 0 for site in sites)
         alone = graph.tokens.covering is not None and not among_learned
-        if alone or not sites or any(not _whole(site) for site in sites):
+        whole = bool(sites) and all(_whole(site) for site in sites)
+        if not whole or (alone and (not self.all_rows or graph.tokens.extra)):
             if self.all_rows:
                 raise OptionError(
-                    f"rows: expected 'read' for method {self.method} where layers attend within one sequence, got 'all'"
+                    f"rows: expected 'read' for method {self.method} where learned queries pool one sequence or a layer"
+                    " does not attend over all of one, got 'all'"
                 )
             return RowWalk(self.edge, self.method, *walk)
         if walk != (0, False, "kept", False):
             raise OptionError(
-                f"method_options of {self.method}: expected none of the row walk's where layers attend between several"
-                f" sequences, got start_layer {walk[0]}, normalise {walk[1]}, read_tokens {walk[2]!r}, count_padding"
+                f"method_options of {self.method}: expected none of the row walk's where matrices are walked, got"
+                f" start_layer {walk[0]}, normalise {walk[1]}, read_tokens {walk[2]!r}, count_padding"
                 f" {walk[3]}"
             )
         topology = _Tracer(graph, self.method).run()
@@ -242,6 +250,11 @@ class CoAttention(Readout):
         """Where whole matrices are asked for."""
         return self.rows == "all"
 
+    @property
+    def gives_matrices(self) -> bool:
+        """Where every row of every state is computed."""
+        return self.all_rows
+
     def require(self, graph: Graph) -> Requirements:
         """What E is made of, of every layer that the output depends on."""
         maps = {update.of.site: EDGES[self.edge] for update in self.topology.updates}
@@ -256,7 +269,7 @@ class _States(Reader):
     def __init__(self, readout: CoAttention) -> None:
         self.readout, self.topology, self.normalise = readout, readout.topology, readout.normalise
         self.edges: dict[Node, Tensor] = {}
-        self.matrices: dict[int, dict[int, Tensor]] = {}  # state -> root -> [T or 1, B or 1, N, N of the root]
+        self.by_state: dict[int, dict[int, Tensor]] = {}  # state -> root -> [T or 1, B or 1, N, N of the root]
         self.maps: dict[str, Tensor] = {}
 
     def visit(self, site: Node, maps: Maps, reading: Reading) -> None:
@@ -264,10 +277,10 @@ class _States(Reader):
 
     def finish(self, reading: Reading) -> Tensor:
         for update in self.topology.updates:
-            self.matrices[update.state] = self.apply(update)
+            self.by_state[update.state] = self.apply(update)
         found: dict[str, Tensor] = {}
         for site, state in self.topology.final.items():
-            for root, matrix in self.matrices[state].items():
+            for root, matrix in self.by_state[state].items():
                 row = matrix
                 if not self.readout.all_rows:
                     row = (reading.read[site].unsqueeze(-2) @ matrix[..., self.topology.rows(site), :]).squeeze(-2)
@@ -279,12 +292,27 @@ class _States(Reader):
     def by_input(self, graph: Graph, reading: Reading) -> dict[str, Tensor]:
         return self.maps
 
+    def matrices(self) -> dict[tuple[str, str], Tensor]:
+        """The last state's of every sequence, by the inputs whose tokens are rows and columns."""
+        if not self.readout.gives_matrices:
+            return {}
+        last = {root: root for root in self.topology.roots}
+        last |= {self.topology.origin[update.state]: update.state for update in self.topology.updates}
+        names = self.topology.names()
+        return {
+            (row, column): matrix
+            for origin, state in last.items()
+            for root, matrix in self.by_state.get(state, {}).items()
+            for row in names[origin]
+            for column in names[root]
+        }
+
     def of(self, state: int, length: int, like: Tensor) -> dict[int, Tensor]:
         """A state's matrices; a root stands for itself."""
-        if state not in self.matrices:
+        if state not in self.by_state:
             own = torch.eye(length, dtype=like.dtype, device=like.device)
-            self.matrices[state] = {state: own.expand(1, 1, -1, -1)}
-        return self.matrices[state]
+            self.by_state[state] = {state: own.expand(1, 1, -1, -1)}
+        return self.by_state[state]
 
     def apply(self, update: Update) -> dict[int, Tensor]:
         site, edge = update.of.site, self.edges[update.of.site]

@@ -18,6 +18,7 @@ from relprop.rules.linear_alpha_beta import LinearAlphaBeta
 from relprop.rules.linear_epsilon import LinearEpsilon
 from relprop.rules.linear_flat import LinearFlat
 from relprop.rules.linear_gamma import LinearGamma
+from relprop.rules.linear_rescaled import LinearRescaled
 from relprop.rules.linear_z_box import LinearZBox
 from relprop.rules.matmul_alpha_beta import MatmulAlphaBeta
 from relprop.rules.matmul_half import MatmulHalf
@@ -57,6 +58,7 @@ __all__ = [
     "LinearEpsilon",
     "LinearFlat",
     "LinearGamma",
+    "LinearRescaled",
     "LinearZBox",
     "MatmulAlphaBeta",
     "MatmulHalf",

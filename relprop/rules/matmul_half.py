@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar
 
 from torch import Tensor
@@ -19,6 +20,8 @@ class MatmulHalf(Rule):
 
     Args:
         stabiliser: of the share-out.
+        scaled: in an attention layer, whether the stabiliser's epsilon is in units of scale q k, as in code that scales
+            the queries first; else in those of q k.
     Conservation:
         sum(R_A) + sum(R_B) = sum(R_out) - epsilon leak, per sample.
     Source: Chefer et al., CVPR 2021, section 3; Achtibat et al., ICML 2024, prop. 3.3.
@@ -27,6 +30,13 @@ class MatmulHalf(Rule):
     kind: ClassVar = "matmul"
     name: ClassVar = "half"
     stabiliser: Stabiliser = Stabiliser()
+    scaled: bool = False
+
+    def at_scale(self, scale: float) -> MatmulHalf:
+        """This rule for the product q k of an attention layer: epsilon in its units."""
+        if not self.scaled:
+            return self
+        return MatmulHalf(replace(self.stabiliser, epsilon=self.stabiliser.epsilon / scale))
 
     def gradient_form(self, node: Node) -> Rule | None:
         """Half the gradient for each of two activations, the gradient for one."""

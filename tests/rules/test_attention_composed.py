@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from relprop.composites import Composite, entry
 from relprop.rules import (
     EXACT,
     REFERENCE,
@@ -212,6 +213,32 @@ def test_query_and_key_that_cancel_to_the_bit(stabiliser: Stabiliser) -> None:
     relevance = op.relevance(inputs, 3)
     want = expected(Case(((1, 2, 2),) * 3), rule, relevance, *inputs)
     assert_parts(rule.propagate(op.call(inputs), relevance), want[: len(op.node.operands)], 1e-10)
+
+
+def test_epsilon_in_units_of_the_scaled_product() -> None:
+    """As in code that scales the queries first; the layer's node knows by how much."""
+    op, inputs = attention_op("scale"), operands("scale", 2)
+    q, k, _ = inputs
+    relevance, coarse = op.relevance(inputs, 2), Stabiliser(0.1)
+    found = {}
+    for scaled in (True, False):
+        composite = Composite(
+            "own",
+            (
+                entry("matmul", "half", role="qk", stabiliser=coarse, scaled=scaled),
+                entry("matmul", "half"),
+                entry("softmax", "identity"),
+            ),
+        )
+        rule, call = composite._attention(op.node), op.call(inputs)
+        assert rule is not None
+        part = rule.propagate(call, relevance)[0]
+        assert part is not None
+        found[scaled] = part
+    scaled_q = 0.25 * q
+    s = divide(call.maps["relevance"], scaled_q @ k.mT, coarse)  # the map's own rule is the same in both
+    assert_near(found[True], scaled_q * (s @ k) / 2, 1e-12)
+    assert (found[True] - found[False]).norm() > 1e-2 * found[True].norm()
 
 
 def test_map_is_left_for_the_read_out() -> None:
