@@ -6,7 +6,7 @@ and `.relevance` of each label.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,12 +24,14 @@ if TYPE_CHECKING:
 
 __all__ = ["Explained", "Pipeline", "pipeline"]
 
+_ENTRIES = ("label", "score", "relevance", "tokens", "relevances")
 
-@dataclass(frozen=True)
-class Explained:
+
+@dataclass(frozen=True, eq=False)
+class Explained(Mapping[str, Any]):
     """One label of one input, and why.
 
-    `result["label"]` reads as in a pipeline of transformers.
+    `result["label"]` reads as in a pipeline of transformers; as a mapping it has all but the last two attributes.
 
     Attributes:
         label, score: as transformers has them.
@@ -78,14 +80,18 @@ class Explained:
     def _repr_html_(self) -> str | None:
         return self.view()._repr_html_()
 
+    __eq__, __hash__ = object.__eq__, object.__hash__  # tensors have no one truth value
+
     def __getitem__(self, name: str) -> Any:
-        if name not in self.keys():
-            raise unknown_name("entry", name, self.keys())
+        if name not in _ENTRIES:
+            raise unknown_name("entry", name, _ENTRIES)
         return getattr(self, name)
 
-    def keys(self) -> tuple[str, ...]:
-        """Names that can be read as in a dictionary."""
-        return "label", "score", "relevance", "tokens", "relevances"
+    def __iter__(self) -> Iterator[str]:
+        return iter(_ENTRIES)
+
+    def __len__(self) -> int:
+        return len(_ENTRIES)
 
 
 def pipeline(
@@ -176,6 +182,18 @@ class Pipeline:
             logits = self.model(**{name: value.to(self.model.device) for name, value in inputs.items()}).logits
         return logits.topk(count, -1).indices
 
+    def _settings(self, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What goes to the reading of inputs and to the naming of labels, this call's before the pipeline's own."""
+        reading, _, naming = self.inner._sanitize_parameters(**given)
+        return {**self.inner._preprocess_params, **reading}, {**self.inner._postprocess_params, **naming}
+
+    def _batches(self, inputs: Sequence[Any], batch_size: int | None) -> Iterator[Sequence[Any]]:
+        """Inputs that are explained together: all of them, where neither the call nor the pipeline says how many."""
+        size = batch_size or self.inner._batch_size or len(inputs)
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise OptionError(f"batch_size: expected None or a positive int, got {size!r}")
+        return (inputs[start : start + size] for start in range(0, len(inputs), size))
+
     def _counted(self, top_k: int | None) -> int:
         labels = int(self.model.config.num_labels)
         if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
@@ -206,21 +224,39 @@ class Pipeline:
 class TextClassification(Pipeline):
     """`pipeline("text-classification")`."""
 
-    def __call__(self, inputs: str | Sequence[str], top_k: int | None = 1, **kwargs: Any) -> list[Any]:
+    def __call__(self, inputs: Any, *, batch_size: int | None = None, **kwargs: Any) -> Any:
         """Explained labels.
 
         Args:
-            inputs: a text, or several.
-            top_k: how many labels of each; None for all.
-            kwargs: for the tokenizer.
+            inputs: a text, a pair {"text": ..., "text_pair": ...}, or several of one kind.
+            batch_size: how many are explained together; None for all.
+            kwargs: top_k (how many labels of each, None for all), function_to_apply ("sigmoid", "softmax", "none"),
+                and what is for the tokenizer, as transformers takes them.
         Returns:
-            for one text its labels, for several the best label of each, or with `top_k` a list of labels of each.
+            for one text a list of its best label, for one pair its best label, for several the best label of each;
+            with `top_k` a list of labels in place of a label, for one text just that list.
+        Raises:
+            OptionError: inputs that are none of these.
         """
-        texts = [inputs] if isinstance(inputs, str) else list(inputs)
-        if not texts or not all(isinstance(text, str) for text in texts):
-            raise OptionError(f"inputs: expected a text or several, got {inputs!r}")
-        given = dict(self.inner.tokenizer(texts, return_tensors="pt", padding=len(texts) > 1, **kwargs))
-        found = self._explain(given, self._best(given, self._counted(top_k)))
+        texts, pairs = _read_texts(inputs)
+        reading, naming = self._settings(kwargs)
+        several = "top_k" in naming
+        count = self._counted(naming.pop("top_k", 1))
+        results: list[Any] = []
+        for places in self._batches(range(len(texts)), batch_size):
+            read = [texts[i] for i in places], pairs and [pairs[i] for i in places]
+            for labels in self._explained(*read, count, reading, {**naming, "_legacy": False}):
+                results.append(labels if several else labels[0])
+        if isinstance(inputs, str) and "top_k" not in kwargs:
+            return results
+        return results[0] if isinstance(inputs, (str, Mapping)) else results
+
+    def _explained(
+        self, texts: list[str], pairs: list[str] | None, count: int, reading: dict[str, Any], naming: dict[str, Any]
+    ) -> Iterator[list[Explained]]:
+        options = {"padding": len(texts) > 1, **reading, "return_tensors": "pt"}
+        given = dict(self.inner.tokenizer(texts, pairs, **options))
+        found = self._explain(given, self._best(given, count))
         ids = given["input_ids"]
         mask = given.get("attention_mask", torch.ones_like(ids)).bool()
 
@@ -230,21 +266,34 @@ class TextClassification(Pipeline):
             row = found.relevance[sample] if nth is None else found.relevance[sample, nth]
             return row.cpu()[kept], tokens
 
-        results = list(self._labelled(found, read, _legacy=False))
-        if isinstance(inputs, str):
-            return results[0]
-        return [labels[0] for labels in results] if top_k == 1 else results
+        return self._labelled(found, read, **naming)
+
+
+def _read_texts(inputs: Any) -> tuple[list[str], list[str] | None]:
+    """Texts, and for pairs what each of them goes with."""
+    given = [inputs] if isinstance(inputs, (str, Mapping)) else list(inputs) if isinstance(inputs, Iterable) else []
+    parts = [one if isinstance(one, Mapping) else {"text": one} for one in given]
+    kinds = {frozenset(one) for one in parts}
+    words = all(isinstance(text, str) for one in parts for text in one.values())
+    if not words or kinds not in ({frozenset(["text"])}, {frozenset(["text", "text_pair"])}):
+        raise OptionError(
+            f"inputs: expected a text or several, or pairs {{'text': ..., 'text_pair': ...}}, got {inputs!r}"
+        )
+    pairs = [one["text_pair"] for one in parts] if "text_pair" in parts[0] else None
+    return [one["text"] for one in parts], pairs
 
 
 class ImageClassification(Pipeline):
     """`pipeline("image-classification")`."""
 
-    def __call__(self, inputs: Any, top_k: int | None = 5) -> list[Any]:
+    def __call__(self, inputs: Any, *, batch_size: int | None = None, **kwargs: Any) -> list[Any]:
         """Explained labels.
 
         Args:
             inputs: an image, or several: PIL images, files, addresses, as in transformers.
-            top_k: how many labels of each; None for all.
+            batch_size: how many are explained together; None for all.
+            kwargs: top_k (how many labels of each, 5 if not given, None for all), function_to_apply and timeout, as
+                transformers takes them.
         Returns:
             for one image its labels, for several a list of labels of each.
         """
@@ -252,11 +301,19 @@ class ImageClassification(Pipeline):
         images = [inputs] if alone else list(inputs)
         if not images:
             raise OptionError("inputs: expected an image or several, got none")
-        pixels = torch.cat([self.inner.preprocess(image)["pixel_values"] for image in images])
-        found = self._explain({"pixel_values": pixels}, self._best({"pixel_values": pixels}, self._counted(top_k)))
-        maps = found.image_map().cpu()
-        results = list(self._labelled(found, lambda i, nth: (maps[i] if nth is None else maps[i, nth], ())))
+        asked = kwargs.pop("top_k", self.inner._postprocess_params.get("top_k", 5))
+        reading, naming = self._settings(kwargs)
+        naming.pop("top_k", None)
+        results: list[list[Explained]] = []
+        for some in self._batches(images, batch_size):
+            pixels = torch.cat([self.inner.preprocess(image, **reading)["pixel_values"] for image in some])
+            results += self._explained(pixels, self._counted(asked), naming)
         return results[0] if alone else results
+
+    def _explained(self, pixels: Tensor, count: int, naming: dict[str, Any]) -> Iterator[list[Explained]]:
+        found = self._explain({"pixel_values": pixels}, self._best({"pixel_values": pixels}, count))
+        maps = found.image_map().cpu()
+        return self._labelled(found, lambda i, nth: (maps[i] if nth is None else maps[i, nth], ()), **naming)
 
 
 class ZeroShotImageClassification(Pipeline):

@@ -100,11 +100,12 @@ class Relevance(Attribution):  # type: ignore[misc]
             return_convergence_delta: also return the score less the sum of attributions. [B]
             verbose: print the program.
         Raises:
-            AssertionError, IndexError: targets as Captum raises them. OptionError: a convergence delta of a method
-            whose relevance does not add up to the score.
+            AssertionError, IndexError: targets as Captum raises them. OptionError: inputs that are no tensors, a rule
+            that was set on a layer for Captum, a convergence delta of a method whose relevance does not add up to the
+            score.
         """
         found, args = self._explain(inputs, target, additional_forward_args, (), verbose)
-        given = inputs if isinstance(inputs, tuple) else (inputs,)
+        given = _given(inputs)
         names = list(bind_arguments(self.model, args, {}))
         parts = tuple(self._of_input(found, name, tensor) for name, tensor in zip(names, given, strict=False))
         attributions = parts if isinstance(inputs, tuple) else parts[0]
@@ -117,7 +118,7 @@ class Relevance(Attribution):  # type: ignore[misc]
     def _explain(
         self, inputs: Inputs, target: Any, additional: Any, latents: tuple[str, ...], verbose: bool
     ) -> tuple[Explanation, tuple[Any, ...]]:
-        given = inputs if isinstance(inputs, tuple) else (inputs,)
+        given = _given(inputs)
         more = () if additional is None else additional if isinstance(additional, tuple) else (additional,)
         options = dict(self.options)
         if "channels" in self.method.options:
@@ -216,6 +217,14 @@ class LayerLRP(LayerRelevance):
 
     def __init__(self, model: nn.Module, layer: nn.Module | Sequence[nn.Module], **options: Any) -> None:
         super().__init__(model, layer, "attnlrp", **options)
+
+
+def _given(inputs: Inputs) -> tuple[Tensor, ...]:
+    given = inputs if isinstance(inputs, tuple) else (inputs,)
+    if not given or not all(isinstance(tensor, Tensor) for tensor in given):
+        kinds = [type(part).__name__ for part in given]
+        raise OptionError(f"inputs: expected a tensor or a tuple of tensors, got {', '.join(kinds) or 'none'}")
+    return given
 
 
 def _score(target: Any) -> Callable[[Tensor], Tensor]:

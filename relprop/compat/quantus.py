@@ -58,6 +58,8 @@ def explain(
     first = next(model.parameters())
     given = torch.as_tensor(inputs)
     given = given.to(device or first.device, first.dtype if given.is_floating_point() else torch.int64)
+    if targets is None:
+        raise TargetError(f"targets: expected an int or {len(given)} of them, got None")
     classes = torch.as_tensor(targets)
     if classes.is_floating_point() or classes.ndim > 1 or (classes.ndim and len(classes) != len(given)):
         raise TargetError(

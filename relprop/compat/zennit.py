@@ -8,9 +8,10 @@
 >>> relevance.shape
 torch.Size([1, 3, 64, 64])
 
-A composite is one of the classes below, an instance of one of zennit's own, a composite of relprop or its name, or None
-for the plain gradient. In zennit's, operations without a hook keep their gradient, and so they do here; composites of
-relprop have rules for all operations of Transformers.
+A composite is one of the classes below or its name in zennit (`COMPOSITES`), an instance of one of zennit's own, a
+composite of relprop or its name, or None for the plain gradient; of two with one name ("epsilon_plus") zennit's is
+meant, and relprop's is `relprop.find_composite("epsilon_plus")`. In zennit's, operations without a hook keep their
+gradient, and so they do here; composites of relprop have rules for all operations of Transformers.
 """
 
 from __future__ import annotations
@@ -204,10 +205,13 @@ def translated(composite: Any, model: nn.Module) -> Composite:
     """A composite of relprop with the rules that another one gives this model; relevance starts as it is given.
 
     Raises:
-        UnsupportedOpError: naming a rule that has no counterpart. OptionError: canonizers, or no composite at all.
+        UnsupportedOpError: naming a rule that has no counterpart. OptionError: canonizers, a name of one that needs
+            arguments, or no composite at all. UnknownNameError: a name of none.
     """
     if composite is None:
         return find_composite("gradient")
+    if isinstance(composite, str) and composite in COMPOSITES:
+        composite = _with_defaults(composite)
     if isinstance(composite, (str, Composite)):
         return replace(find_composite(composite), seed="one")
     if isinstance(composite, LayerMap):
@@ -227,6 +231,16 @@ def translated(composite: Any, model: nn.Module) -> Composite:
         for path, module, rule, parameters in found
     )
     return replace(find_composite("gradient").overridden(*entries, name=f"zennit {name}"), seed="one")
+
+
+def _with_defaults(name: str) -> LayerMap:
+    try:
+        return COMPOSITES[name]()
+    except TypeError as error:
+        made = COMPOSITES[name].__name__
+        raise OptionError(
+            f"composite: expected {made}(low, high), whose bounds have no defaults, got {name!r}"
+        ) from error
 
 
 def _kind(module: nn.Module, path: str, rule: str) -> str:

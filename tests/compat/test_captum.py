@@ -188,6 +188,9 @@ def test_bad_input_is_captums(ours: Any) -> None:
             captum.attr.InputXGradient(net).attribute(x, target=bad)
         with pytest.raises(type(theirs.value)):
             ours.LRP(net).attribute(x, target=bad)
+    for inputs, got in (([x], "list"), (x.detach().numpy(), "ndarray"), ((), "none"), ((x, 1), "Tensor, int")):
+        with pytest.raises(OptionError, match=f"inputs: expected a tensor or a tuple of tensors, got {got}"):
+            ours.LRP(net).attribute(inputs, target=1)
     with pytest.raises(TargetError, match="expected integers, got torch.float32"):
         ours.LRP(net).attribute(x, target=torch.tensor([1.0, 2.0, 3.0]))
     with pytest.raises(OptionError, match="model: expected a torch.nn.Module, got function"):

@@ -76,6 +76,78 @@ def test_texts_of_different_lengths(tokenizer: Any) -> None:
     assert everything[0].score > everything[1].score
 
 
+def plain(results: Any) -> Any:
+    """Labels and scores, nested as they are."""
+    if isinstance(results, list):
+        return [plain(one) for one in results]
+    return {"label": results["label"], "score": pytest.approx(results["score"], abs=1e-6)}
+
+
+PAIR = {"text": "a film", "text_pair": "that is never dull"}
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        "a film",
+        ["a film", "not dull but never"],
+        ("a film", "dull"),
+        PAIR,
+        [PAIR, {"text": "dull", "text_pair": "dull"}, PAIR],
+    ],
+    ids=["text", "texts", "tuple", "pair", "pairs"],
+)
+@pytest.mark.parametrize("options", [{}, {"top_k": 1}, {"top_k": 2}, {"top_k": None}, {"function_to_apply": "sigmoid"}])
+def test_answers_are_nested_as_theirs(tokenizer: Any, inputs: Any, options: dict[str, Any]) -> None:
+    model = classifier()
+    torch.nn.init.normal_(model.classifier.weight)
+    given = {"model": model, "tokenizer": tokenizer}
+    why = relprop.pipeline("text-classification", **given, method="attnlrp")
+    theirs = transformers.pipeline("text-classification", **given)
+    expected = theirs(list(inputs) if isinstance(inputs, tuple) else inputs, **options)
+    assert plain(expected) == plain(why(inputs, **options))
+
+
+def test_pairs(tokenizer: Any) -> None:
+    """Both texts are read, with their segments, and one pair's answer is the same in any batch."""
+    model = classifier().double()
+    torch.nn.init.normal_(model.bert.embeddings.token_type_embeddings.weight)
+    why = relprop.pipeline("text-classification", model=model, tokenizer=tokenizer, method="attnlrp")
+    alone = why(PAIR)
+    assert alone.tokens == ("[CLS]", "a", "film", "[SEP]", "that", "is", "never", "dull", "[SEP]")
+    read = tokenizer(PAIR["text"], PAIR["text_pair"], return_tensors="pt")
+    assert relative(alone.relevance, relprop.explain(model, **read, method="attnlrp").relevance[0]) < 1e-9
+    for size in (None, 1, 2):
+        together = why([{"text": "dull", "text_pair": "not dull"}, PAIR, PAIR], batch_size=size)
+        assert [len(one.tokens) for one in together] == [6, 9, 9]
+        assert relative(together[1].relevance, alone.relevance) < 1e-9
+    generated = why(one for one in ["a film", "dull"])
+    assert [one.tokens for one in generated] == [("[CLS]", "a", "film", "[SEP]"), ("[CLS]", "dull", "[SEP]")]
+
+
+def test_options_of_the_pipeline(tokenizer: Any) -> None:
+    """Given once, they hold for every call, unless a call says otherwise."""
+    model = classifier()
+    given = {"model": model, "tokenizer": tokenizer, "top_k": 2, "truncation": True, "max_length": 4}
+    why = relprop.pipeline("text-classification", **given, method="attnlrp")
+    theirs = transformers.pipeline("text-classification", **given)
+    texts = ["a film that is never dull", "dull"]
+    assert plain(theirs(texts)) == plain(why(texts))
+    assert [len(labels) for labels in why(texts, top_k=3)] == [3, 3]
+    assert why(texts)[0][0].tokens == ("[CLS]", "a", "film", "[SEP]")
+    assert len(why(texts, max_length=5, padding=True)[0][0].tokens) == 5
+    sigmoid = why(texts[0], function_to_apply="sigmoid")[0][0].score
+    assert sigmoid == pytest.approx(theirs(texts[0], function_to_apply="sigmoid")[0][0]["score"], abs=1e-6)
+    assert abs(sigmoid - why(texts[0])[0][0].score) > 0.01
+
+
+def test_results_are_mappings(tokenizer: Any) -> None:
+    (word,) = relprop.pipeline("text-classification", model=classifier(), tokenizer=tokenizer)("a film")
+    assert list(word) == ["label", "score", "relevance", "tokens", "relevances"] and len(word) == 5
+    assert dict(word.items())["tokens"] == word.tokens and word.get("entity") is None and "score" in word
+    assert word == word and len({word, word}) == 1
+
+
 def test_images() -> None:
     torch.manual_seed(0)
     config = transformers.ViTConfig(
@@ -96,6 +168,13 @@ def test_images() -> None:
     several = why([image(0), image(1)], top_k=1)
     assert [len(labels) for labels in several] == [1, 1]
     assert several[0][0].label == found[0].label
+    one_by_one = why([image(0), image(1), image(2)], top_k=1, batch_size=2)
+    assert len(one_by_one) == 3
+    assert relative(one_by_one[1][0].relevance, several[1][0].relevance) < 1e-5
+    sigmoid = why(image(0), top_k=2, function_to_apply="sigmoid")
+    assert plain(theirs(image(0), top_k=2, function_to_apply="sigmoid")) == plain(sigmoid)
+    usual = relprop.pipeline("image-classification", model=model, image_processor=processor, top_k=2)
+    assert len(usual(image(0))) == 2 and len(usual(image(0), top_k=3)) == 3
 
 
 def test_zero_shot(tokenizer: Any) -> None:
@@ -156,8 +235,11 @@ def test_bad_input(tokenizer: Any) -> None:
     with pytest.raises(UnknownNameError, match="unknown task.*got 'image-clasification'; did you mean 'image-class"):
         relprop.pipeline("image-clasification")
     why = relprop.pipeline("text-classification", model=classifier(), tokenizer=tokenizer)
-    with pytest.raises(OptionError, match="inputs: expected a text or several, got \\[\\]"):
-        why([])
+    for bad in ([], 3, None, ["a", 3], [PAIR, "a film"], {"text": "a", "pair": "b"}, [["a", "film"], ["b", "c"]]):
+        with pytest.raises(OptionError, match="inputs: expected a text or several, or pairs"):
+            why(bad)
+    with pytest.raises(OptionError, match="batch_size: expected None or a positive int, got -2"):
+        why("a film", batch_size=-2)
     with pytest.raises(OptionError, match="top_k: expected None or a positive int, got 0"):
         why("a film", top_k=0)
     with pytest.raises(UnknownNameError, match="unknown entry"):

@@ -39,7 +39,11 @@ def test_token_ids() -> None:
 
 @pytest.mark.parametrize(
     ("targets", "text"),
-    [(np.array([1, 2]), "expected an int or 3 of them, got \\[2\\]"), (np.ones(3), "got \\[3\\], torch.float64")],
+    [
+        (np.array([1, 2]), "expected an int or 3 of them, got \\[2\\]"),
+        (np.ones(3), "got \\[3\\], torch.float64"),
+        (None, "expected an int or 3 of them, got None"),
+    ],
 )
 def test_bad_targets(targets: Any, text: str) -> None:
     with pytest.raises(TargetError, match=text):

@@ -138,8 +138,38 @@ def test_composites_by_their_names() -> None:
     pytest.importorskip("zennit")
     from zennit.composites import COMPOSITES
 
+    model, data = network(), images()
     for name, composite in ours.COMPOSITES.items():
         assert COMPOSITES[name].__name__ == composite.__name__
+        if name != "epsilon_gamma_box":
+            assert torch.equal(Gradient(model, name)(data)[1], Gradient(model, composite())(data)[1])
+    known, transformer, patches = relprop.find_composite("epsilon_plus"), vit().double(), torch.randn(1, 3, 32, 32)
+    found = [Gradient(transformer, composite)(patches.double())[1] for composite in (known, "epsilon_plus")]
+    assert relative(*found) > 0.1  # relprop's has rules for attention, too
+    with pytest.raises(OptionError, match="expected EpsilonGammaBox\\(low, high\\), whose bounds have no defaults"):
+        Gradient(model, "epsilon_gamma_box")(data)
+
+
+def test_maps_by_layers_and_names() -> None:
+    """zennit's general composites, rule by rule."""
+    pytest.importorskip("zennit")
+    from zennit import composites, rules
+    from zennit.attribution import Gradient as Theirs
+
+    model, data, seed = network(), images(), torch.eye(10, dtype=torch.float64)[[1, 2, 3]]
+    by_name = composites.NameMapComposite([(["0", "3"], rules.ZPlus()), (["9"], rules.Epsilon(0.1))])
+    layers = [(nn.Linear, rules.Epsilon(0.1)), (nn.Conv2d, rules.Gamma(0.3))]
+    for composite in (
+        by_name,
+        composites.LayerMapComposite(layers),
+        composites.SpecialFirstLayerMapComposite(layers, [(nn.Conv2d, rules.Flat())]),
+        composites.MixedComposite([by_name, composites.EpsilonPlusFlat()]),
+        composites.NameLayerMapComposite(name_map=[(["9"], rules.Epsilon(0.2))], layer_map=layers),
+    ):
+        with Theirs(model=model, composite=composite) as attributor:
+            expected = attributor(data.clone(), seed)[1]
+        with Gradient(model=model, composite=composite) as attributor:
+            assert relative(attributor(data, seed)[1], expected) < 1e-12, type(composite).__name__
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
