@@ -9,7 +9,8 @@ says that the model runs at this size, how long it takes and how well its books 
   these rows are taken beside other work. The smaller of two calls that explanation and forward pass make in turn,
   after one each that does not count.
 - ratio_to_forward: explain_core_s over forward_core_s.
-- peak_mb: the process's memory at its highest, weights and libraries included.
+- peak_mb: the process's memory at its highest, weights, libraries and the building of the model included: transformers
+  first makes the output layer of a decoder, then throws it away where it is the embedding once more.
 - ledger_error: the largest error by which the ledger fails to close in float32, relative to the largest sum in it.
 """
 

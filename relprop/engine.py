@@ -439,7 +439,8 @@ class Engine:
         if self._booked is not None and program.gradient_form and (ledger or trace is not None):
             program = self._booked()
         bound = {**inputs, **self._weights.read(), **graph.constants}
-        derive = DeriveOnce(graph, self._weights.derived)
+        # Books are kept of the plain rules, which want |w| of every layer: all of them would be the model once more.
+        derive = DeriveOnce(graph, self._weights.derived, keep=not ledger)
         readout = program.readout
         if ledger and isinstance(readout, SampledMap):
             raise OptionError(f"ledger: expected a method of one pass, got {program.method.name}, a mean over several")

@@ -48,16 +48,20 @@ class DerivedWeights:
         self._entries: dict[tuple[str, str, torch.dtype], _Entry] = {}
         self._lock = threading.Lock()
 
-    def get(self, name: str, tensor: Tensor, transform: str, dtype: torch.dtype) -> Tensor:
-        """tensor, cast to dtype and transformed; "packed" and "packed_transpose" are for the CPU kernels' products."""
+    def get(self, name: str, tensor: Tensor, transform: str, dtype: torch.dtype, keep: bool = True) -> Tensor:
+        """tensor, cast to dtype and transformed; "packed" and "packed_transpose" are for the CPU kernels' products.
+
+        Without `keep` what is there is used, and what is made is not kept.
+        """
         key = (name, transform, dtype)
         found = self._entries.get(key)
         version, pointer = -1 if tensor.is_inference() else tensor._version, tensor.data_ptr()
         if found is not None and found.version == version and found.pointer == pointer and found.source() is tensor:
             return found.tensor
         derived = made(tensor.detach(), transform, dtype)
-        with self._lock:
-            self._entries[key] = _Entry(weakref.ref(tensor), pointer, version, derived)
+        if keep:
+            with self._lock:
+                self._entries[key] = _Entry(weakref.ref(tensor), pointer, version, derived)
         return derived
 
     def clear(self) -> None:
@@ -84,21 +88,27 @@ class Derive:
 
 
 class DeriveOnce(Derive):
-    """What is derived from a model's parameters is made once per model, unless autograd is to see it."""
+    """What is derived from a model's parameters is made once per model, unless autograd is to see it.
 
-    def __init__(self, graph: Graph, weights: DerivedWeights) -> None:
+    Args:
+        keep: False to take what is there and to keep no more.
+    """
+
+    def __init__(self, graph: Graph, weights: DerivedWeights, keep: bool = True) -> None:
         self._names = graph.parameters
-        self._weights = weights
+        self._weights, self._keep = weights, keep
 
     def __call__(self, value: Value, tensor: Tensor, transform: str, dtype: torch.dtype) -> Tensor:
         name = self._name(value) if transform or tensor.dtype != dtype else None
-        return made(tensor, transform, dtype) if name is None else self._weights.get(name, tensor, transform, dtype)
+        if name is None:
+            return made(tensor, transform, dtype)
+        return self._weights.get(name, tensor, transform, dtype, self._keep)
 
     def packed(self, value: Value, tensor: Tensor, transpose: bool, dtype: torch.dtype) -> Tensor | None:
         name = self._name(value)
         if name is None:
             return None
-        return self._weights.get(name, tensor, "packed_transpose" if transpose else "packed", dtype)
+        return self._weights.get(name, tensor, "packed_transpose" if transpose else "packed", dtype, self._keep)
 
     def _name(self, value: Value) -> str | None:
         return None if torch.is_grad_enabled() else self._names.get(value.index)

@@ -83,6 +83,18 @@ def test_derived_weights_count() -> None:
     assert engine.memory(1) > held
 
 
+def test_no_second_copy_of_the_weights() -> None:
+    """Neither in a pass of the kernels, which make |w| in registers, nor while books are kept of the plain rules."""
+    model = vit(embed_dim=192, depth=6)
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    for method in ("transformer_attribution", "attnlrp"):
+        engine = relprop.compile(model, (images(2),), method=method, tape=False)
+        for ledger in (False, True):
+            real = allocated(lambda engine=engine, ledger=ledger: engine(images(1), target=1, ledger=ledger))
+            assert real < 0.5 * size, (method, ledger, real, size)
+            assert engine.derived_memory < 0.15 * size  # of the last of 6 blocks, where one row alone is computed
+
+
 def test_automatic_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = relprop.compile(vit(), (images(2),), composite="chefer_stable")
     given, target = images(11), [i % 10 for i in range(11)]
