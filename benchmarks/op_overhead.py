@@ -94,12 +94,16 @@ def ways_through(model: nn.Module) -> dict[str, Callable[[], Any]]:
         with torch.enable_grad():
             model(x.clone().requires_grad_())[0, 3].backward()
 
+    def bare() -> None:
+        with calls.turn():
+            calls.replay()
+
     return {
         "forward": lambda: model(x),
         "forward and backward": autograd,
         "plan": lambda: plan(x, target=target),
         "engine": lambda: engine(x, target=target),
-        "calls": calls.replay,
+        "calls": bare,
     }
 
 

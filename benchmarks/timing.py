@@ -25,7 +25,7 @@ def seconds_of(run: Run, device: str = "cpu", clock: Clock = time.perf_counter) 
 def in_turn(runs: Mapping[str, Run], rounds: int, clock: Clock = time.perf_counter) -> dict[str, list[float]]:
     """Seconds of every contender, each run once a round.
 
-    Two runs of each before do not count: an engine of relprop's records a small shape when it comes a second time.
+    Two runs of each before do not count: an engine of relprop's records a shape when it comes a second time.
 
     Args:
         clock: `time.process_time` for the processor's seconds, which a busy machine does not stretch.

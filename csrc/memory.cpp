@@ -2,6 +2,10 @@
 
 #include <unistd.h>
 
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
+
 #include <algorithm>
 #include <cstdlib>
 #include <iterator>
@@ -93,9 +97,14 @@ BlockUse block_use() {
 
 void limit_blocks(int64_t limit) {
   Blocks& all = blocks();
-  const std::lock_guard<std::mutex> lock(all.mutex);
-  all.limit = limit;
-  all.shrink();
+  {
+    const std::lock_guard<std::mutex> lock(all.mutex);
+    all.limit = limit;
+    all.shrink();
+  }
+#ifdef __GLIBC__
+  malloc_trim(0);  // the C library keeps blocks of up to some MB, and what torch's own results left
+#endif
 }
 
 }  // namespace relprop

@@ -39,11 +39,6 @@ inline void each_pointer(std::map<std::string, std::pair<Pointer, std::vector<in
   for (auto& [name, tensor] : tensors) each(tensor.first);
 }
 
-// Memory that moved: [start, end) is at target.
-struct Move {
-  Pointer start, end, target;
-};
-
 class Tape {
  public:
   // The one that this thread's calls are written to, null for none.
@@ -55,8 +50,12 @@ class Tape {
   }
 
   int64_t size() const { return static_cast<int64_t>(calls_.size()); }
+  // Of a call's tensors, without those that are not there.
   std::vector<Pointer> pointers(int64_t call) const;
-  void move(const std::vector<Move>& moves);
+  // Gives each of these its place in a block of memory; less than 0 is elsewhere, and stays.
+  void place(int64_t call, const std::vector<int64_t>& offsets);
+  // The block is there from now on.
+  void move(Pointer block);
   void run(int64_t first, int64_t last) const;
 
  private:
@@ -84,6 +83,7 @@ class Tape {
   void check(int64_t call) const;
 
   std::vector<std::unique_ptr<Call>> calls_;
+  std::vector<std::pair<Pointer*, int64_t>> placed_;  // in arguments of calls_: offset in the block
 };
 
 // A kernel's binding that writes its calls to the tape of this thread, if there is one.

@@ -1,5 +1,3 @@
-#include <algorithm>
-
 #include "tape.h"
 
 namespace relprop {
@@ -24,16 +22,23 @@ std::vector<Pointer> Tape::pointers(int64_t call) const {
   return found;
 }
 
-// moves: by start, apart from each other.
-void Tape::move(const std::vector<Move>& moves) {
-  const EachPointer relocate = [&](Pointer& pointer) {
-    const auto after = std::upper_bound(moves.begin(), moves.end(), pointer,
-                                        [](Pointer at, const Move& move) { return at < move.start; });
-    if (after == moves.begin()) return;
-    const Move& move = *(after - 1);
-    if (pointer < move.end) pointer = move.target + (pointer - move.start);
-  };
-  for (const auto& call : calls_) call->each(relocate);
+void Tape::place(int64_t call, const std::vector<int64_t>& offsets) {
+  check(call + 1);
+  std::vector<Pointer*> found;
+  calls_[call]->each([&](Pointer& pointer) {
+    if (pointer != 0) found.push_back(&pointer);
+  });
+  if (found.size() != offsets.size()) {
+    throw std::invalid_argument("offsets: expected " + std::to_string(found.size()) + " of them, got " +
+                                std::to_string(offsets.size()));
+  }
+  for (size_t i = 0; i < found.size(); ++i) {
+    if (offsets[i] >= 0) placed_.emplace_back(found[i], offsets[i]);
+  }
+}
+
+void Tape::move(Pointer block) {
+  for (const auto& [pointer, offset] : placed_) *pointer = block + offset;
 }
 
 void Tape::run(int64_t first, int64_t last) const {
@@ -44,12 +49,6 @@ void Tape::run(int64_t first, int64_t last) const {
 
 namespace {
 
-void bind_move(Tape& tape, const std::vector<std::tuple<Pointer, Pointer, Pointer>>& given) {
-  std::vector<Move> moves;
-  for (const auto& [start, end, target] : given) moves.push_back({start, end, target});
-  tape.move(moves);
-}
-
 const Bindings bindings([](py::module_& module) {
   py::class_<Tape>(module, "Tape")
       .def(py::init<>())
@@ -57,7 +56,8 @@ const Bindings bindings([](py::module_& module) {
       .def("stop", [](Tape&) { Tape::recording() = nullptr; })
       .def("__len__", &Tape::size)
       .def("pointers", &Tape::pointers, py::arg("call"))
-      .def("move", &bind_move, py::arg("moves"))
+      .def("place", &Tape::place, py::arg("call"), py::arg("offsets"))
+      .def("move", &Tape::move, py::arg("block"))
       .def("run", &Tape::run, release_gil(), py::arg("first"), py::arg("last"));
 });
 

@@ -74,7 +74,8 @@ def compile(
             batch size, which takes long.
         cuda_graph: record the pass as a CUDA graph once per padded batch size, and replay it.
         tape: the same on the CPU: replay the calls of torch's and this package's kernels, without the plan's Python,
-            with the same bits. None does so by itself for small models and batches, once a shape has come twice.
+            with the same bits. None does so by itself once a shape has come twice, in memory that it gives back after
+            every call; True from the first call on, in memory that the engine keeps.
     Returns:
         An engine. A second call for the same model, method and kind of input is served from a cache.
     Raises:
@@ -334,8 +335,8 @@ class Engine:
 
     def memory(self, batch: int, *, targets: int = 1) -> int:
         """Peak bytes of explaining a batch, beside the model's own weights: the inputs, what is derived from weights,
-        and what lives during the pass. Where a small shape comes for the second time, its recording takes 256 MiB more
-        at most (`tape` of `compile`).
+        and what lives during the pass. A recorded pass (`tape` of `compile`) takes as much, to within the gaps between
+        its intermediates and one more copy of the inputs.
 
         Measured once per engine and number of targets, on two small batches of inputs shaped like the example, and
         continued from there allocation by allocation.

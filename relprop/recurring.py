@@ -1,21 +1,20 @@
-"""The CPU's tape without being asked for: what comes again and again is recorded, where that pays."""
+"""The CPU's tape without being asked for: what comes again and again is recorded, where memory for it stays."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from relprop.lowering import Layout, Outcome, PassFunction, known_sizes, shape_within
-from relprop.replay import Made, Replays, run_key
-from relprop.tape import CpuRecorder, NotTaped
+from relprop.lowering import Layout, Outcome, PassFunction, outcome_of
+from relprop.native.tensors import empty_cache, kept_limit
+from relprop.replay import Made, Noted, Replays, run_key
+from relprop.tape import CpuRecorder, CpuRecording, NotTaped
 
-MOST = 1 << 28  # bytes that a recorded run makes in all: with more work than that, Python's share is small
 _UNFIT = -1
 _REMEMBERED = 1024  # shapes
 
@@ -24,18 +23,20 @@ class Recurring(Replays):
     """Runs of their own accord; a call that is left to the plan gets None, and the same bits there.
 
     A shape is recorded when it comes for the second time, and where it was dropped since, or the weights changed, only
-    when it has come four, eight, ... times: recording takes a few times as long as the plan. Larger runs are not.
-    Sizes are not padded. A call that meets another thread's replay does not wait for it.
+    when it has come four, eight, ... times. The recorded run is that call's answer. It needs the plan's memory; a
+    replay needs about as much and gives it back to the kernels' results, so that passes which need more than is kept of
+    those (a sixteenth of the machine's memory) are left to the plan. Sizes are not padded. A call that meets another
+    thread's replay does not wait for it.
 
     Args:
-        as `Replays`; most: bytes that a recorded run may make in all.
+        as `Replays`.
     """
 
-    def __init__(self, function: PassFunction, batched: Sequence[bool], *args: Any, most: int = MOST) -> None:
-        super().__init__(function, batched, *args, recorder=CpuRecorder(most))
-        self.most = most
+    def __init__(self, function: PassFunction, batched: Sequence[bool], *args: Any) -> None:
+        super().__init__(function, batched, *args, recorder=CpuRecorder(keep=False))
         self._came: dict[Any, int] = {}
         self._turn = threading.Lock()
+        self._answer: tuple[Outcome, Layout] | None = None  # of the call whose turn it is
 
     def __call__(self, inputs: Sequence[Tensor], index: Tensor | None) -> tuple[Outcome, Layout] | None:
         """As `Replays`, or None."""
@@ -45,10 +46,11 @@ class Recurring(Replays):
         try:
             with torch.inference_mode(False), torch.no_grad():
                 made = self._find(inputs, index)
-                return made.run(inputs, index), made.layout
+                return self._answer or (made.run(inputs, index), made.layout)
         except NotTaped:
-            return None
+            return self._answer
         finally:
+            self._answer = None
             self._turn.release()
 
     def _make(self, inputs: Sequence[Tensor], weights: list[Tensor], index: Tensor | None) -> Made:
@@ -58,23 +60,30 @@ class Recurring(Replays):
         came = self._came[key] = self._came.get(key, 0) + 1
         if came < 2 or came & (came - 1):
             raise NotTaped(f"tape: expected a shape that comes again, got one for time {came}")
+        empty_cache()  # what the plan left, whose place the recording takes
         try:
-            if self._estimate(inputs, index) > self.most:
-                raise NotTaped(f"tape: expected a pass that makes at most {self.most} bytes, got more")
-            return super()._make(inputs, weights, index)
+            return self._recorded(inputs, weights, index)
         except NotTaped:
             self._came[key] = _UNFIT
             raise
 
-    def _estimate(self, inputs: Sequence[Tensor], index: Tensor | None) -> float:
-        """Bytes that a run makes at least, about: every result once, and once per stream on the way back."""
-        graph, program = self.function.program.graph, self.function.program
-        known = known_sizes(graph, dict(zip(self.function.indices, inputs, strict=False)))
-        made = [v for node in graph.nodes if node.kind not in ("movement", "fanout", "constant") for v in node.outputs]
-        try:
-            elements = sum(prod(shape_within(value, known)) for value in made)
-        except TypeError:  # sizes that depend on values
-            return float("inf")
-        targets = 1 if index is None else index.shape[1]
-        streams = len({stream.stream for step in program.reverse for stream in step.streams})
-        return elements * (1 + targets * streams) * self.function.dtype.itemsize
+    def _recorded(self, inputs: Sequence[Tensor], weights: list[Tensor], index: Tensor | None) -> Made:
+        noted = Noted(self.function.program.graph, self.derived)
+
+        def run(given: Sequence[Tensor], aimed: Tensor | None) -> Outcome:
+            outcome = self.function([*given, *weights], aimed, noted)
+            layout = self.function.layout
+            assert layout is not None
+            self._answer = outcome, layout
+            return outcome
+
+        assert self.recorder is not None
+        replayed, recording = self._record(run, inputs, index, self.recorder)
+        assert self._answer is not None and isinstance(recording, CpuRecording)
+        outcome, layout = self._answer
+        self._answer = outcome_of([t.clone() for t in outcome if t is not None]), layout
+        del outcome
+        empty_cache()  # what torch's allocator was given back
+        if recording.nbytes > kept_limit():
+            raise NotTaped(f"tape: expected a pass that needs at most {kept_limit()} bytes, got {recording.nbytes}")
+        return Made(replayed, layout, (weights, noted.held), recording)

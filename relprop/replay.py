@@ -15,6 +15,7 @@ from torch import Tensor
 
 from relprop.graph import Graph, Value
 from relprop.lowering import DerivedKey, Layout, Outcome, PassFunction, lower, outcome_of
+from relprop.tape import unrecorded
 from relprop.weights import DerivedWeights, DeriveOnce
 
 LARGEST = 64  # samples of one run; a larger batch takes several
@@ -94,8 +95,8 @@ class _CudaRecording:
 Recorder = Callable[[Callable[[], Sequence[Tensor]]], Recording]
 
 
-class _Noted(DeriveOnce):
-    """Notes what is derived in plain PyTorch; kernels keep their own."""
+class Noted(DeriveOnce):
+    """Notes what is derived in plain PyTorch, which lasts and is no part of a recording; kernels keep their own."""
 
     def __init__(self, graph: Graph, weights: DerivedWeights) -> None:
         super().__init__(graph, weights)
@@ -103,17 +104,24 @@ class _Noted(DeriveOnce):
         self.packings: dict[tuple[int, bool, torch.dtype], Tensor] = {}
 
     def __call__(self, value: Value, tensor: Tensor, transform: str, dtype: torch.dtype) -> Tensor:
-        found = super().__call__(value, tensor, transform, dtype)
         name = self._name(value)
+        with contextlib.nullcontext() if name is None else unrecorded():
+            found = super().__call__(value, tensor, transform, dtype)
         if name is not None and found is not tensor:
             self.asked[name, transform, dtype] = found
         return found
 
     def packed(self, value: Value, tensor: Tensor, transpose: bool, dtype: torch.dtype) -> Tensor | None:
-        found = super().packed(value, tensor, transpose, dtype)
+        with unrecorded():
+            found = super().packed(value, tensor, transpose, dtype)
         if found is not None:
             self.packings[value.index, transpose, dtype] = found
         return found
+
+    @property
+    def held(self) -> list[Tensor]:
+        """All of it."""
+        return [*self.asked.values(), *self.packings.values()]
 
 
 @dataclass
@@ -218,11 +226,11 @@ class Replays:
         return made
 
     def _make(self, inputs: Sequence[Tensor], weights: list[Tensor], index: Tensor | None) -> Made:
-        noted = _Noted(self.function.program.graph, self.derived)
+        noted = Noted(self.function.program.graph, self.derived)
         self.function([*inputs, *weights], index, noted)
         layout = self.function.layout
         assert layout is not None
-        held: Any = (weights, [*noted.asked.values(), *noted.packings.values()], layout.explained_tokens)
+        held: Any = (weights, noted.held, layout.explained_tokens)
         run: Run
         if self.compiled:
             run, graph = self._compile(inputs, weights, index, noted.asked, layout)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-import sys
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
@@ -26,24 +26,29 @@ _MIXED = {dtype: (dtype, *HALF) for dtype in ITEMSIZE}
 SMALLEST_KEPT = _C.SMALLEST_BLOCK if available()[0] else 0  # bytes, of a result in memory that is kept
 FLOATING = tuple(CODES)
 NONE = (0, 0)  # as `argument`, where there is no tensor
+_here = threading.local()  # fresh: whether this thread's results come from torch's own allocator
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """A result to write to, on the CPU; its memory may be an earlier result's, which saves the first touch of pages."""
-    if math.prod(shape) * dtype.itemsize < SMALLEST_KEPT:
+    if math.prod(shape) * dtype.itemsize < SMALLEST_KEPT or getattr(_here, "fresh", False):
         return torch.empty(shape, dtype=dtype)
     return torch.from_dlpack(_C.result(list(shape), CODES[dtype]))
 
 
 @contextlib.contextmanager
 def fresh_results() -> Iterator[None]:
-    """Within it results come from torch's own allocator, for whoever counts what it hands out."""
-    global SMALLEST_KEPT
-    before, SMALLEST_KEPT = SMALLEST_KEPT, sys.maxsize
+    """Within it this thread's results come from torch's own allocator, for whoever watches what it hands out."""
+    before, _here.fresh = getattr(_here, "fresh", False), True
     try:
         yield
     finally:
-        SMALLEST_KEPT = before
+        _here.fresh = before
+
+
+def kept_limit() -> int:
+    """Bytes of results that died which the CPU kernels keep at most."""
+    return int(_C.block_use()[1])
 
 
 def empty_cache() -> None:

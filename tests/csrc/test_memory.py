@@ -11,7 +11,7 @@ import torch
 
 import relprop
 from relprop import native
-from relprop.native.tensors import empty
+from relprop.native.tensors import empty, fresh_results
 
 SMALLEST = native._C.SMALLEST_BLOCK
 SHAPE = (SMALLEST // 4 + 5, 3)
@@ -47,6 +47,23 @@ def test_memory_goes_to_the_next_result_of_its_size() -> None:
     assert kept() >= 4 * SHAPE[0] * SHAPE[1]
     second = empty(SHAPE, torch.float32)
     assert second.data_ptr() == place and kept() == 0
+
+
+def test_fresh_results_are_one_threads_matter() -> None:
+    with fresh_results():
+        empty(SHAPE, torch.float32)
+        assert kept() == 0
+        other = threading.Thread(target=lambda: empty(SHAPE, torch.float32))
+        other.start()
+        other.join(60)
+        assert kept() > 0
+        with fresh_results():
+            pass
+        relprop.empty_cache()
+        empty(SHAPE, torch.float32)
+        assert kept() == 0
+    empty(SHAPE, torch.float32)
+    assert kept() > 0
 
 
 def test_a_view_keeps_the_memory() -> None:

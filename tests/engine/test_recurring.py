@@ -12,7 +12,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import relprop
+from relprop import native
 from relprop.engine import Engine
+from relprop.lowering import PassFunction
 from relprop.recurring import Recurring
 from relprop.tape import NotTaped
 from tests.engine.models import vit
@@ -80,33 +82,61 @@ def test_changing_weights_are_not_recorded_every_time(monkeypatch: pytest.Monkey
     assert made == [1, 3, 7, 15] and runs.plan == 13
 
 
-def test_large_runs_are_the_plans() -> None:
-    """By the estimate, without a try; and where the estimate was too low, with one."""
+def test_the_recorded_run_is_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One pass in all, and an answer of its own that replays leave alone."""
     engine, pool, plain = pair()
-    x, index = images(2), torch.zeros(2, 1, 1, dtype=torch.int64)
-    estimate = pool._estimate([x], index)
-    tried: list[int] = []
-    record = pool._record
-    pool._record = lambda *args: tried.append(1) or record(*args)  # type: ignore[method-assign, func-returns-value]
-    for most, tries in ((int(estimate) - 1, 0), (int(estimate) + 1, 1)):
-        pool.most = pool.recorder.most = most  # type: ignore[union-attr]
-        pool._came.clear()
-        for _ in range(5):
+    engine(images(2), target=1)
+    runs: list[int] = []
+    function = PassFunction.__call__
+    monkeypatch.setattr(PassFunction, "__call__", lambda *args: runs.append(1) or function(*args))  # type: ignore[func-returns-value]
+    first = engine(images(2, 1), target=1)
+    engine(images(2, 2), target=1)
+    assert runs == [1] and len(pool.recordings) == 1
+    want = plain(images(2, 1), target=1)
+    assert torch.equal(first.relevance, want.relevance) and torch.equal(first.logits, want.logits)
+
+
+@pytest.mark.parametrize("enough", [False, True])
+def test_what_needs_more_than_is_kept_is_the_plans(enough: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found out by one recording, whose answer counts."""
+    engine, pool, plain = pair()
+    for _ in range(2):
+        engine(images(3), target=1)
+    recording: Any = pool.recordings[-1]
+    monkeypatch.setattr("relprop.recurring.kept_limit", lambda: recording.nbytes - 1 + enough)
+    pool.clear()
+    pool._came.clear()
+    runs = Runs(engine, monkeypatch)
+    for seed in range(5):
+        x = images(3, seed)
+        assert torch.equal(engine(x, target=1).relevance, plain(x, target=1).relevance)
+    assert len(pool.recordings) == enough and runs.plan == (1 if enough else 4)
+
+
+def test_memory_goes_back_after_every_call() -> None:
+    """To the kernels' results, and from there to the system; the next replay has other memory, and the same bits."""
+    model = vit(depth=2, embed_dim=96)
+    engine, plain = (relprop.compile(model, (images(2),), tape=tape) for tape in (None, False))
+    taken: list[Tensor] = []
+    for seed in range(5):
+        x = images(16, seed)
+        assert torch.equal(engine(x, target=1).relevance, plain(x, target=1).relevance)
+        if seed > 1:
+            recording: Any = engine.recordings[-1]
+            assert native._C.block_use()[0] >= recording.nbytes > native.SMALLEST_KEPT
+            taken.append(native.empty((recording.nbytes // 4,), torch.float32).fill_(7))
+            relprop.empty_cache()
+            assert native._C.block_use()[0] == 0
+    assert len(taken) == 3 and all((t == 7).all() for t in taken)
+
+
+def test_two_engines_on_the_same_memory() -> None:
+    """What one leaves there the other does not read."""
+    pairs = [pair(method=method) for method in ("transformer_attribution", "attnlrp")]
+    for seed in range(4):
+        for engine, _, plain in pairs:
+            x = images(16, seed)
             assert torch.equal(engine(x, target=1).relevance, plain(x, target=1).relevance)
-        assert not pool.recordings and len(tried) == tries
-
-
-@pytest.mark.parametrize("method", ["transformer_attribution", "full", "attnlrp", "attention_rollout"])
-def test_the_estimate_is_below_what_is_made(method: str) -> None:
-    """But not by far: at least a quarter of it."""
-    engine, pool, _ = pair(method=method)
-    for targets in (1, 3):
-        index = torch.zeros(2, targets, dtype=torch.int64)
-        for _ in range(2):
-            engine(images(2), target=index)
-        recording: Any = pool.recordings[-1]
-        made = sum(s.nbytes for s in recording._memory.storages.values())
-        assert 0.25 * made < pool._estimate([images(2)], index) < made
 
 
 def test_a_call_does_not_wait_for_another_threads_replay(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import relprop
+from relprop import memory, native
 from relprop.engine import Engine
 from relprop.errors import BackendError, OptionError
 from relprop.tape import CpuRecorder
@@ -66,7 +69,8 @@ def test_nothing_of_an_earlier_run_is_read() -> None:
     want = plain(x, target=1).relevance
     taped(x, target=1)
     recording: Any = taped.recordings[-1]
-    recording._block.fill_(0xFF)  # NaN in every format
+    with recording.turn():
+        recording._block.view(torch.uint8).fill_(0xFF)  # NaN in every format
     assert torch.equal(taped(x, target=1).relevance, want)
 
 
@@ -75,14 +79,126 @@ def test_memory_is_used_again() -> None:
     taped, _ = engines(vit(depth=6), images(2))
     taped(images(2), target=1)
     recording: Any = taped.recordings[-1]
-    storages = recording._memory.storages.values()
-    assert recording._block.data_ptr() % 64 == 0
-    assert recording._block.nbytes < 0.35 * sum(s.nbytes for s in storages)
-    used = [s for s in storages if s.first >= 0 and s.nbytes]
+    with recording.turn():
+        assert recording._block.data_ptr() % 64 == 0 and recording._block.nbytes == recording.nbytes
+    used = [s for s in recording._storages if s.nbytes]
+    assert recording.nbytes < 0.35 * sum(s.nbytes for s in used)
     for i, a in enumerate(used):
         for b in used[:i]:
             apart = a.offset + a.nbytes <= b.offset or b.offset + b.nbytes <= a.offset
             assert apart or a.last < b.first or b.last < a.first
+
+
+def recorded(run: Callable[[], Sequence[Tensor]], *changing: Tensor) -> Any:
+    """A run's recording; replays give the bits of the run itself, on other values of what it reads."""
+    recording = CpuRecorder()(run)
+    for seed in range(3):
+        for tensor in changing:
+            tensor.normal_(generator=torch.Generator().manual_seed(seed))
+        with recording.turn():
+            recording._block.view(torch.uint8).fill_(0xFF)
+            recording.replay()
+            for found, want in zip(recording.outputs, run(), strict=True):
+                assert found.dtype == want.dtype and found.stride() == want.stride() and torch.equal(found, want)
+    return recording
+
+
+def test_an_address_is_anothers_later() -> None:
+    """Tensors of several sizes and constants at the places of dead ones, read by torch and by kernels."""
+    x = torch.randn(1, 6144)
+
+    def run() -> list[Tensor]:
+        kept = []
+        for i in range(24):
+            size = 4096 + 1024 * (i % 3)
+            part = x[:, :size]
+            left = part * (i + 1)
+            factors = torch.tensor([float(i)] * (size - 1) + [1.0])
+            right = left.abs() + factors
+            found = native.select(part, native.select(part, left[None], right[None]), factors.expand(1, 1, size))
+            if i % 4 == 0:
+                kept.append(found)
+        return kept
+
+    recording = recorded(run, x)
+    places = sorted((s.start, s.start + s.nbytes) for s in recording._storages)
+    assert any(a != b and b[0] < a[1] for a, b in itertools.pairwise(places))
+
+
+def test_views_and_writes() -> None:
+    """In place, through views, into given tensors, of no bytes, by operations that return what they got."""
+    x, y = torch.randn(5, 7), torch.randn(7, 5)
+
+    def run() -> list[Tensor]:
+        a = x + 1
+        b = a.t()
+        b.mul_(y)
+        a[1:3].copy_(y.t()[:2])
+        c = torch.empty(5, 7)
+        torch.mul(a, x, out=c)
+        c.t_()
+        c.unsqueeze_(0).relu_()
+        none = torch.zeros(0, 7)
+        d = torch.cat([none, a, none.clone()]) + torch.empty(0).sum()
+        bits = d.view(torch.int16)[:, 1::2].clone()
+        values, places = d.topk(3)
+        e = torch.nn.functional.dropout(d, 0.5, training=False)
+        return [b, c, d[2:, ::2], bits, values, places, e.contiguous(), torch.full((3,), 2.5), x[1], none]
+
+    recorded(run, x, y)
+
+
+def test_memory_of_a_recorded_run_is_freed() -> None:
+    """Of 40 tensors that a run makes one after the other two are alive at a time."""
+    x = torch.randn(1 << 16)
+
+    def run() -> list[Tensor]:
+        y = x
+        for _ in range(40):
+            y = y * 1.5
+        return [y]
+
+    with memory.Allocations() as counted:
+        recording = CpuRecorder()(run)
+    assert max(counted.history) == recording.nbytes == 2 * x.nbytes
+
+
+def test_a_block_that_moves() -> None:
+    """Whatever memory a replay gets; what is another's by now stays as it is."""
+    x = torch.randn(3, 1 << 16)
+
+    def run() -> list[Tensor]:
+        y = x.exp() - 1
+        return [native.select(x, y[None], y[None].abs()).sum(-1), y * 2]
+
+    recorder = CpuRecorder(keep=False)
+    recording = recorder(run)
+    taken: list[Tensor] = []
+    for _ in range(4):
+        x.normal_()
+        with recording.turn():
+            recording.replay()
+            assert all(torch.equal(found, want) for found, want in zip(recording.outputs, run(), strict=True))
+        assert recorder._block is None and native._C.block_use()[0] >= recording.nbytes
+        taken.append(native.empty((recording.nbytes // 4,), torch.float32).fill_(7))
+    assert len({t.data_ptr() for t in taken}) == 4 and all((t == 7).all() for t in taken)
+
+
+def test_what_is_derived_is_no_part_of_a_recording() -> None:
+    """Made within the recorded run, as a weight changed before it."""
+    model, x = vit(depth=2), images(2)
+    lengths = []
+    for changes in (False, True):
+        engine, plain = (relprop.compile(model, (x,), tape=tape, backend="torch") for tape in (None, False))
+        engine(x, target=1)
+        if changes:
+            with torch.no_grad():
+                model.blocks[0].mlp.fc1.weight.mul_(-1.5)
+        for seed in range(2):
+            assert_same(engine, plain, images(2, seed), 1)
+        recording: Any = engine.recordings[-1]
+        lengths.append(len(recording._calls))
+    assert lengths[0] == lengths[1]
 
 
 def test_weights_that_change() -> None:
@@ -154,3 +270,7 @@ def test_what_cannot_be_taped() -> None:
         recorder(lambda: [torch.rand(3)])
     with pytest.raises(OptionError, match="got aten.nonzero"):
         recorder(lambda: [torch.ones(3).nonzero()])
+    with pytest.raises(OptionError, match="tape: expected tensors that keep their memory, got a resized one from aten"):
+        recorder(lambda: [torch.add(torch.ones(3), 1, out=torch.empty(0))])
+    with pytest.raises(OptionError, match="tape: expected a replay within a turn"):
+        recorder(lambda: [torch.ones(3)]).replay()
