@@ -179,9 +179,6 @@ class _Attention:
         self.scale = self.d**-0.5 if scale is None else float(scale)
         self.mask, self.mask_kind = self._mask(mask)
         signed, largest = self.qk == QK_RULES["alpha_beta"], max(self.d, self.dv)
-        if signed and largest > 128 and tabled_architecture(architecture_of(q.device)) == 86:
-            # Three-part operands do not fit into this architecture's shared memory.
-            precision = {"highest": "ieee", "tf32x3": "ieee"}.get(precision, precision)
         self.dots = products(q.dtype, precision)
         if self.dots.kind == "medium":
             # Rounded once, and half of what every tile loads.
@@ -191,6 +188,9 @@ class _Attention:
         self.parts = [_signed_parts(t) if signed and relevance is not None else t for t in (self.q, self.k)]
         # float32 operands, and the largest heads, leave registers for one accumulator.
         self.separate = largest > (128 if self.dots.kind == "half" and not signed else 64)
+        # Channels at a time in products over a head; 0 takes all, which is what large instructions want, where it fits.
+        split = self.streams.operand == torch.float32 and (self.streams.precision != "tf32" or largest > 128)
+        self.chunk = 32 if split else 0
         self.blocks = {
             "BLOCK_D": max(16, next_power_of_two(self.d)),
             "BLOCK_DV": max(16, next_power_of_two(self.dv)),
@@ -256,6 +256,7 @@ class _Attention:
             "KIND": stabiliser[0],
             "CAUSAL": self.causal,
             "MASK": self.mask_kind,
+            "CHUNK": self.chunk,
             **self.dots.constants,
             **self.blocks,
         }
@@ -364,11 +365,18 @@ class _Attention:
             self._launch_keys("keys", (keys[0], None), nothing, None, stabiliser)
             self._launch_keys("keys", (None, keys[1]), nothing, None, stabiliser)
             self._launch_keys("keys", nothing, nothing, reached, stabiliser)
-            self._launch_keys("values", nothing, values, None, stabiliser)
+            self._launch_values(values, stabiliser)
         else:
             self._launch_keys("keys", keys, nothing, reached, stabiliser)
-            self._launch_keys("values", nothing, values, None, stabiliser)
+            self._launch_values(values, stabiliser)
         return keys, values, None if reached is None else reached.sum(2)
+
+    def _launch_values(self, values: Pair, stabiliser: Stabiliser) -> None:
+        architecture = tabled_architecture(architecture_of(self.q.device))
+        # Both sums of a large head would fill the memory of this architecture's matrix units.
+        apart = architecture == 100 and self.streams.kind == "half" and max(self.d, self.dv) > 128
+        for pair in ((values[0], None), (None, values[1])) if apart else (values,):
+            self._launch_keys("values", (None, None), pair, None, stabiliser)
 
     def _launch_keys(
         self,

@@ -29,10 +29,30 @@ ATTENTION_EDGE = tl.constexpr(4)
 
 
 @jit
-def _rows(pointer, rows, stride, size, columns, columns_size):
-    """Rows of a matrix whose elements are next to each other; 0 outside. [len(rows), len(columns)]"""
+def _rows(at, columns, columns_size):
+    """Rows of a matrix, at (pointer, rows, stride, size), whose elements are next to each other; 0 outside.
+
+    [len(rows), len(columns)]
+    """
+    pointer, rows, stride, size = at
     inside = (rows < size)[:, None] & (columns < columns_size)[None, :]
     return tl.load(pointer + rows.to(tl.int64)[:, None] * stride + columns[None, :], mask=inside, other=0.0)
+
+
+@jit
+def _over_channels(a, b, a_at, b_at, size, found, OPERAND: tl.constexpr, PRECISION: tl.constexpr, CHUNK: tl.constexpr):
+    """found + a b^T. With a chunk, a and b are read again, so many channels at a time: float32 operands of whole heads
+    are larger than the registers, and what is not used is not loaded.
+    """
+    if CHUNK == 0:
+        return product(a.to(OPERAND), tl.trans(b.to(OPERAND)), found, PRECISION)
+    else:
+        for start in range(0, size, CHUNK):
+            channels = start + tl.arange(0, CHUNK)
+            a_part = _rows(a_at, channels, size).to(OPERAND)
+            b_part = _rows(b_at, channels, size).to(OPERAND)
+            found = product(a_part, tl.trans(b_part), found, PRECISION)
+        return found
 
 
 @jit
@@ -119,6 +139,7 @@ def _attention_relevance_statistics_kernel(
     RELEVANCE: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
+    CHUNK: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BLOCK_Q: tl.constexpr,
@@ -131,11 +152,11 @@ def _attention_relevance_statistics_kernel(
     head = (layer % heads).to(tl.int64)
     queries = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
     d = tl.arange(0, BLOCK_D)
-    dv = tl.arange(0, BLOCK_DV)
     q_ptr += sample * stride_qb + head * stride_qh
     k_ptr += sample * stride_kb + (head // groups) * stride_kh
     mask_ptr += sample * stride_mb + head * stride_mh
-    q = _rows(q_ptr, queries, stride_qn, query_size, d, d_size).to(OPERAND)
+    q_at = (q_ptr, queries, stride_qn, query_size)
+    q = _rows(q_at, d, d_size)
     top = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
     normaliser = tl.full((BLOCK_Q,), 0.0, tl.float32)
     last = key_size
@@ -143,8 +164,9 @@ def _attention_relevance_statistics_kernel(
         last = tl.minimum(key_size, (block + 1) * BLOCK_Q)
     for start in range(0, last, BLOCK_K):
         keys = start + tl.arange(0, BLOCK_K)
-        k = _rows(k_ptr, keys, stride_kn, key_size, d, d_size).to(OPERAND)
-        dots = product(q, tl.trans(k), tl.full((BLOCK_Q, BLOCK_K), 0.0, tl.float32), PRECISION)
+        k_at = (k_ptr, keys, stride_kn, key_size)
+        zero = tl.full((BLOCK_Q, BLOCK_K), 0.0, tl.float32)
+        dots = _over_channels(q, _rows(k_at, d, d_size), q_at, k_at, d_size, zero, OPERAND, PRECISION, CHUNK)
         logits = _logits(
             dots,
             scale,
@@ -167,30 +189,31 @@ def _attention_relevance_statistics_kernel(
     lse = tl.where(normaliser > 0, top + tl.log(tl.where(normaliser > 0, normaliser, 1.0)), float("inf"))
     row = layer.to(tl.int64) * query_size + queries
     tl.store(lse_ptr + row, lse, mask=queries < query_size)
-    o = _rows(o_ptr + sample * stride_ob + head * stride_oh, queries, stride_on, query_size, dv, dv_size)
-    o = o.to(tl.float32)
+    PART: tl.constexpr = min(BLOCK_DV, 64)
+    o_at = (o_ptr + sample * stride_ob + head * stride_oh, queries, stride_on, query_size)
     gradient_ptr += sample * stride_gb + head * stride_gh
     relevance_ptr += sample * stride_rb + head * stride_rh
-    inside = (queries < query_size)[:, None] & (dv < dv_size)[None, :]
     for _ in range(targets):
+        delta = tl.full((BLOCK_Q,), 0.0, tl.float32)
+        # Whole rows of three float32 tensors are larger than the registers.
+        for start in range(0, dv_size, PART):
+            channels = start + tl.arange(0, PART)
+            o = _rows(o_at, channels, dv_size).to(tl.float32)
+            if GRADIENT:
+                g = _rows((gradient_ptr, queries, stride_gn, query_size), channels, dv_size).to(tl.float32)
+                delta += total(g * o, 1)
+            if RELEVANCE:
+                r = _rows((relevance_ptr, queries, stride_rn, query_size), channels, dv_size).to(tl.float32)
+                s = share(r, o, epsilon, KIND).to(s_ptr.dtype.element_ty)
+                inside = (queries < query_size)[:, None] & (channels < dv_size)[None, :]
+                tl.store(s_ptr + row[:, None] * dv_size + channels[None, :], s, mask=inside)
         if GRADIENT:
-            g = _rows(gradient_ptr, queries, stride_gn, query_size, dv, dv_size).to(tl.float32)
-            tl.store(delta_ptr + row, total(g * o, 1), mask=queries < query_size)
+            tl.store(delta_ptr + row, delta, mask=queries < query_size)
             gradient_ptr += stride_gt
             delta_ptr += samples * heads * tl.cast(query_size, tl.int64)
         if RELEVANCE:
-            r = _rows(relevance_ptr, queries, stride_rn, query_size, dv, dv_size).to(tl.float32)
-            s = share(r, o, epsilon, KIND).to(s_ptr.dtype.element_ty)
-            tl.store(s_ptr + row[:, None] * dv_size + dv[None, :], s, mask=inside)
             relevance_ptr += stride_rt
             s_ptr += samples * heads * tl.cast(query_size, tl.int64) * dv_size
-
-
-@jit
-def _signed_dots(plus, minus, other_plus, other_minus, zero, PRECISION: tl.constexpr):
-    """a+ b+^T + a- b-^T: what supports the products a b^T."""
-    found = product(plus, tl.trans(other_plus), zero, PRECISION)
-    return product(minus, tl.trans(other_minus), found, PRECISION)
 
 
 @jit
@@ -243,6 +266,7 @@ def _attention_relevance_queries_kernel(
     PRECISION: tl.constexpr,
     STREAM: tl.constexpr,
     STREAM_PRECISION: tl.constexpr,
+    CHUNK: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BLOCK_Q: tl.constexpr,
@@ -260,37 +284,44 @@ def _attention_relevance_queries_kernel(
     k_ptr += sample * stride_kb + (head // groups) * stride_kh
     v_ptr += sample * stride_vb + (head // groups) * stride_vh
     mask_ptr += sample * stride_mb + head * stride_mh
-    q = _rows(q_ptr + sample * stride_qb + head * stride_qh, queries, stride_qn, query_size, d, d_size)
+    q_at = (q_ptr + sample * stride_qb + head * stride_qh, queries, stride_qn, query_size)
+    q = _rows(q_at, d, d_size)
     row = layer.to(tl.int64) * query_size + queries
     rows_of_target = target * samples * heads * query_size
     lse = tl.load(lse_ptr + row, mask=queries < query_size, other=float("inf"))
     if GRADIENT:
-        g_at = gradient_ptr + target * stride_gt + sample * stride_gb + head * stride_gh
-        g = _rows(g_at, queries, stride_gn, query_size, dv, dv_size).to(STREAM)
+        g_ptr = gradient_ptr + target * stride_gt + sample * stride_gb + head * stride_gh
+        g_at = (g_ptr, queries, stride_gn, query_size)
+        g = _rows(g_at, dv, dv_size).to(STREAM)
         delta = tl.load(delta_ptr + rows_of_target + row, mask=queries < query_size, other=0.0)
         dq = tl.full((BLOCK_Q, BLOCK_D), 0.0, tl.float32)
     if RELEVANCE:
-        s_at = s_ptr + (rows_of_target + layer.to(tl.int64) * query_size) * dv_size
-        s = _rows(s_at, queries, dv_size, query_size, dv, dv_size).to(STREAM)
+        s_ptr += (rows_of_target + layer.to(tl.int64) * query_size) * dv_size
+        s_at = (s_ptr, queries, dv_size, query_size)
+        s = _rows(s_at, dv, dv_size).to(STREAM)
         rq = tl.full((BLOCK_Q, BLOCK_D), 0.0, tl.float32)
         rq_minus = tl.full((BLOCK_Q, BLOCK_D), 0.0, tl.float32)
         if QK == ALPHA_BETA:
-            q_plus_at = q_parts_ptr + layer.to(tl.int64) * query_size * d_size
-            q_minus_at = q_plus_at + samples * heads * tl.cast(query_size, tl.int64) * d_size
-            q_plus = _rows(q_plus_at, queries, d_size, query_size, d, d_size)
-            q_minus = _rows(q_minus_at, queries, d_size, query_size, d, d_size)
+            q_plus_ptr = q_parts_ptr + layer.to(tl.int64) * query_size * d_size
+            q_minus_ptr = q_plus_ptr + samples * heads * tl.cast(query_size, tl.int64) * d_size
+            q_plus_at = (q_plus_ptr, queries, d_size, query_size)
+            q_minus_at = (q_minus_ptr, queries, d_size, query_size)
+            q_plus = _rows(q_plus_at, d, d_size)
+            q_minus = _rows(q_minus_at, d, d_size)
             key_heads = heads // groups
-            k_plus_at = k_parts_ptr + (sample * key_heads + head // groups) * key_size * d_size
-            k_minus_at = k_plus_at + samples * key_heads * tl.cast(key_size, tl.int64) * d_size
+            k_plus_ptr = k_parts_ptr + (sample * key_heads + head // groups) * key_size * d_size
+            k_minus_ptr = k_plus_ptr + samples * key_heads * tl.cast(key_size, tl.int64) * d_size
     last = key_size
     if CAUSAL:
         last = tl.minimum(key_size, (block + 1) * BLOCK_Q)
     for start in range(0, last, BLOCK_K):
         keys = start + tl.arange(0, BLOCK_K)
-        k = _rows(k_ptr, keys, stride_kn, key_size, d, d_size)
-        v = _rows(v_ptr, keys, stride_vn, key_size, dv, dv_size).to(STREAM)
+        k_at = (k_ptr, keys, stride_kn, key_size)
+        v_at = (v_ptr, keys, stride_vn, key_size)
+        k = _rows(k_at, d, d_size)
+        v = _rows(v_at, dv, dv_size).to(STREAM)
         zero = tl.full((BLOCK_Q, BLOCK_K), 0.0, tl.float32)
-        dots = product(q.to(OPERAND), tl.trans(k.to(OPERAND)), zero, PRECISION)
+        dots = _over_channels(q, k, q_at, k_at, d_size, zero, OPERAND, PRECISION, CHUNK)
         logits = _logits(
             dots,
             scale,
@@ -306,17 +337,22 @@ def _attention_relevance_queries_kernel(
         )
         attention = tl.exp(logits - lse[:, None])
         if GRADIENT:
-            passed = attention * (product(g, tl.trans(v), zero, STREAM_PRECISION) - delta[:, None])
+            map_gradient = _over_channels(g, v, g_at, v_at, dv_size, zero, STREAM, STREAM_PRECISION, CHUNK)
+            passed = attention * (map_gradient - delta[:, None])
             dq = product(passed.to(STREAM), k.to(STREAM), dq, STREAM_PRECISION)
         if RELEVANCE:
-            map_relevance = 0.5 * attention * product(s, tl.trans(v), zero, STREAM_PRECISION)
+            map_relevance = _over_channels(s, v, s_at, v_at, dv_size, zero, STREAM, STREAM_PRECISION, CHUNK)
+            map_relevance = 0.5 * attention * map_relevance
             if QK == HALF:
                 shares = share(map_relevance, dots, epsilon, KIND).to(STREAM)
                 rq = product(shares, k.to(STREAM), rq, STREAM_PRECISION)
             else:
-                k_plus = _rows(k_plus_at, keys, d_size, key_size, d, d_size)
-                k_minus = _rows(k_minus_at, keys, d_size, key_size, d, d_size)
-                z = _signed_dots(q_plus, q_minus, k_plus, k_minus, zero, PRECISION)
+                k_plus_at = (k_plus_ptr, keys, d_size, key_size)
+                k_minus_at = (k_minus_ptr, keys, d_size, key_size)
+                k_plus = _rows(k_plus_at, d, d_size)
+                k_minus = _rows(k_minus_at, d, d_size)
+                z = _over_channels(q_plus, k_plus, q_plus_at, k_plus_at, d_size, zero, OPERAND, PRECISION, CHUNK)
+                z = _over_channels(q_minus, k_minus, q_minus_at, k_minus_at, d_size, z, OPERAND, PRECISION, CHUNK)
                 shares = tl.where(z == 0, 0.0, share(map_relevance, z, epsilon, KIND)).to(STREAM)
                 rq = product(shares, k_plus.to(STREAM), rq, STREAM_PRECISION)
                 rq_minus = product(shares, k_minus.to(STREAM), rq_minus, STREAM_PRECISION)
@@ -405,6 +441,7 @@ def _attention_relevance_keys_kernel(
     PRECISION: tl.constexpr,
     STREAM: tl.constexpr,
     STREAM_PRECISION: tl.constexpr,
+    CHUNK: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BLOCK_Q: tl.constexpr,
@@ -422,8 +459,10 @@ def _attention_relevance_keys_kernel(
     keys = block * BLOCK_K + tl.arange(0, BLOCK_K)
     d = tl.arange(0, BLOCK_D)
     dv = tl.arange(0, BLOCK_DV)
-    k = _rows(k_ptr + sample * stride_kb + key_head * stride_kh, keys, stride_kn, key_size, d, d_size)
-    v = _rows(v_ptr + sample * stride_vb + key_head * stride_vh, keys, stride_vn, key_size, dv, dv_size)
+    k_at = (k_ptr + sample * stride_kb + key_head * stride_kh, keys, stride_kn, key_size)
+    v_at = (v_ptr + sample * stride_vb + key_head * stride_vh, keys, stride_vn, key_size)
+    k = _rows(k_at, d, d_size)
+    v = _rows(v_at, dv, dv_size)
     dk = tl.full((BLOCK_K, BLOCK_D), 0.0, tl.float32)
     rk = tl.full((BLOCK_K, BLOCK_D), 0.0, tl.float32)
     rk_minus = tl.full((BLOCK_K, BLOCK_D), 0.0, tl.float32)
@@ -431,10 +470,12 @@ def _attention_relevance_keys_kernel(
     rv = tl.full((BLOCK_K, BLOCK_DV), 0.0, tl.float32)
     reached = tl.full((BLOCK_K,), 0.0, tl.float32)
     if KEY_RELEVANCE and QK == ALPHA_BETA:
-        k_plus_at = k_parts_ptr + layer.to(tl.int64) * key_size * d_size
-        k_minus_at = k_plus_at + samples * key_heads * tl.cast(key_size, tl.int64) * d_size
-        k_plus = _rows(k_plus_at, keys, d_size, key_size, d, d_size)
-        k_minus = _rows(k_minus_at, keys, d_size, key_size, d, d_size)
+        k_plus_ptr = k_parts_ptr + layer.to(tl.int64) * key_size * d_size
+        k_minus_ptr = k_plus_ptr + samples * key_heads * tl.cast(key_size, tl.int64) * d_size
+        k_plus_at = (k_plus_ptr, keys, d_size, key_size)
+        k_minus_at = (k_minus_ptr, keys, d_size, key_size)
+        k_plus = _rows(k_plus_at, d, d_size)
+        k_minus = _rows(k_minus_at, d, d_size)
     first = 0
     if CAUSAL:
         first = block * BLOCK_K // BLOCK_Q * BLOCK_Q
@@ -442,17 +483,17 @@ def _attention_relevance_keys_kernel(
         head = key_head * groups + group
         rows_of_head = (sample * heads + head) * query_size
         rows_of_target = target * samples * heads * query_size + rows_of_head
-        q_at = q_ptr + sample * stride_qb + head * stride_qh
         mask_at = mask_ptr + sample * stride_mb + head * stride_mh
-        g_at = gradient_ptr + target * stride_gt + sample * stride_gb + head * stride_gh
-        q_plus_at = q_parts_ptr + rows_of_head * d_size
-        q_minus_at = q_plus_at + samples * heads * tl.cast(query_size, tl.int64) * d_size
+        g_ptr = gradient_ptr + target * stride_gt + sample * stride_gb + head * stride_gh
+        q_plus_ptr = q_parts_ptr + rows_of_head * d_size
+        q_minus_ptr = q_plus_ptr + samples * heads * tl.cast(query_size, tl.int64) * d_size
         for start in range(first, query_size, BLOCK_Q):
             queries = start + tl.arange(0, BLOCK_Q)
-            q = _rows(q_at, queries, stride_qn, query_size, d, d_size)
+            q_at = (q_ptr + sample * stride_qb + head * stride_qh, queries, stride_qn, query_size)
+            q = _rows(q_at, d, d_size)
             lse = tl.load(lse_ptr + rows_of_head + queries, mask=queries < query_size, other=float("inf"))
             zero = tl.full((BLOCK_K, BLOCK_Q), 0.0, tl.float32)
-            dots = product(k.to(OPERAND), tl.trans(q.to(OPERAND)), zero, PRECISION)
+            dots = _over_channels(k, q, k_at, q_at, d_size, zero, OPERAND, PRECISION, CHUNK)
             logits = _logits(
                 dots,
                 scale,
@@ -470,29 +511,39 @@ def _attention_relevance_keys_kernel(
             map_gradient = zero
             map_relevance = zero
             if MAP_GRADIENT or VALUE_GRADIENT:
-                g = _rows(g_at, queries, stride_gn, query_size, dv, dv_size).to(STREAM)
+                g_at = (g_ptr, queries, stride_gn, query_size)
+                g = _rows(g_at, dv, dv_size).to(STREAM)
                 if VALUE_GRADIENT:
                     dvalue = product(attention.to(STREAM), g, dvalue, STREAM_PRECISION)
                 if MAP_GRADIENT:
-                    map_gradient = product(v.to(STREAM), tl.trans(g), zero, STREAM_PRECISION)
+                    map_gradient = _over_channels(v, g, v_at, g_at, dv_size, zero, STREAM, STREAM_PRECISION, CHUNK)
                 if KEY_GRADIENT:
                     delta = tl.load(delta_ptr + rows_of_target + queries, mask=queries < query_size, other=0.0)
                     passed = attention * (map_gradient - delta[None, :])
                     dk = product(passed.to(STREAM), q.to(STREAM), dk, STREAM_PRECISION)
             if MAP_RELEVANCE or VALUE_RELEVANCE:
-                s = _rows(s_ptr + rows_of_target * dv_size, queries, dv_size, query_size, dv, dv_size).to(STREAM)
+                s_at = (s_ptr + rows_of_target * dv_size, queries, dv_size, query_size)
+                s = _rows(s_at, dv, dv_size).to(STREAM)
                 if VALUE_RELEVANCE:
                     rv = product(attention.to(STREAM), s, rv, STREAM_PRECISION)
                 if MAP_RELEVANCE:
-                    map_relevance = 0.5 * attention * product(v.to(STREAM), tl.trans(s), zero, STREAM_PRECISION)
+                    map_relevance = _over_channels(v, s, v_at, s_at, dv_size, zero, STREAM, STREAM_PRECISION, CHUNK)
+                    map_relevance = 0.5 * attention * map_relevance
                 if KEY_RELEVANCE:
                     if QK == HALF:
                         shares = share(map_relevance, dots, epsilon, KIND).to(STREAM)
                         rk = product(shares, q.to(STREAM), rk, STREAM_PRECISION)
                     else:
-                        q_plus = _rows(q_plus_at, queries, d_size, query_size, d, d_size)
-                        q_minus = _rows(q_minus_at, queries, d_size, query_size, d, d_size)
-                        z = _signed_dots(k_plus, k_minus, q_plus, q_minus, zero, PRECISION)
+                        q_plus_at = (q_plus_ptr, queries, d_size, query_size)
+                        q_minus_at = (q_minus_ptr, queries, d_size, query_size)
+                        q_plus = _rows(q_plus_at, d, d_size)
+                        q_minus = _rows(q_minus_at, d, d_size)
+                        z = _over_channels(
+                            k_plus, q_plus, k_plus_at, q_plus_at, d_size, zero, OPERAND, PRECISION, CHUNK
+                        )
+                        z = _over_channels(
+                            k_minus, q_minus, k_minus_at, q_minus_at, d_size, z, OPERAND, PRECISION, CHUNK
+                        )
                         shares = tl.where(z == 0, 0.0, share(map_relevance, z, epsilon, KIND)).to(STREAM)
                         rk = product(shares, q_plus.to(STREAM), rk, STREAM_PRECISION)
                         rk_minus = product(shares, q_minus.to(STREAM), rk_minus, STREAM_PRECISION)

@@ -60,17 +60,25 @@ TABLE: dict[tuple[str, str, str], Rows] = {
     ("linear_share_out", "half", "many"): {80: _share(64, 64, 64, 4, 3), 90: _share(128, 64, 64, 8, 3)},
     ("linear_share_out", "half", "few"): {80: _share(16, 32, 128, 4, 4)},
     ("linear_share_out", "medium", "wide"): {80: _share(64, 64, 32, 4, 3), 90: _share(128, 64, 64, 8, 3)},
-    ("linear_share_out", "medium", "many"): {80: _share(64, 32, 32, 4, 3), 90: _share(128, 64, 64, 8, 3)},
+    ("linear_share_out", "medium", "many"): {
+        80: _share(64, 32, 32, 4, 3),
+        90: _share(128, 64, 64, 8, 3),
+        100: _share(128, 64, 32, 8, 3),
+    },
     ("linear_share_out", "medium", "few"): {80: _share(16, 32, 64, 4, 4)},
     ("linear_share_out", "tf32", "wide"): {80: _share(64, 64, 32, 8, 3), 90: _share(128, 64, 32, 8, 3)},
     ("linear_share_out", "tf32", "many"): {80: _share(64, 64, 32, 8, 3), 90: _share(128, 64, 32, 8, 3)},
     ("linear_share_out", "tf32", "few"): {80: _share(16, 32, 64, 4, 4)},
     ("linear_share_out", "tf32x3", "wide"): {80: _share(64, 32, 32, 4, 2), 90: _share(64, 64, 32, 8, 3)},
-    ("linear_share_out", "tf32x3", "many"): {80: _share(64, 32, 32, 8, 2), 90: _share(64, 64, 32, 8, 3)},
+    ("linear_share_out", "tf32x3", "many"): {
+        80: _share(64, 32, 32, 8, 2),
+        90: _share(64, 64, 32, 8, 3),
+        100: _share(64, 64, 32, 4, 3),
+    },
     ("linear_share_out", "tf32x3", "few"): {80: _share(16, 32, 64, 4, 4)},
     ("linear_share_out", "ieee", "wide"): {80: _share(64, 64, 16, 8, 2)},
     ("linear_share_out", "ieee", "many"): {80: _share(64, 32, 16, 8, 2)},
-    ("linear_share_out", "ieee", "few"): {80: _share(16, 32, 16, 4, 2)},
+    ("linear_share_out", "ieee", "few"): {80: _share(16, 32, 32, 4, 2), 90: _share(16, 32, 16, 4, 2)},
     # One: relevance or a gradient. Fused: both.
     ("linear_back", "half", "one_many"): {
         80: _back(128, 64, 32, 4, 3),
@@ -117,9 +125,9 @@ TABLE: dict[tuple[str, str, str], Rows] = {
         100: _tiles(64, 64, 8, 2),
     },
     ("attention_statistics", "half", "d256"): {
-        80: _tiles(32, 32, 8, 1),
-        90: _tiles(64, 16, 8, 2),
-        100: _tiles(32, 32, 8, 1),
+        80: _tiles(64, 32, 8, 2),
+        90: _tiles(64, 64, 8, 2),
+        100: _tiles(64, 64, 8, 2),
     },
     ("attention_queries", "half", "d64"): {
         80: _tiles(32, 32, 4, 2),
@@ -132,7 +140,7 @@ TABLE: dict[tuple[str, str, str], Rows] = {
         100: _tiles(64, 64, 8, 2),
     },
     ("attention_queries", "half", "d256"): {
-        80: _tiles(32, 32, 8, 1),
+        80: _tiles(32, 32, 8, 2),
         90: _tiles(64, 16, 8, 2),
         100: _tiles(64, 32, 8, 2),
     },
@@ -142,7 +150,7 @@ TABLE: dict[tuple[str, str, str], Rows] = {
         100: _tiles(64, 64, 8, 3),
     },
     ("attention_queries_signed", "half", "d128"): {
-        80: _tiles(32, 32, 8, 2),
+        80: _tiles(32, 32, 4, 2),
         90: _tiles(64, 16, 8, 2),
         100: _tiles(64, 64, 8, 2),
     },
@@ -192,43 +200,39 @@ TABLE: dict[tuple[str, str, str], Rows] = {
     ("attention_values", "half", "d256"): {
         80: _tiles(32, 32, 8, 1),
         90: _tiles(16, 64, 8, 2),
-        100: _tiles(32, 32, 8, 1),
+        100: _tiles(64, 64, 8, 2),
     },
 }
 
-# With float32 operands the tiles are small: each number is split into two, and the accumulators are as large.
+# With float32 operands tiles are small: accumulators are as large, and in three parts each number is split into two.
 _FLOAT32_TILES = {
-    "statistics": (
-        _tiles(64, 32, 8, 1),
-        _tiles(32, 32, 8, 1),
-        _tiles(16, 32, 8, 1),
-    ),
-    "queries": (
-        _tiles(16, 32, 4, 1),
-        _tiles(16, 32, 8, 1),
-        _tiles(16, 16, 8, 1),
-    ),
-    "queries_signed": (
-        _tiles(16, 16, 4, 1),
-        _tiles(16, 16, 8, 1),
-        _tiles(16, 16, 8, 1),
-    ),
-    "keys_values": (_tiles(16, 16, 4, 1),),
-    "keys": (
-        _tiles(16, 16, 4, 1),
-        _tiles(32, 16, 8, 1),
-        _tiles(16, 16, 8, 1),
-    ),
-    "keys_signed": (
-        _tiles(16, 16, 4, 1),
-        _tiles(16, 16, 8, 1),
-        _tiles(16, 16, 8, 1),
-    ),
-    "values": (
-        _tiles(32, 32, 8, 1),
-        _tiles(16, 32, 8, 1),
-        _tiles(16, 16, 8, 1),
-    ),
+    "tf32": {
+        "statistics": {64: _tiles(64, 32, 8, 1), 128: _tiles(64, 32, 8, 1), 256: _tiles(64, 32, 8, 1)},
+        "queries": {64: _tiles(32, 32, 8, 1), 128: _tiles(16, 32, 8, 1), 256: _tiles(32, 16, 8, 1)},
+        "queries_signed": {64: _tiles(32, 32, 8, 1), 128: _tiles(32, 32, 8, 1), 256: _tiles(32, 32, 8, 1)},
+        "keys_values": {64: _tiles(16, 32, 8, 1)},
+        "keys": {64: _tiles(16, 16, 8, 1), 128: _tiles(16, 16, 8, 1), 256: _tiles(32, 32, 8, 1)},
+        "keys_signed": {64: _tiles(16, 16, 8, 1), 128: _tiles(32, 32, 8, 1), 256: _tiles(32, 32, 8, 1)},
+        "values": {64: _tiles(32, 32, 8, 1), 128: _tiles(16, 32, 8, 1), 256: _tiles(32, 32, 8, 1)},
+    },
+    "tf32x3": {
+        "statistics": {64: _tiles(64, 32, 8, 1), 128: _tiles(64, 32, 8, 1), 256: _tiles(64, 32, 8, 1)},
+        "queries": {64: _tiles(32, 32, 8, 1), 128: _tiles(32, 32, 8, 1), 256: _tiles(32, 16, 8, 1)},
+        "queries_signed": {64: _tiles(32, 16, 8, 1), 128: _tiles(32, 32, 8, 1), 256: _tiles(32, 16, 8, 1)},
+        "keys_values": {64: _tiles(16, 16, 4, 1)},
+        "keys": {64: _tiles(16, 32, 8, 1), 128: _tiles(32, 32, 8, 1), 256: _tiles(32, 32, 8, 1)},
+        "keys_signed": {64: _tiles(16, 32, 8, 1), 128: _tiles(16, 32, 8, 1), 256: _tiles(32, 16, 8, 1)},
+        "values": {64: _tiles(32, 32, 8, 1), 128: _tiles(32, 32, 8, 1), 256: _tiles(16, 32, 8, 1)},
+    },
+    "ieee": {
+        "statistics": {64: _tiles(64, 32, 8, 1), 128: _tiles(64, 32, 8, 1), 256: _tiles(64, 32, 8, 1)},
+        "queries": {64: _tiles(32, 32, 8, 1), 128: _tiles(32, 32, 8, 2), 256: _tiles(32, 32, 8, 1)},
+        "queries_signed": {64: _tiles(32, 32, 8, 1), 128: _tiles(32, 32, 8, 1), 256: _tiles(32, 16, 8, 1)},
+        "keys_values": {64: _tiles(16, 16, 4, 1)},
+        "keys": {64: _tiles(16, 16, 8, 1), 128: _tiles(32, 32, 8, 2), 256: _tiles(32, 32, 8, 1)},
+        "keys_signed": {64: _tiles(16, 16, 8, 1), 128: _tiles(32, 32, 8, 1), 256: _tiles(16, 32, 8, 1)},
+        "values": {64: _tiles(32, 32, 8, 1), 128: _tiles(16, 32, 8, 1), 256: _tiles(32, 16, 8, 1)},
+    },
 }
 # The residual add's epilogue keeps to the tiles of the way back, but where it needs more registers beside them.
 for _kind, _class in [key[1:] for key in TABLE if key[0] == "linear_back"]:
@@ -236,7 +240,7 @@ for _kind, _class in [key[1:] for key in TABLE if key[0] == "linear_back"]:
 TABLE["linear_back_add", "half", "one_many"] = TABLE["linear_back", "half", "fused_many"]
 TABLE["linear_back_add", "tf32", "fused_many"] = {80: _back(64, 64, 32, 8, 2)}
 TABLE["linear_back_add", "medium", "fused_many"] = {80: _back(64, 64, 32, 8, 2), 90: _back(64, 64, 64, 8, 2)}
-for _kind in ("tf32", "tf32x3", "ieee"):
-    for _side, _found in _FLOAT32_TILES.items():
-        for _size, _chosen in zip((64, 128, 256), _found, strict=False):
+for _kind, _sides in _FLOAT32_TILES.items():
+    for _side, _sizes in _sides.items():
+        for _size, _chosen in _sizes.items():
             TABLE[f"attention_{_side}", _kind, f"d{_size}"] = {80: _chosen}

@@ -161,7 +161,6 @@ def main(architectures: str, pattern: str = "*", what: str = "compiled") -> None
                 "tiles": dict(launch.configuration.tiles),
                 "warps": launch.configuration.warps,
                 "signed": signed_shares(launch),
-                "values": bool(launch.constants.get("VALUE_GRADIENT") or launch.constants.get("VALUE_RELEVANCE")),
             }
             print(json.dumps(row), flush=True)
 

@@ -177,6 +177,14 @@ def test_head_sizes(dtype: torch.dtype, d: int, qk: str) -> None:
     assert_same(*run(case(dtype, d=d, dv=d, nq=70, nk=130, heads=1, key_heads=1), qk=qk), TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("architecture", [90, 100])
+def test_large_heads_on_other_architectures(architecture: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which streams share a launch depends on the architecture."""
+    monkeypatch.setattr("relprop.kernels.attention_relevance.architecture_of", lambda device: architecture)
+    sizes = {"d": 136, "dv": 136, "nq": 20, "nk": 33, "batch": 1, "heads": 1, "key_heads": 1}
+    assert_same(*run(case(torch.bfloat16, **sizes)), TOLERANCE[torch.bfloat16])
+
+
 @pytest.mark.parametrize("qk", ["half", "alpha_beta"])
 @pytest.mark.parametrize("nq", [37, 80])
 def test_causal(nq: int, qk: str) -> None:
