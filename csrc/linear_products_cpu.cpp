@@ -1,4 +1,5 @@
 #include <cmath>
+#include <type_traits>
 
 #include "linear_products.h"
 
@@ -11,29 +12,10 @@ Matrix transposed(const Matrix& matrix) {
   return {matrix.data, matrix.dtype, matrix.column, matrix.row, matrix.packed};
 }
 
+// Out: float, or uint16_t for bfloat16 beside the sums that it is rounded from.
+template <class Out>
 struct Store : EveryTile {
-  float* out;
-  const float* bias;
-  int64_t n;
-
-  RELPROP_INLINE void operator()(const float* tile, const float*, int64_t row, int64_t rows, int64_t column,
-                                 int64_t columns) const {
-    for (int64_t i = 0; i < rows; ++i) {
-      float* to = out + (row + i) * n + column;
-      const float* from = tile + i * kTileColumns;
-      if (bias == nullptr) {
-        RELPROP_VECTORISE
-        for (int64_t j = 0; j < columns; ++j) to[j] = from[j];
-      } else {
-        RELPROP_VECTORISE
-        for (int64_t j = 0; j < columns; ++j) to[j] = from[j] + bias[column + j];
-      }
-    }
-  }
-};
-
-struct StoreRounded : EveryTile {
-  uint16_t* out;
+  Out* out;
   float* sums;
   const float* bias;
   int64_t n;
@@ -43,12 +25,16 @@ struct StoreRounded : EveryTile {
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t at = (row + i) * n + column;
       const float* from = tile + i * kTileColumns;
-      float* to = sums + at;
-      uint16_t* rounded = out + at;
+      Out* to = out + at;
       RELPROP_VECTORISE
       for (int64_t j = 0; j < columns; ++j) {
-        to[j] = from[j];
-        rounded[j] = BFloat16::narrow(bias == nullptr ? from[j] : from[j] + bias[column + j]);
+        const float value = bias == nullptr ? from[j] : from[j] + bias[column + j];
+        if constexpr (std::is_same_v<Out, float>) {
+          to[j] = value;
+        } else {
+          sums[at + j] = from[j];
+          to[j] = BFloat16::narrow(value);
+        }
       }
     }
   }
@@ -131,17 +117,17 @@ void linear_pack(char* packed, const Matrix& w, int64_t n, int64_t k, bool trans
 
 void linear_apply(float* y, const float* bias, const Linear& layer, int threads) {
   gemm({layer.rows, layer.n, layer.k}, layer.x, transposed(layer.w), layer.operands, Kind::kSingle, threads,
-       Store{{}, y, bias, layer.n});
+       Store<float>{{}, y, nullptr, bias, layer.n});
 }
 
 void linear_apply_rounded(uint16_t* y, float* sums, const float* bias, const Linear& layer, int threads) {
   gemm({layer.rows, layer.n, layer.k}, layer.x, transposed(layer.w), layer.operands, Kind::kSingle, threads,
-       StoreRounded{{}, y, sums, bias, layer.n});
+       Store<uint16_t>{{}, y, sums, bias, layer.n});
 }
 
 void linear_transpose(float* out, const float* r, const Linear& layer, int64_t targets, int threads) {
   gemm({targets * layer.rows, layer.k, layer.n}, stream(r, layer.n), layer.w, layer.operands, Kind::kSingle, threads,
-       Store{{}, out, nullptr, layer.k});
+       Store<float>{{}, out, nullptr, nullptr, layer.k});
 }
 
 void linear_alpha_beta_share_out_product(float* shares, const float* relevance, const float* y, const float* bias,

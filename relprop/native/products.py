@@ -96,6 +96,18 @@ def _rows(shape: torch.Size) -> int:
     return rows
 
 
+def _forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, packed: Tensor | None, operands: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, tuple[int, ...]]:
+    """x, weight, bias and packed of x wᵀ + b, checked and as the kernels read them, and the shape of y."""
+    weight = _weight(weight, operands)
+    n, k = weight.shape
+    packed = _packed(packed, n, k, operands)
+    x = _operand("x", x, (*x.shape[:-1], k))
+    bias = None if bias is None else _stream("bias", bias, (n,))
+    return x, weight, bias, packed, (*x.shape[:-1], n)
+
+
 def linear_apply(
     x: Tensor, weight: Tensor, bias: Tensor | None, *, operands: torch.dtype, packed: Tensor | None = None
 ) -> Tensor:
@@ -112,14 +124,10 @@ def linear_apply(
     Raises:
         ShapeError, DTypeError, DeviceError, OptionError
     """
-    weight = _weight(weight, operands)
-    n, k = weight.shape
-    packed = _packed(packed, n, k, operands)
-    x = _operand("x", x, (*x.shape[:-1], k))
-    bias = None if bias is None else _stream("bias", bias, (n,))
-    if k == 0:
-        return torch.zeros((*x.shape[:-1], n)) if bias is None else bias.expand(*x.shape[:-1], n).clone()
-    y = empty((*x.shape[:-1], n), torch.float32)
+    x, weight, bias, packed, shape = _forward(x, weight, bias, packed, operands)
+    if x.shape[-1] == 0:
+        return torch.zeros(shape) if bias is None else bias.expand(shape).clone()
+    y = empty(shape, torch.float32)
     layer = _layer(x, weight, packed, _rows(x.shape), operands)
     _C.linear_apply(y.data_ptr(), 0 if bias is None else bias.data_ptr(), layer, torch.get_num_threads())
     return y
@@ -141,13 +149,8 @@ def linear_apply_rounded(
     Raises:
         ShapeError, DTypeError, DeviceError, OptionError
     """
-    weight = _weight(weight, operands)
-    n, k = weight.shape
-    packed = _packed(packed, n, k, operands)
-    x = _operand("x", x, (*x.shape[:-1], k))
-    bias = None if bias is None else _stream("bias", bias, (n,))
-    shape = (*x.shape[:-1], n)
-    if k == 0:
+    x, weight, bias, packed, shape = _forward(x, weight, bias, packed, operands)
+    if x.shape[-1] == 0:
         sums = torch.zeros(shape)
         return (sums if bias is None else sums + bias).bfloat16(), sums
     y, sums = empty(shape, torch.bfloat16), empty(shape, torch.float32)
@@ -214,17 +217,12 @@ def share_out_product(
         ShapeError, DTypeError, DeviceError, OptionError
     Source: Chefer et al., CVPR 2021, section 3.
     """
-    weight = _weight(weight, operands)
-    n, k = weight.shape
-    packed = _packed(packed, n, k, operands)
-    shape = (*x.shape[:-1], n)
-    x = _operand("x", x, (*x.shape[:-1], k))
+    x, weight, bias, packed, shape = _forward(x, weight, bias, packed, operands)
     targets = target_count("relevance", relevance, "..., N")
     relevance = _stream("relevance", relevance, (targets, *shape))
     y = None if y is None else _stream("y", y, shape)
-    bias = None if bias is None else _stream("bias", bias, (n,))
     out = empty(relevance.shape, torch.float32)
-    if k == 0:
+    if x.shape[-1] == 0:
         return out.zero_()
     _C.linear_alpha_beta_share_out_product(
         out.data_ptr(),
