@@ -92,10 +92,11 @@ def random_vit(shape: Shape, seed: int) -> VisionTransformer:
         num_classes=CLASSES,
     ).eval()
     model.norm.eps = 1e-5
-    return _drawn(model, shape.gain, seed)
+    return drawn(model, shape.gain, seed)
 
 
-def _drawn(model: Any, gain: float, seed: int) -> Any:
+def drawn(model: Any, gain: float, seed: int) -> Any:
+    """The model with random weights; see above."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -135,7 +136,7 @@ def random_text_case(seed: int, inputs: int) -> TextCase:
         max_position_embeddings=32,
         num_labels=CLASSES,
     )
-    model = _drawn(transformers.BertForSequenceClassification(config).eval(), shape.gain, seed)
+    model = drawn(transformers.BertForSequenceClassification(config).eval(), shape.gain, seed)
     length = int(torch.randint(9, 25, (), generator=generator))
     ids = torch.randint(1, WORDS, (inputs, length), generator=generator)
     targets = torch.randint(CLASSES, (inputs,), generator=generator)
