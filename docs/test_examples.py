@@ -18,6 +18,7 @@ from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser
 
 import relprop
+from relprop.composites import COMPOSITES
 from relprop.methods import METHODS
 
 ROOT = Path(__file__).parents[1]
@@ -101,6 +102,14 @@ def test_reference_has_every_public_name() -> None:
 def test_every_method_has_its_part() -> None:
     text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
     assert sorted(re.findall(r"^```{method-card} (\w+)$", text, re.MULTILINE)) == sorted(METHODS)
+
+
+def test_every_composite_has_its_line() -> None:
+    rules = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8").split("\n## Rules\n")[1].split("\n## ")[0]
+    named = [
+        name for line in re.findall(r"^- (`[^:]+`):", rules, re.MULTILINE) for name in re.findall(r"`(\w+)`", line)
+    ]
+    assert sorted(named) == sorted(COMPOSITES)
 
 
 def test_notebook_has_no_outputs() -> None:

@@ -10,6 +10,7 @@ from PIL import Image
 from sphinx.application import Sphinx
 
 import relprop
+from relprop.composites import COMPOSITES
 from relprop.demo import CLASS_NAMES, MEAN, STD, bundled_scenes, load_model, preprocess
 from relprop.methods import METHODS
 from relprop.pictures import compare, conditioning_picture, enlarge, overlay, panel, save_png
@@ -29,11 +30,26 @@ def draw(folder: Path) -> None:
             continue
         found = relprop.explain(model, inputs, target=torch.tensor([DIGITS]), method=method.name)
         maps, signed = found.image_map()[0], method.output == "input"
-        if signed:  # few pixels carry most of it
-            limit = maps.abs().flatten(1).quantile(0.99, 1)[:, None, None]
-            maps = maps.clamp(-limit, limit)
+        maps = clipped(maps) if signed else maps
         tiles = [(f"for {digit}", overlay(image, maps[i], signed=signed)) for i, digit in enumerate(DIGITS)]
         save_png(panel([("image", image), *tiles]), path)
+
+
+def clipped(maps: torch.Tensor) -> torch.Tensor:
+    """Cut off at the 99th percentile: few pixels carry most of it. [n, H, W]"""
+    limit = maps.abs().flatten(1).quantile(0.99, 1)[:, None, None]
+    return maps.clamp(-limit, limit)
+
+
+def draw_composites(path: Path) -> None:
+    """`full` by the rules of every composite, asked for the first digit."""
+    model, scene = load_model(), bundled_scenes()[SCENE]
+    image = enlarge(Image.fromarray(scene.image.permute(1, 2, 0).contiguous().numpy()), 150)
+    inputs, tiles = preprocess(scene.image[None]), [("image", image)]
+    for name in COMPOSITES:
+        found = relprop.explain(model, inputs, target=DIGITS[0], method="full", composite=name)
+        tiles.append((name, overlay(image, clipped(found.image_map())[0], signed=True)))
+    save_png(panel(tiles, columns=5), path)
 
 
 def draw_conditioning(path: Path) -> None:
@@ -64,6 +80,8 @@ def prepare(app: Sphinx) -> None:
     draw(folder)
     if not (folder.parent / "layers.png").exists():
         draw_overview(folder.parent)
+    if not (folder.parent / "composites.png").exists():
+        draw_composites(folder.parent / "composites.png")
     if not (folder.parent / "conditioning.png").exists():
         draw_conditioning(folder.parent / "conditioning.png")
 

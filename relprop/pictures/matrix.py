@@ -51,8 +51,9 @@ def token_matrix(
     ink = tuple(part / 255 for part in theme.ink)
     low, high = value_range([values], signed=True)
     painted = axes.imshow(values, cmap=_map(dark), vmin=low or -1, vmax=high or 1, aspect="equal")
-    for set_ticks, texts, turned in ((axes.set_xticks, columns, 90), (axes.set_yticks, rows, 0)):
+    for set_ticks, texts in ((axes.set_xticks, columns), (axes.set_yticks, rows)):
         ticks = [_tick(text) for text in texts]
+        turned = 90 if texts is columns and max(map(len, ticks)) > 2 else 0
         set_ticks(range(len(texts)), ticks, rotation=turned, fontsize=9, color=ink, parse_math=False)
     axes.xaxis.tick_top()
     axes.tick_params(length=0)
@@ -62,7 +63,10 @@ def token_matrix(
     axes.tick_params(which="minor", length=0)
     for spine in axes.spines.values():
         spine.set_visible(False)
-    bar = figure.colorbar(painted, ax=axes, shrink=min(1.0, 2.2 / (_CELL * len(rows))), aspect=12, pad=0.02)
+    width, height = _CELL * len(columns), _CELL * len(rows)
+    tall = min(height, 2.2) / height
+    beside = axes.inset_axes((1 + 0.12 / width, 1 - tall, 0.14 / width, tall)) if height > 1 else None
+    bar = figure.colorbar(painted, ax=axes, cax=beside, aspect=12, pad=0.02)  # of few rows, taller than they are
     bar.ax.tick_params(colors=ink, labelsize=8)
     bar.outline.set_visible(False)
     return drawn(figure)

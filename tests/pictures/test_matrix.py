@@ -52,6 +52,28 @@ def test_picture_has_the_values_colours() -> None:
     token_matrix(np.zeros((1, 1)), ["$a_"], ["\n"])
 
 
+@pytest.mark.parametrize("rows", [5, 9, 20])
+def test_scale_stands_beside_the_matrix(rows: int) -> None:
+    """From its top, and no lower than its end. The matrix is all red, so blue is the scale's."""
+    pixels = np.asarray(token_matrix(np.ones((rows, 8)), ["a"] * rows, ["bcd"] * 8)).astype(int)
+    matrix, scale = ((pixels[..., lacking] < 10) & (pixels[..., full] > 240) for lacking, full in ((2, 0), (0, 2)))
+    lines, columns = np.flatnonzero(matrix.sum(1) > 20), np.flatnonzero(matrix.sum(0) > 20)
+    assert np.flatnonzero(scale.any(1)).max() <= lines.max() + 2
+    assert np.flatnonzero(scale.any(0)).min() > columns.max()
+    assert matrix[:, columns.max() + 5 :].any(1).argmax() == pytest.approx(lines.min(), abs=2)
+
+
+@pytest.mark.parametrize(("text", "upright"), [("WW", True), ("WWWW", False)])
+def test_short_tokens_stand_upright(text: str, upright: bool) -> None:
+    """Above a matrix; longer ones are turned. The label's ink is wider than high, or the other way round."""
+    pixels = np.asarray(token_matrix(np.ones((6, 1)), ["a"] * 6, [text])).astype(int)
+    red = (pixels[..., 0] > 240) & (pixels[..., 2] < 10)
+    top, right = np.flatnonzero(red.sum(1) > 15).min(), np.flatnonzero(red.sum(0) > 100)
+    ink = pixels[: top - 2, : right[np.flatnonzero(np.diff(right, append=10**6) > 1)[0]] + 1].max(-1) < 120
+    high, wide = (np.flatnonzero(ink.any(axis)) for axis in (1, 0))
+    assert (np.ptp(wide) > np.ptp(high)) == upright
+
+
 def test_bad_input() -> None:
     for make in (token_matrix, matrix_html):
         with pytest.raises(
