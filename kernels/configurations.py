@@ -207,7 +207,6 @@ TABLE: dict[tuple[str, str, str], Rows] = {
 # With float32 operands tiles are small: accumulators are as large, and in three parts each number is split into two.
 _FLOAT32_TILES = {
     "tf32": {
-        "statistics": {64: _tiles(64, 32, 8, 1), 128: _tiles(64, 32, 8, 1), 256: _tiles(64, 32, 8, 1)},
         "queries": {64: _tiles(32, 32, 8, 1), 128: _tiles(16, 32, 8, 1), 256: _tiles(32, 16, 8, 1)},
         "queries_signed": {64: _tiles(32, 32, 8, 1), 128: _tiles(32, 32, 8, 1), 256: _tiles(32, 32, 8, 1)},
         "keys_values": {64: _tiles(16, 32, 8, 1)},
@@ -216,7 +215,6 @@ _FLOAT32_TILES = {
         "values": {64: _tiles(32, 32, 8, 1), 128: _tiles(16, 32, 8, 1), 256: _tiles(32, 32, 8, 1)},
     },
     "tf32x3": {
-        "statistics": {64: _tiles(64, 32, 8, 1), 128: _tiles(64, 32, 8, 1), 256: _tiles(64, 32, 8, 1)},
         "queries": {64: _tiles(32, 32, 8, 1), 128: _tiles(32, 32, 8, 1), 256: _tiles(32, 16, 8, 1)},
         "queries_signed": {64: _tiles(32, 16, 8, 1), 128: _tiles(32, 32, 8, 1), 256: _tiles(32, 16, 8, 1)},
         "keys_values": {64: _tiles(16, 16, 4, 1)},
@@ -244,3 +242,7 @@ for _kind, _sides in _FLOAT32_TILES.items():
     for _side, _sizes in _sides.items():
         for _size, _chosen in _sizes.items():
             TABLE[f"attention_{_side}", _kind, f"d{_size}"] = {80: _chosen}
+for _size in (64, 128, 256):
+    _hopper = _tiles(64, 32, 8, 1)
+    TABLE["attention_statistics", "tf32", f"d{_size}"] = {80: _tiles(32, 32, 8, 1), 90: _hopper}
+    TABLE["attention_statistics", "tf32x3", f"d{_size}"] = {80: _tiles(64, 32, 8, 2), 90: _hopper}
