@@ -223,7 +223,6 @@ _FLOAT32_TILES = {
         "values": {64: _tiles(32, 32, 8, 1), 128: _tiles(32, 32, 8, 1), 256: _tiles(16, 32, 8, 1)},
     },
     "ieee": {
-        "statistics": {64: _tiles(64, 32, 8, 1), 128: _tiles(64, 32, 8, 1), 256: _tiles(64, 32, 8, 1)},
         "queries": {64: _tiles(32, 32, 8, 1), 128: _tiles(32, 32, 8, 2), 256: _tiles(32, 32, 8, 1)},
         "queries_signed": {64: _tiles(32, 32, 8, 1), 128: _tiles(32, 32, 8, 1), 256: _tiles(32, 16, 8, 1)},
         "keys_values": {64: _tiles(16, 16, 4, 1)},
@@ -243,6 +242,7 @@ for _kind, _sides in _FLOAT32_TILES.items():
         for _size, _chosen in _sizes.items():
             TABLE[f"attention_{_side}", _kind, f"d{_size}"] = {80: _chosen}
 for _size in (64, 128, 256):
-    _hopper = _tiles(64, 32, 8, 1)
-    TABLE["attention_statistics", "tf32", f"d{_size}"] = {80: _tiles(32, 32, 8, 1), 90: _hopper}
-    TABLE["attention_statistics", "tf32x3", f"d{_size}"] = {80: _tiles(64, 32, 8, 2), 90: _hopper}
+    _large = _tiles(64, 32, 8, 1)
+    TABLE["attention_statistics", "tf32", f"d{_size}"] = {80: _tiles(32, 32, 8, 1), 90: _large}
+    TABLE["attention_statistics", "tf32x3", f"d{_size}"] = {80: _tiles(64, 32, 8, 2), 90: _large}
+    TABLE["attention_statistics", "ieee", f"d{_size}"] = {80: _large, 100: _tiles(64, 32, 8, 2)}
