@@ -13,7 +13,7 @@ import contextlib
 import copy
 import functools
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -343,11 +343,18 @@ def summarise(found: Sequence[Errors]) -> list[dict[str, Any]]:
     return rows
 
 
+def others(path: Path, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Rows of a file that are not measured anew."""
+    known = {(row["model"], row["method"]) for row in rows}
+    return [row for row in read_rows(path) if (row["model"], row["method"]) not in known] if path.is_file() else []
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line; see `--help`."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.numerics.family_parity", description=__doc__)
     parser.add_argument("--multimodal", type=Path, required=True, help="checkout of Transformer-MM-Explainability")
     parser.add_argument("--families", nargs="*", choices=FAMILIES, default=list(FAMILIES), help="rows of others stay")
+    parser.add_argument("--methods", nargs="*", help="of these families, by name; all by default")
     parser.add_argument("--models", type=int, default=8)
     parser.add_argument("--inputs", type=int, default=64, help="per model")
     parser.add_argument("--out", type=Path, default=RESULTS / "family_parity.csv")
@@ -358,14 +365,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if name not in options.families:
             continue
         seeds = range(FIRST_SEED, FIRST_SEED + options.models)
-        made = [(seed, one) for seed in seeds for one in compare(seed, options.inputs, options.multimodal)]
+        made = [
+            (seed, one)
+            for seed in seeds
+            for one in compare(seed, options.inputs, options.multimodal)
+            if options.methods is None or one.method in options.methods
+        ]
         measured = measure(made)
         found += measured
         for errors, (_, comparison) in zip(measured, made, strict=True):
             values = {key: value for key, value in row(errors, 0.0).items() if key != "attention_spread"}
             rows.append({**values, "reference": comparison.reference})
-    before = read_rows(options.out) if set(options.families) != set(FAMILIES) and options.out.is_file() else []
-    write_rows(options.out, rows, [old for old in before if old["model"] not in {new["model"] for new in rows}])
+        write_rows(options.out, rows, others(options.out, rows))
     print(markdown(summarise(found)))
 
 

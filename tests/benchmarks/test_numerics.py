@@ -232,6 +232,8 @@ def largest_ratio(rows: list[dict[str, str]]) -> float:
 
 
 FAMILIES_MEASURED = {
+    ("detr", "generate_ours"),
+    ("clip", "interpret"),
     ("cnn (zennit)", "epsilon_plus"),
     ("vit (LXT)", "cp_lrp"),
     ("bert (LXT)", "attnlrp"),
