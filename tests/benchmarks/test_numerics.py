@@ -233,6 +233,9 @@ def largest_ratio(rows: list[dict[str, str]]) -> float:
 
 FAMILIES_MEASURED = {
     ("detr", "generate_ours"),
+    ("detr", "generate_ours, relevance"),
+    ("lxmert", "generate_ours"),
+    ("lxmert", "generate_ours, relevance"),
     ("clip", "interpret"),
     ("cnn (zennit)", "epsilon_plus"),
     ("vit (LXT)", "cp_lrp"),
