@@ -48,6 +48,15 @@ def decoder() -> torch.nn.Module:
     return transformers.GPT2LMHeadModel(config).eval()
 
 
+def of_two_sequences() -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+    """A model of text and image, and a question."""
+    sizes = dict(hidden_size=32, num_attention_heads=4, intermediate_size=48, visual_feat_dim=16)
+    config = transformers.LxmertConfig(vocab_size=61, l_layers=2, x_layers=2, r_layers=2, **sizes)
+    regions = {"visual_feats": torch.randn(1, 6, 16), "visual_pos": torch.rand(1, 6, 4)}
+    model = transformers.LxmertForQuestionAnswering(config).eval()
+    return model, {"input_ids": torch.tensor([[1, 7, 9, 2]]), **regions}
+
+
 def of_the_reader() -> dict[str, Any]:
     """Names that the README's blocks take from their reader."""
     words = ["[PAD]", "[UNK]", "never", "dull", *(f"word{i}" for i in range(4, 61))]
@@ -56,6 +65,7 @@ def of_the_reader() -> dict[str, Any]:
     whole.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
     classifier = transformers.BertForSequenceClassification(transformers.BertConfig(vocab_size=61, **sizes)).eval()
+    vqa, question = of_two_sequences()
     return {
         "writer": decoder(),
         "prompt_ids": torch.tensor([[1, 15, 7, 33]]),
@@ -70,6 +80,8 @@ def of_the_reader() -> dict[str, Any]:
             model_input_names=["input_ids", "attention_mask"],
         ),
         "texts": ["never dull", "dull"],
+        "vqa": vqa,
+        "question": question,
     }
 
 
