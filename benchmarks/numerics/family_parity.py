@@ -14,7 +14,7 @@ import copy
 import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 import relprop
 from benchmarks.numerics.float32_parity import BAR, Errors, row
 from benchmarks.numerics.intervals import clustered_geometric_mean, geometric_mean
-from benchmarks.numerics.lxt import Lxt, LxtText
+from benchmarks.numerics.lxt import Lxt, LxtText, exact_slopes
 from benchmarks.numerics.models import CLASSES, SHAPES, WORDS, Case, doubled, drawn, random_text_case, relative_error
 from benchmarks.numerics.reference_multimodal import COMMIT, ReferenceClip, ReferenceDetr, ReferenceLxmert
 from benchmarks.numerics.rows import RESULTS, markdown, read_rows, write_rows
@@ -177,6 +177,17 @@ def clip(seed: int, inputs: int, checkout: Path) -> Iterator[Comparison]:
 _lxt_text, _lxt_vit = functools.cache(LxtText), functools.cache(Lxt)  # each changes classes when it is made
 
 
+def with_and_without_epsilon(comparison: Comparison) -> Iterator[Comparison]:
+    """LXT as it is, and with exact slopes: what is left of a difference in float64 is not its epsilon's."""
+
+    def exact(at: nn.Module) -> Tensor:
+        with exact_slopes():
+            return comparison.theirs(at)
+
+    yield comparison
+    yield replace(comparison, method=f"{comparison.method}, exact slopes", theirs=exact)
+
+
 def lxt_bert(seed: int, inputs: int, checkout: Path) -> Iterator[Comparison]:
     """AttnLRP of a small BERT."""
     case = random_text_case(seed, inputs)
@@ -192,7 +203,7 @@ def lxt_bert(seed: int, inputs: int, checkout: Path) -> Iterator[Comparison]:
             scores.gather(1, case.targets[:, None]).sum().backward()
         return (embedded * embedded.grad).sum(-1).detach().double()
 
-    yield Comparison("bert (LXT)", "attnlrp", case.model, ours, theirs, "lxt 2.1")
+    yield from with_and_without_epsilon(Comparison("bert (LXT)", "attnlrp", case.model, ours, theirs, "lxt 2.1"))
 
 
 def lxt_vit(seed: int, inputs: int, checkout: Path) -> Iterator[Comparison]:
@@ -212,7 +223,7 @@ def lxt_vit(seed: int, inputs: int, checkout: Path) -> Iterator[Comparison]:
         with torch.enable_grad():
             return _lxt_vit().explain(at, like(at, images), target).flatten(1).double()
 
-    yield Comparison("vit (LXT)", "cp_lrp", model, ours, theirs, "lxt 2.1")
+    yield from with_and_without_epsilon(Comparison("vit (LXT)", "cp_lrp", model, ours, theirs, "lxt 2.1"))
 
 
 def zennit(seed: int, inputs: int, checkout: Path) -> Iterator[Comparison]:
@@ -270,7 +281,7 @@ def lxt_llama(seed: int, inputs: int, checkout: Path) -> Iterator[Comparison]:
         assert embedded.grad is not None
         return (embedded * embedded.grad).sum(-1).detach().double()
 
-    yield Comparison("llama (LXT)", "attnlrp", model, ours, theirs, "lxt 2.1")
+    yield from with_and_without_epsilon(Comparison("llama (LXT)", "attnlrp", model, ours, theirs, "lxt 2.1"))
 
 
 @contextlib.contextmanager
