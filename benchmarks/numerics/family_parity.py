@@ -1,7 +1,7 @@
 """float32 errors of relprop beside those of the field's other code, on the same inputs, family by family.
 
 As `float32_parity` for Vision Transformers and BERT: truth is their code in float64, and an answer in float32 is judged
-by their own float32. DETR, LXMERT and CLIP by their authors' code (Chefer et al., ICCV 2021), BERT, Llama and
+by their own float32. DETR, LXMERT and CLIP by their authors' code (Chefer et al., ICCV 2021), BERT, GPT-2, Llama and
 torchvision's ViT by LXT, and a small network by zennit. Run:
 `python -m benchmarks.numerics.family_parity --multimodal CHECKOUT`, with lxt and zennit installed.
 """
@@ -250,6 +250,16 @@ def zennit(seed: int, inputs: int, checkout: Path) -> Iterator[Comparison]:
     yield Comparison("cnn (zennit)", "epsilon_plus", model, ours, theirs, "zennit 0.5.1")
 
 
+def lxt_decoder(family: str, ids: Tensor, token: int, at: nn.Module) -> Tensor:
+    """Relevance of each word, [n, M], for one token's logit at the last position, as LXT has it."""
+    model = _lxt_text(family).patched(at)
+    with double_throughout(at), torch.enable_grad():
+        embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
+        model(inputs_embeds=embedded, use_cache=False).logits[:, -1, token].sum().backward()
+    assert embedded.grad is not None
+    return (embedded * embedded.grad).sum(-1).detach().double()
+
+
 def lxt_llama(seed: int, inputs: int, checkout: Path) -> Iterator[Comparison]:
     """AttnLRP of a small Llama, of the last position's logit of one token."""
     import transformers
@@ -269,52 +279,75 @@ def lxt_llama(seed: int, inputs: int, checkout: Path) -> Iterator[Comparison]:
     token = seed % WORDS
 
     def ours(at: nn.Module) -> Tensor:
-        with wide_norms(at):
+        with double_throughout(at):
             found = relprop.explain(at, ids, method="attnlrp", target=(13, token), use_cache=False)
         return found.relevance.double()
 
-    def theirs(at: nn.Module) -> Tensor:
-        model = _lxt_text("llama").patched(at)
-        with wide_norms(at), torch.enable_grad():
-            embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
-            model(inputs_embeds=embedded, use_cache=False).logits[:, 13, token].sum().backward()
-        assert embedded.grad is not None
-        return (embedded * embedded.grad).sum(-1).detach().double()
-
+    theirs = functools.partial(lxt_decoder, "llama", ids, token)
     yield from with_and_without_epsilon(Comparison("llama (LXT)", "attnlrp", model, ours, theirs, "lxt 2.1"))
 
 
 @contextlib.contextmanager
-def wide_norms(model: nn.Module) -> Iterator[None]:
-    """Norms that are cast to float32 whatever the model's dtype, as in transformers and LXT, stay in float64."""
-    cast = torch.Tensor.to
+def double_throughout(model: nn.Module) -> Iterator[None]:
+    """Norms and softmax that transformers and LXT cast to float32 whatever the model's dtype stay in float64."""
+    cast, softmax = Tensor.to, nn.functional.softmax
 
     def to(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         narrows = self.dtype == torch.float64 and args[:1] == (torch.float32,)
         return self if narrows else cast(self, *args, **kwargs)
 
+    def wide_softmax(scores: Tensor, *args: Any, dtype: torch.dtype | None = None, **kwargs: Any) -> Tensor:
+        return softmax(scores, *args, dtype=None if dtype == torch.float32 else dtype, **kwargs)
+
     if next(model.parameters()).dtype == torch.float64:
-        torch.Tensor.to = to  # type: ignore[method-assign, assignment]
+        Tensor.to, nn.functional.softmax = to, wide_softmax  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
-        torch.Tensor.to = cast  # type: ignore[method-assign]
+        Tensor.to, nn.functional.softmax = cast, softmax  # type: ignore[method-assign]
 
 
-# LXT's patches of BERT and Llama stay in the process: its families come last.
+def lxt_gpt2(seed: int, inputs: int, checkout: Path) -> Iterator[Comparison]:
+    """AttnLRP of a small GPT-2, of the last position's logit of one token."""
+    import transformers
+
+    shape, generator = SHAPES[seed % len(SHAPES)], torch.Generator().manual_seed(seed)
+    config = transformers.GPT2Config(
+        vocab_size=WORDS,
+        n_embd=shape.dim,
+        n_layer=shape.depth,
+        n_head=shape.heads,
+        n_positions=32,
+        bos_token_id=0,
+        eos_token_id=0,
+        attn_implementation="eager",
+    )
+    model = drawn(transformers.GPT2LMHeadModel(config).eval(), shape.gain, seed)
+    ids = torch.randint(1, WORDS, (inputs, 14), generator=generator)
+    token = seed % WORDS
+
+    def ours(at: nn.Module) -> Tensor:
+        found = relprop.explain(at, ids, method="attnlrp", target=(13, token), use_cache=False)
+        return found.relevance.double()
+
+    theirs = functools.partial(lxt_decoder, "gpt2", ids, token)
+    yield from with_and_without_epsilon(Comparison("gpt2 (LXT)", "attnlrp", model, ours, theirs, "lxt 2.1"))
+
+
 FAMILIES = {
     "detr": detr,
     "lxmert": lxmert,
     "clip": clip,
     "zennit": zennit,
     "lxt_vit": lxt_vit,
+    "lxt_gpt2": lxt_gpt2,
     "lxt_bert": lxt_bert,
     "lxt_llama": lxt_llama,
 }
 
 
 def measure(made: Sequence[tuple[int, Comparison]]) -> list[Errors]:
-    """Errors on each model of a family, all of relprop's answers first."""
+    """Errors on each model, all of relprop's answers first: LXT's patches change what comes after them."""
     ours = [(c.ours(c.model), c.ours(doubled(c.model))) for _, c in made]
     found = []
     for (seed, comparison), (single, double) in zip(made, ours, strict=True):
@@ -371,23 +404,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "family_parity.csv")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    found, rows = [], []
-    for name, compare in FAMILIES.items():
-        if name not in options.families:
-            continue
-        seeds = range(FIRST_SEED, FIRST_SEED + options.models)
-        made = [
-            (seed, one)
-            for seed in seeds
-            for one in compare(seed, options.inputs, options.multimodal)
-            if options.methods is None or one.method in options.methods
-        ]
-        measured = measure(made)
-        found += measured
-        for errors, (_, comparison) in zip(measured, made, strict=True):
-            values = {key: value for key, value in row(errors, 0.0).items() if key != "attention_spread"}
-            rows.append({**values, "reference": comparison.reference})
-        write_rows(options.out, rows, others(options.out, rows))
+    made = [
+        (seed, one)
+        for name, compare in FAMILIES.items()
+        if name in options.families
+        for seed in range(FIRST_SEED, FIRST_SEED + options.models)
+        for one in compare(seed, options.inputs, options.multimodal)
+        if options.methods is None or one.method in options.methods
+    ]
+    found, rows = measure(made), []
+    for errors, (_, comparison) in zip(found, made, strict=True):
+        values = {key: value for key, value in row(errors, 0.0).items() if key != "attention_spread"}
+        rows.append({**values, "reference": comparison.reference})
+    write_rows(options.out, rows, others(options.out, rows))
     print(markdown(summarise(found)))
 
 

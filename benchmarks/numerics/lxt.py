@@ -57,12 +57,12 @@ class Lxt:
 
 
 class LxtText:
-    """AttnLRP as LXT sets it up for a BERT or Llama of transformers; its patches stay in this process.
+    """AttnLRP as LXT sets it up for a BERT, GPT-2 or Llama of transformers; its patches stay in this process.
 
     Three things it wants of transformers 4 are put in place: a setting, a method, and the way attention is looked up.
 
     Args:
-        family: "bert" or "llama".
+        family: "bert", "gpt2" or "llama".
     """
 
     def __init__(self, family: str) -> None:
@@ -71,13 +71,13 @@ class LxtText:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # dropout is patched already, by its Llama
             lxt.monkey_patch(self.module)
-        if family == "llama":
+        if family != "bert":
             kinds = type("Found", (dict,), {"get_interface": lambda self, name, default: self.get(name, default)})
             self.module.ALL_ATTENTION_FUNCTIONS = kinds(self.module.ALL_ATTENTION_FUNCTIONS)  # type: ignore[attr-defined]
 
     def patched(self, model: Any) -> Any:
         """A model made before, with LXT's classes: itself, or for BERT one of them with its weights."""
-        if self.family == "llama":
+        if self.family != "bert":
             return model
         config = copy.deepcopy(model.config)
         config.position_embedding_type = "absolute"

@@ -242,6 +242,8 @@ FAMILIES_MEASURED = {
     ("vit (LXT)", "cp_lrp, exact slopes"),
     ("bert (LXT)", "attnlrp"),
     ("bert (LXT)", "attnlrp, exact slopes"),
+    ("gpt2 (LXT)", "attnlrp"),
+    ("gpt2 (LXT)", "attnlrp, exact slopes"),
     ("llama (LXT)", "attnlrp"),
     ("llama (LXT)", "attnlrp, exact slopes"),
 }
