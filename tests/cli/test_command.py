@@ -264,7 +264,7 @@ class TestTables:
 
     @pytest.mark.parametrize("columns", [60, 120])
     def test_methods(self, capsys: Capture, monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
-        monkeypatch.setattr(shutil, "get_terminal_size", lambda *fallback: os.terminal_size((columns, 24)))
+        monkeypatch.setattr(shutil, "get_terminal_size", lambda *_, **__: os.terminal_size((columns, 24)))
         assert main(["methods"]) == 0
         out = capsys.readouterr().out
         assert all(re.search(rf"^  {name} ", out, re.M) for name in (*relprop.methods(), *relprop.composites()))
