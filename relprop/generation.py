@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from relprop import memory
 from relprop.composites import Composite
 from relprop.engine import Engine, compile
-from relprop.errors import OptionError, ShapeError, UnsupportedTopologyError
+from relprop.errors import DTypeError, OptionError, ShapeError, UnsupportedTopologyError
 from relprop.explanation import Explanation
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ class Generation:
         targets_at_a_time: targets that shared a pass.
         memory: bytes that a pass was predicted to take beside the weights; None where nothing was predicted.
         source_ids: the encoder's tokens, None for a decoder alone. [B, S]
+        others: of inputs beside those tokens, such as the pixels of images, by name. Each [B, G, ...]
     """
 
     relevance: Tensor
@@ -52,6 +53,7 @@ class Generation:
     targets_at_a_time: int
     memory: int | None = None
     source_ids: Tensor | None = None
+    others: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
 
     @property
     def prompt_length(self) -> int:
@@ -132,9 +134,10 @@ def explain_generation(
         method, composite, method_options, backend, precision: as `relprop.compile` takes them.
         targets_at_a_time: how many targets share a pass; "auto" takes as many as fit into the memory, up to 16.
         memory_limit: bytes that a pass may take beside the weights; by default most of the free memory.
-        kwargs: other arguments of the model.
+        kwargs: other arguments of the model, as `generate` was given them.
     Raises:
-        ShapeError: the generated tokens do not start with the prompt. OptionError: targets_at_a_time.
+        ShapeError: the generated tokens do not start with the prompt, or the mask is not one of the prompt, padded on
+            the left. DTypeError: tokens or mask that are no integers. OptionError: targets_at_a_time, memory_limit.
 
     Example, with a small decoder of random weights:
         >>> import transformers
@@ -148,11 +151,11 @@ def explain_generation(
     """
     ids = getattr(generated_ids, "sequences", generated_ids)
     writing = _Writing(model, input_ids, ids, attention_mask, kwargs)
-    if targets_at_a_time != "auto" and (isinstance(targets_at_a_time, bool) or not isinstance(targets_at_a_time, int)):
+    if targets_at_a_time != "auto" and not _is_positive(targets_at_a_time):
         raise OptionError(f"targets_at_a_time: expected 'auto' or a positive int, got {targets_at_a_time!r}")
+    if memory_limit is not None and not _is_positive(memory_limit):
+        raise OptionError(f"memory_limit: expected None or a positive int, bytes, got {memory_limit!r}")
     most = WINDOW if targets_at_a_time == "auto" else int(targets_at_a_time)
-    if most < 1:
-        raise OptionError(f"targets_at_a_time: expected 'auto' or a positive int, got {targets_at_a_time!r}")
 
     def engine(window: int) -> Engine:
         return compile(
@@ -180,6 +183,10 @@ def explain_generation(
     return writing.gathered(chosen, window, predicted)
 
 
+def _is_positive(found: Any) -> bool:
+    return isinstance(found, int) and not isinstance(found, bool) and found > 0
+
+
 class _Writing:
     """A model with what it wrote.
 
@@ -194,11 +201,7 @@ class _Writing:
         self.takes = inspect.signature(model.forward).parameters
         self.encodes = "decoder_input_ids" in self.takes
         self.given, self.ids, self.mask, self.others = given, ids, mask, others
-        if given.ndim != 2 or ids.ndim != 2 or len(given) != len(ids):
-            raise ShapeError(
-                f"input_ids and generated_ids: expected shapes [B, N] of one batch, got {list(given.shape)} and"
-                f" {list(ids.shape)}"
-            )
+        self._check()
         self.prompt = 1 if self.encodes else given.shape[1]
         self.count = ids.shape[1] - self.prompt
         if self.count < 1 or not (self.encodes or torch.equal(ids[:, : self.prompt], given)):
@@ -207,6 +210,39 @@ class _Writing:
                 f" {list(ids.shape)} that start otherwise"
             )
         self.ends = self._ends(model)
+
+    def _check(self) -> None:
+        """Raises:
+        DTypeError, ShapeError: tokens or mask are none, or not of one batch.
+        """
+        for name, found in (("input_ids", self.given), ("generated_ids", self.ids), ("attention_mask", self.mask)):
+            if not isinstance(found, Tensor):
+                if found is None and name == "attention_mask":
+                    continue
+                raise DTypeError(f"{name}: expected a tensor of integers [B, N], got {type(found).__name__}")
+            if found.dtype.is_floating_point or found.dtype.is_complex:
+                raise DTypeError(f"{name}: expected integers [B, N], got {found.dtype}")
+        given, ids = self.given.shape, self.ids.shape
+        if len(given) != 2 or len(ids) != 2 or given[0] != ids[0]:
+            many = len(given) == len(ids) == 2 and given[0] > 0 and ids[0] % given[0] == 0
+            repeated = f"input_ids.repeat_interleave({ids[0] // given[0]}, 0)" if many else ""
+            raise ShapeError(
+                f"input_ids and generated_ids: expected shapes [B, N] of one batch, got {list(given)} and {list(ids)}"
+                + (f"; for several sequences of a prompt repeat it (and its mask): {repeated}" if many else "")
+            )
+        if self.mask is None:
+            return
+        if self.mask.shape != given:
+            raise ShapeError(
+                f"attention_mask: expected one of input_ids alone, {list(given)}, got {list(self.mask.shape)}; what was"
+                " generated is always seen"
+            )
+        unseen = [] if self.encodes else (self.mask[:, -1] == 0).nonzero().flatten().tolist()
+        if unseen:
+            raise ShapeError(
+                f"attention_mask: expected a prompt padded on the left, got one that ends in padding in sample"
+                f" {unseen[0]}; what is generated follows its last token"
+            )
 
     @staticmethod
     def _ends(model: nn.Module) -> list[int]:
@@ -219,6 +255,11 @@ class _Writing:
     def windowed(self) -> bool:
         """Whether the model leaves out logits that nobody asks for."""
         return "logits_to_keep" in self.takes
+
+    @property
+    def decoder_entry(self) -> str:
+        """The model's name of the tokens that the decoder reads."""
+        return "decoder_input_ids" if self.encodes else "input_ids"
 
     def inputs(self, stop: int, window: int) -> dict[str, Any]:
         """The call in which the model writes generated tokens up to `stop`."""
@@ -258,7 +299,7 @@ class _Writing:
     def gathered(self, engine: Engine, window: int, predicted: int | None) -> Generation:
         """All generated tokens, chunk by chunk."""
         relevance: Tensor | None = None
-        source: list[Tensor] = []
+        entries: dict[str, list[Tensor]] = {}
         logits: list[Tensor] = []
         for start in range(0, self.count, window):
             stop = min(start + window, self.count)
@@ -267,29 +308,31 @@ class _Writing:
             if relevance is None:
                 relevance = own.new_zeros(len(self.ids), self.count, self.ids.shape[1])
             relevance[:, start:stop, : own.shape[-1]] = own
-            if self.encodes:
-                source.append(found.relevances["input_ids"])
+            for name in found.relevances.keys() - {self.decoder_entry}:
+                entries.setdefault(name, []).append(found.relevances[name])
             assert found.target is not None
             index = found.target.to(found.logits.device)
             samples = torch.arange(len(self.ids), device=index.device).unsqueeze(-1)
             logits.append(found.logits[samples, index[..., 0], index[..., 1]])
         assert relevance is not None
         written = self.written()
-        shown = written.unsqueeze(-1)
+        others = {name: _rows(torch.cat(parts, 1), written) for name, parts in sorted(entries.items())}
+        source = others.pop("input_ids") if self.encodes else None
         return Generation(
-            relevance * shown,
-            torch.cat(source, 1) * shown if source else None,
+            _rows(relevance, written),
+            source,
             self.ids,
             torch.cat(logits, 1),
             written,
             window,
             predicted,
-            self.given if source else None,
+            self.given if self.encodes else None,
+            others,
         )
 
     def own(self, found: Explanation) -> Tensor:
         """Relevance of the tokens that the decoder reads. [B, T, N]"""
-        name = "decoder_input_ids" if self.encodes else "input_ids"
+        name = self.decoder_entry
         if found.relevances and name not in found.relevances:
             raise UnsupportedTopologyError(
                 f"{name}: expected a model that embeds them by its largest vocabulary, got relevance of"
@@ -304,3 +347,8 @@ class _Writing:
         for end in self.ends:
             ended |= generated == end
         return ended.cumsum(-1) - ended.to(torch.int64) == 0
+
+
+def _rows(relevance: Tensor, written: Tensor) -> Tensor:
+    """Rows [B, G, ...] of tokens that were written; those of others 0."""
+    return relevance * written.reshape(*written.shape, *[1] * (relevance.ndim - 2)).to(relevance.device)
