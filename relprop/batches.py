@@ -11,7 +11,7 @@ from torch import Tensor
 
 from relprop.errors import OptionError
 from relprop.explanation import Explanation
-from relprop.targets import TargetLike
+from relprop.targets import TargetLike, of_samples
 
 
 def check_batch_size(batch_size: Any) -> None:
@@ -26,12 +26,16 @@ def check_batch_size(batch_size: Any) -> None:
 def pieces(
     inputs: dict[int, Any], batched: frozenset[int], target: TargetLike, size: int
 ) -> Iterator[tuple[dict[int, Any], TargetLike]]:
-    """Inputs by value index and targets, at most `size` samples at a time."""
+    """Inputs by value index and targets, at most `size` samples at a time.
+
+    Raises:
+        TargetError: the target's entries are not one for each sample.
+    """
     batch = next(len(inputs[i]) for i in inputs if i in batched)
-    per_sample = isinstance(target, list) or (isinstance(target, Tensor) and target.ndim > 0)
     for at in range(0, batch, size):
-        part = {i: t[at : at + size] if i in batched else t for i, t in inputs.items()}
-        yield part, target[at : at + size] if per_sample else target  # type: ignore[index]
+        samples = slice(at, at + size)
+        part = {i: t[samples] if i in batched else t for i, t in inputs.items()}
+        yield part, of_samples(target, samples, batch)
 
 
 def join(parts: list[Explanation]) -> Explanation:
@@ -58,4 +62,7 @@ def join(parts: list[Explanation]) -> Explanation:
         )
         for path, latent in parts[0].latents.items()
     }
+    if (kinds := parts[0].kinds) is not None:
+        profiles = [part.kinds.profile for part in parts if part.kinds is not None]
+        whole["kinds"] = replace(kinds, profile=torch.cat(profiles, 1))
     return replace(parts[0], **whole)

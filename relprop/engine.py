@@ -31,7 +31,7 @@ from relprop.program import Program, build_program
 from relprop.recurring import Recurring
 from relprop.replay import CudaRecorder, Recorder, Recording, Replays
 from relprop.tape import CpuRecorder
-from relprop.targets import Target, TargetLike, find_index, resolve_target, sent
+from relprop.targets import Target, TargetLike, count_targets, find_index, resolve_target, sent
 from relprop.weights import DerivedWeights, DeriveOnce, Weights
 
 PRECISIONS = ("highest", "high", "medium")
@@ -253,6 +253,7 @@ class Engine:
             ledger: keep the books of the relevance pass (slower).
             check: run twice more with a slightly moved input and fill `disagreement` and `trustworthy`.
             batch_size: samples that are explained at a time; "auto" takes as many as the free memory holds, None all.
+                A callable target sees the output of these. A model that scores samples with each other takes all.
         Returns:
             Each sample's explanation is what it would be alone.
         Raises:
@@ -273,6 +274,11 @@ class Engine:
             batched = frozenset(i for i, is_batch in self._batched.items() if is_batch)
             batch = next((len(inputs[i]) for i in inputs if i in batched), 1)
             size = self._fitting(inputs, target, batch) if batch_size == "auto" else batch_size
+            if size is not None and int(size) < batch and self._pairs():
+                raise OptionError(
+                    "batch_size: expected a batch in one piece, as the output scores every sample with every sample"
+                    f" [B, B], got batch_size {batch_size!r}, which takes {size} of {batch} samples at a time"
+                )
             named = {
                 spec.path: inputs[value.index]
                 for spec in self._captured.inputs
@@ -367,17 +373,15 @@ class Engine:
 
     def _probe(self, sizes: Mapping[int, tuple[int, ...]], targets: int, batch: int) -> None:
         axes = self.program.graph.output.rank - 1
-        index = torch.zeros(batch, targets, *([axes] if axes > 1 else []), dtype=torch.int64)
+        index = None if self._pairs() else torch.zeros(batch, targets, *([axes] if axes > 1 else []), dtype=torch.int64)
         with torch.no_grad():
             self._explain(self._example(sizes, batch), index, False)
 
     def _fitting(self, inputs: dict[int, Any], target: TargetLike, batch: int) -> int:
         """As many samples as the free memory holds."""
         sizes = {i: (1 if is_batch else len(inputs[i]), *inputs[i].shape[1:]) for i, is_batch in self._batched.items()}
-        several = torch.as_tensor(target) if isinstance(target, (list, Tensor)) else torch.zeros(1)
-        targets = several.shape[1] if several.ndim > 1 else 1
         budget = int(memory.SHARE * memory.available(self._device))
-        return memory.largest_batch(lambda count: self._forecast(sizes, targets, count), budget, batch)
+        return memory.largest_batch(lambda count: self._forecast(sizes, count_targets(target), count), budget, batch)
 
     def export(self, path: str | Path, *, targets: int | None = None, compiled: bool = False) -> Path:
         """Write the forward and relevance pass as one `.pt2` file that runs without relprop.

@@ -30,7 +30,20 @@ class Target:
     several: bool
 
 
-def contrast(target: TargetLike, against: TargetLike = None) -> Callable[[Tensor], Tensor]:
+@dataclass(frozen=True, eq=False)
+class Contrast:
+    """The difference of two outputs of each sample, as a target; see `contrast`."""
+
+    target: TargetLike
+    against: TargetLike = None
+
+    def __call__(self, output: Tensor) -> Tensor:
+        """One score per sample. [B, ...] -> [B]"""
+        mean = self.against is None and output.ndim == 2
+        return _picked(output, self.target) - (output.mean(-1) if mean else _picked(output, self.against))
+
+
+def contrast(target: TargetLike, against: TargetLike = None) -> Contrast:
     """A target that asks why one output and not another: their difference.
 
     Args:
@@ -45,12 +58,7 @@ def contrast(target: TargetLike, against: TargetLike = None) -> Callable[[Tensor
         >>> why.target is None  # no class of its own
         True
     """
-
-    def score(output: Tensor) -> Tensor:
-        for_it = _picked(output, target)
-        return for_it - (output.mean(-1) if against is None and output.ndim == 2 else _picked(output, against))
-
-    return score
+    return Contrast(target, against)
 
 
 def _picked(output: Tensor, target: TargetLike) -> Tensor:
@@ -61,6 +69,37 @@ def _picked(output: Tensor, target: TargetLike) -> Tensor:
         raise TargetError(f"contrast: expected one class per sample, got {index.shape[1]}")
     samples = torch.arange(output.shape[0], device=output.device)
     return output[(samples, *index[:, 0].to(output.device).unbind(-1))]
+
+
+def of_samples(target: TargetLike, samples: slice, batch: int) -> TargetLike:
+    """The target of a part of a batch.
+
+    Args:
+        target: as `resolve_target` takes it.
+        batch: samples of the whole.
+    Raises:
+        TargetError: it has entries of its own for each sample, but of another number of samples.
+    """
+    if isinstance(target, Contrast):
+        return Contrast(of_samples(target.target, samples, batch), of_samples(target.against, samples, batch))
+    if not _has_entries(target):
+        return target
+    entries: Any = target
+    if len(entries) != batch:
+        raise TargetError(f"target: expected one entry for each of {batch} samples, got {len(entries)}")
+    return entries[samples]
+
+
+def count_targets(target: TargetLike) -> int:
+    """Targets per sample: T of [B, T] or [B, T, k], 1 for every other form."""
+    entries: Any = target
+    several = _has_entries(target) and len(entries) > 0 and _has_entries(entries[0])
+    return len(entries[0]) if several else 1
+
+
+def _has_entries(target: Any) -> bool:
+    """Whether it is a sequence or tensor with an entry for each sample, or for each target of one."""
+    return (isinstance(target, (list, tuple)) and not _is_index(target)) or getattr(target, "ndim", 0) > 0
 
 
 def resolve_target(target: TargetLike, output: Tensor, seed_dtype: torch.dtype, pairs: bool = False) -> Target:
@@ -145,6 +184,11 @@ def _sizes(sizes: tuple[int, ...]) -> str:
     return ", ".join(str(size) for size in sizes)
 
 
+def _is_index(target: Any) -> bool:
+    """Whether it is a tuple of ints: one index into the axes of an output."""
+    return isinstance(target, tuple) and all(isinstance(i, int) and not isinstance(i, bool) for i in target)
+
+
 def _as_index(target: Any, output: Tensor) -> tuple[Tensor, bool]:
     """Indices [B, T, k], and whether the caller asked for an axis of targets."""
     batch, axes = output.shape[0], output.ndim - 1
@@ -159,7 +203,7 @@ def _as_index(target: Any, output: Tensor) -> tuple[Tensor, bool]:
         raise TargetError(f"target: expected {shapes}, got {target!r}")
     if isinstance(target, int):
         target = (target,)
-    if isinstance(target, tuple) and all(isinstance(i, int) and not isinstance(i, bool) for i in target):
+    if _is_index(target):
         if len(target) != axes:
             raise TargetError(f"target: expected {shapes} for an output of shape {list(output.shape)}, got {target}")
         return torch.tensor(target).expand(batch, 1, axes), False
