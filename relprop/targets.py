@@ -99,7 +99,7 @@ def count_targets(target: TargetLike) -> int:
 
 def _has_entries(target: Any) -> bool:
     """Whether it is a sequence or tensor with an entry for each sample, or for each target of one."""
-    return (isinstance(target, (list, tuple)) and not _is_index(target)) or getattr(target, "ndim", 0) > 0
+    return (isinstance(target, (list, tuple, range)) and not _is_index(target)) or getattr(target, "ndim", 0) > 0
 
 
 def resolve_target(target: TargetLike, output: Tensor, seed_dtype: torch.dtype, pairs: bool = False) -> Target:

@@ -25,6 +25,7 @@ FORMS: dict[str, Any] = {
     "list": [1, 2, 3, 4, 5],
     "tensor": torch.tensor([1, 2, 3, 4, 5]),
     "array": np.array([1, 2, 3, 4, 5]),
+    "range": range(1, 6),
     "no axis": torch.tensor(4),
     "several": [[1, 2], [3, 4], [5, 6], [7, 8], [9, 0]],
     "tuples": ([1, 2], [3, 4], [5, 6], [7, 8], [9, 0]),
