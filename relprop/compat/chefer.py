@@ -86,7 +86,7 @@ class LRP:
             UnknownNameError: the original returned None for a method it did not know.
             ClassIndexError, TargetError: the index. LayerIndexError: the start layer.
         """
-        if method not in _METHODS:
+        if not isinstance(method, str) or method not in _METHODS:
             raise unknown_name("method", method, _METHODS)
         name, option = _METHODS[method]
         options: dict[str, Any] = {}

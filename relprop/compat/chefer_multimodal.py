@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -16,7 +17,7 @@ from relprop.compat.chefer_index import LayerIndexError, alone, class_score
 from relprop.compat.engines import Engines
 from relprop.composites import Composite
 from relprop.engine import Engine
-from relprop.errors import OptionError, TargetError, UnsupportedTopologyError
+from relprop.errors import DTypeError, OptionError, ShapeError, TargetError, UnsupportedTopologyError
 
 __all__ = ["DetrGenerator", "GeneratorBaselines", "GeneratorOurs", "interpret"]
 
@@ -39,8 +40,11 @@ def interpret(
     Returns:
         text_relevance [B, N, N], image_relevance [B, patches]
     Raises:
-        LayerIndexError: a start layer, where the original ignored all layers in silence.
+        LayerIndexError: a start layer, where the original ignored all layers in silence. ShapeError, DTypeError:
+            images or texts of another shape or kind, or of numbers that do not go together.
     """
+    _check_images("image", image)
+    _check_texts(texts, len(image))
     device = device or next(model.parameters()).device
     texts = texts.to(device)
     images = image.to(device)
@@ -57,6 +61,24 @@ def interpret(
         )
     )
     return text_relevance, image_relevance[:, 0, 1:]
+
+
+def _check_images(name: str, given: Any) -> None:
+    if not isinstance(given, Tensor) or given.ndim != 4:
+        got = list(given.shape) if isinstance(given, Tensor) else type(given).__name__
+        raise ShapeError(f"{name}: expected a tensor of images [B, 3, H, W], got {got}")
+    if not given.is_floating_point():
+        raise DTypeError(f"{name}: expected images as the model takes them, floating, got {given.dtype}")
+
+
+def _check_texts(texts: Any, images: int) -> None:
+    if not isinstance(texts, Tensor) or texts.ndim != 2:
+        got = list(texts.shape) if isinstance(texts, Tensor) else type(texts).__name__
+        raise ShapeError(f"texts: expected a tensor of token ids [B, N], got {got}")
+    if texts.is_floating_point():
+        raise DTypeError(f"texts: expected token ids, integers, got {texts.dtype}")
+    if images not in (1, len(texts)):
+        raise ShapeError(f"image: expected one image, or one for each of {len(texts)} texts, got {images}")
 
 
 def _towers(sites: list[str]) -> tuple[str, str]:
@@ -303,7 +325,8 @@ class DetrGenerator:
             [B, N, M].
 
     Every method takes images without padding [B, 3, H, W], a query and, where the answer depends on it, the query's
-    class (None for the largest one but the last, "no object"), and raises TargetError and ClassIndexError for these.
+    class (None for the largest one but the last, "no object"), and raises TargetError and ClassIndexError for these,
+    ShapeError and DTypeError for images.
     """
 
     R_i_i: Tensor
@@ -384,10 +407,12 @@ class DetrGenerator:
 
     def _score(self, target_index: int | Tensor, index: Any) -> Callable[[Tensor], Tensor]:
         """From logits to those of the query's class. [B, Q, C] -> [B]"""
-        several = isinstance(target_index, Tensor) and target_index.numel() != 1
-        if several or isinstance(target_index, (bool, float)):
+        try:
+            query = operator.index(target_index)
+        except (TypeError, ValueError):
+            query = None
+        if query is None or isinstance(target_index, bool):
             raise TargetError(f"target_index: expected one query, an int or a tensor [1], got {target_index!r}")
-        query = int(target_index)
 
         def score(logits: Tensor) -> Tensor:
             if not -logits.shape[1] <= query < logits.shape[1]:
@@ -401,9 +426,11 @@ class DetrGenerator:
 
         So the queries' first attention among themselves is there, which no relevance of the image reaches.
         """
+        _check_images("img", img)
+        choose = self._score(target_index, index)
         with torch.enable_grad(), _AttentionMaps() as kept:
             logits = self.model(img).logits
-        score = self._score(target_index, index)(logits)
+        score = choose(logits)
         gradients = torch.autograd.grad(score.sum(), kept.maps, allow_unused=True)
         return [
             {"attention": found.detach(), "gradient": torch.zeros_like(found) if gradient is None else gradient}
@@ -415,6 +442,7 @@ class DetrGenerator:
 
         The queries start from zeros that are given as an input, so that relevance is followed down to them.
         """
+        _check_images("img", img)
         score = self._score(target_index, index)
         sizes = self.model.config
         zeros = img.new_zeros(len(img), sizes.num_queries, sizes.d_model)  # type: ignore[union-attr, arg-type]

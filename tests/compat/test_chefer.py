@@ -132,6 +132,12 @@ def test_other_bad_input() -> None:
     x = torch.randn(1, 3, 32, 32)
     with pytest.raises(UnknownNameError, match="got 'transformer_attributon'; did you mean 'transformer_attribution'"):
         LRP(vit()).generate_LRP(x, method="transformer_attributon")
+    for method in (["full"], None):
+        with pytest.raises(UnknownNameError, match="unknown method: expected one of full, grad"):
+            LRP(vit()).generate_LRP(x, method=method)  # type: ignore[arg-type]
+    for options in ({"method": ["full"]}, {"composite": ["chefer"]}):
+        with pytest.raises(UnknownNameError, match=r"unknown (method|composite): expected one of .*, got \['"):
+            relprop.compile(vit(), (x,), **options)  # type: ignore[arg-type]
     with pytest.raises(LayerIndexError, match="start_layer: expected one of 3 attention layers, got 3"):
         LRP(vit()).generate_LRP(x, start_layer=3)
     with pytest.raises(IndexError):

@@ -20,7 +20,7 @@ from relprop.compat.chefer import (
     LayerIndexError,
     interpret,
 )
-from relprop.errors import OptionError, TargetError, UnsupportedTopologyError
+from relprop.errors import DTypeError, OptionError, ShapeError, TargetError, UnsupportedTopologyError
 from tests.engine.models import GOLDEN, relative
 
 transformers = pytest.importorskip("transformers")
@@ -288,12 +288,30 @@ def test_bad_input() -> None:
     img, text = tensors["inputs/pixel_values"], tensors["inputs/input_ids"]
     with pytest.raises(LayerIndexError, match="start_layer_text: expected -1 or one of 3 attention layers, got 3"):
         interpret(img, text, model, start_layer_text=3)
+    three = text[:1].repeat(3, 1)
+    for images, texts, error, wrong in (
+        (img[:1].repeat(2, 1, 1, 1), three, ShapeError, "image: expected one image, or one for each of 3 texts, got 2"),
+        (text, img, ShapeError, r"image: expected a tensor of images \[B, 3, H, W\], got \["),
+        (img, "a cat", ShapeError, r"texts: expected a tensor of token ids \[B, N\], got str"),
+        (img, text.float(), DTypeError, "texts: expected token ids, integers, got torch.float32"),
+        (img.long(), text, DTypeError, "image: expected images as the model takes them, floating, got torch.int64"),
+    ):
+        with pytest.raises(error, match=wrong):
+            interpret(images, texts, model)
     model, tensors = golden("detr_A_seed0")
     x, generator = tensors["inputs/pixel_values"], DetrGenerator(model)
     with pytest.raises(TargetError, match="target_index: expected one query, an int or a tensor .1., got tensor"):
         generator.generate_raw_attn(x, torch.tensor([0, 1]))
     with pytest.raises(TargetError, match="target_index: expected one query, an int or a tensor .1., got 1.5"):
         generator.generate_partial_lrp(x, 1.5)
+    for query in ("a", [1], [0, 1], None, torch.tensor([1.5])):
+        for generate in (generator.generate_ours, generator.generate_rollout):
+            with pytest.raises(TargetError, match="target_index: expected one query, an int or a tensor .1., got"):
+                generate(x, query)
+    for given, got in (({"pixel_values": x}, "dict"), (x[0], "\\[3, ")):
+        for generate in (generator.generate_ours, generator.generate_rollout):
+            with pytest.raises(ShapeError, match=f"img: expected a tensor of images .B, 3, H, W., got {got}"):
+                generate(given, 1)
     for generate in (generator.generate_ours, generator.generate_rollout, generator.generate_transformer_att):
         with pytest.raises(TargetError, match="target_index: expected one of 7 queries, got 7"):
             generate(x, 7)
