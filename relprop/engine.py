@@ -21,6 +21,7 @@ from relprop.execute import Forward, PassResult, Trace, run_pass, run_sampled
 from relprop.explanation import Explanation, TokenKinds
 from relprop.export import example_batch, export_program, save
 from relprop.inputs import bind_inputs, check_mode, check_weights, placement
+from relprop.latents import module_patterns
 from relprop.lowering import PassFunction, output_shape
 from relprop.methods import Reading, find_method
 from relprop.methods.sampled import SampledMap
@@ -49,7 +50,7 @@ def compile(
     backend: str = "auto",
     precision: str = "highest",
     output: str | int | Callable[..., Any] | None = None,
-    latents: Sequence[str] = (),
+    latents: str | Sequence[str] = (),
     compile: bool = False,
     cuda_graph: bool = False,
     tape: bool | None = None,
@@ -69,7 +70,8 @@ def compile(
             float32 accumulation where the hardware has them.
         output: which of several outputs to explain: a key, an index, or a function of the output.
         latents: module paths ("blocks.*.mlp", "blocks.3:input", "blocks.5.attn:heads") at which relevance is kept for
-            `Explanation.at`.
+            `Explanation.at`. Of a module that is called several times every call is kept, as "path@0", "path@1". Heads
+            are what each head makes of the values; where heads are mixed after the softmax, the mixed ones.
         compile: run the pass as one graph through torch.compile, kernels as custom ops in it. Made once per padded
             batch size, which takes long.
         cuda_graph: record the pass as a CUDA graph once per padded batch size, and replay it.
@@ -107,7 +109,8 @@ def compile(
     if tape and compile:
         raise OptionError("tape: expected it without compile, got both")
     kernels = choose_kernels(backend, dtype, device, precision)
-    key = (method, rules, _hashable(method_options), backend, dtype, str(device), precision, tuple(latents))
+    inside = module_patterns(latents)
+    key = (method, rules, _hashable(method_options), backend, dtype, str(device), precision, inside)
 
     def build(books: bool) -> Program:
         return build_program(
@@ -118,7 +121,7 @@ def compile(
             kernels,
             plan.captured.batch_symbols,
             books=books,
-            latents=latents,
+            latents=inside,
         )
 
     with CACHE.lock:
@@ -424,7 +427,9 @@ class Engine:
         """Every stream at every value the sweep passes, and every attention map, for looking inside.
 
         Returns:
-            streams by (value name, stream) and maps by (module path, map name), with a leading axis of targets.
+            streams by (value name, stream), each [T, *shape], and the maps that the method reads ("attention",
+            "gradient", "relevance") by (module path, map name), each [T or 1, B, H, Nq, Nk]. A module that is called
+            several times has "path@0", "path@1".
         """
         with torch.no_grad():
             trace = Trace()
@@ -556,7 +561,7 @@ def explain(
     backend: str = "auto",
     precision: str = "highest",
     output: str | int | Callable[..., Any] | None = None,
-    latents: Sequence[str] = (),
+    latents: str | Sequence[str] = (),
     ledger: bool = False,
     check: bool = False,
     **kwargs: Any,

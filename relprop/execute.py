@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from relprop.graph import Node, Value, substitute
-from relprop.latents import Latent, make_latent
+from relprop.latents import Latent, Paths, make_latent
 from relprop.ledger import Ledger, LedgerEntry, book, cancellation
 from relprop.methods.base import Reader, Reading, RowReader
 from relprop.methods.sampled import SampledMap
@@ -41,7 +41,7 @@ class Trace:
     """Streams at every value and maps at every attention layer, for looking inside; see `Engine.trace`."""
 
     streams: dict[tuple[str, str], Tensor] = field(default_factory=dict)  # (value, stream) -> [T, *shape]
-    maps: dict[tuple[str, str], Tensor] = field(default_factory=dict)  # (module, map) -> [T, B, H, Nq, Nk]
+    maps: dict[tuple[str, str], Tensor] = field(default_factory=dict)  # (path, map) -> [T, B, H, Nq, Nk]
 
 
 def run_forward(
@@ -301,8 +301,9 @@ class Sweep:
                 self.reading.targets, *shape[1:], dtype=self.dtype, device=self.forward.device
             )
         if self.trace is not None:
+            path = Paths(self.program.graph).own(step.node)
             for name, found in call.maps.items():
-                self.trace.maps[step.node.module, name] = found
+                self.trace.maps[path, name] = found
         self.reader.visit(step.node, {name: call.maps[name] for name in step.maps}, self.reading)
 
     def _book(self, call: Call, stream: StreamStep, arrived: Any, passed: Any, booked: Absorbed) -> None:

@@ -18,6 +18,7 @@ from relprop.compat.engines import Engines
 from relprop.composites import Composite
 from relprop.engine import Engine
 from relprop.errors import DTypeError, OptionError, ShapeError, TargetError, UnsupportedTopologyError
+from relprop.latents import Paths
 
 __all__ = ["DetrGenerator", "GeneratorBaselines", "GeneratorOurs", "interpret"]
 
@@ -250,7 +251,8 @@ class GeneratorBaselines(_LxmertGenerator):
         found = _traced(engine, given, class_score(index))
         words = [maps for site, maps in found if ".encoder.layer." in site or ".lang_self_att." in site]
         regions = [maps for site, maps in found if ".r_layers." in site or ".visn_self_att." in site]
-        between = [maps for site, maps in found if ".visual_attention." in site]
+        both = [(site, maps) for site, maps in found if ".visual_attention." in site]
+        between = [maps for site, maps in both if not site.endswith("@1")]  # of a layer's two calls words come first
         if not words or not regions or not between:
             raise UnsupportedTopologyError(
                 "LXMERT: expected attention layers among words, among regions and between them, got"
@@ -272,9 +274,10 @@ class _Layers:
 
 
 def _traced(engine: Engine, given: Mapping[str, Any], target: Any) -> list[tuple[str, _Maps]]:
-    """Attention layers in the order of execution, by module, with the maps that the engine's edge is made of."""
+    """Attention layers in the order of execution, by path, with the maps that the engine's edge is made of."""
     maps = engine.trace(**given, target=target).maps
-    sites = dict.fromkeys(site.module for site in engine.program.graph.attention_sites())
+    graph = engine.program.graph
+    sites = dict.fromkeys(map(Paths(graph).own, graph.attention_sites()))
     return [(site, {name: found[0] for (of, name), found in maps.items() if of == site}) for site in sites]
 
 
