@@ -66,3 +66,18 @@ def join(parts: list[Explanation]) -> Explanation:
         profiles = [part.kinds.profile for part in parts if part.kinds is not None]
         whole["kinds"] = replace(kinds, profile=torch.cat(profiles, 1))
     return replace(parts[0], **whole)
+
+
+def of_own_targets(explanation: Explanation) -> Explanation:
+    """Of an explanation with a target for each sample, T = B, each sample's answer to its own."""
+
+    def own(found: Tensor | None) -> Tensor | None:
+        return None if found is None else found.diagonal(dim1=0, dim2=1).movedim(-1, 0)
+
+    whole = {field: own(getattr(explanation, field)) for field in ("relevance", "disagreement", "trustworthy")}
+    maps = {f: {name: own(t) for name, t in getattr(explanation, f).items()} for f in ("relevances", "matrices")}
+    latents = {
+        path: replace(latent, coefficient=own(latent.coefficient), relevance=own(latent.relevance), several=False)
+        for path, latent in explanation.latents.items()
+    }
+    return replace(explanation, latents=latents, **whole, **maps)  # type: ignore[arg-type]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from relprop import cost, memory, trust
 from relprop.backends import choose_kernels
-from relprop.batches import check_batch_size, join, pieces
+from relprop.batches import check_batch_size, join, of_own_targets, pieces
 from relprop.capture import Captured
 from relprop.composites import Composite, find_composite
 from relprop.errors import BackendError, OptionError
@@ -32,7 +32,7 @@ from relprop.program import Program, build_program
 from relprop.recurring import Recurring
 from relprop.replay import CudaRecorder, Recorder, Recording, Replays
 from relprop.tape import CpuRecorder
-from relprop.targets import Target, TargetLike, count_targets, find_index, resolve_target, sent
+from relprop.targets import Contrast, Target, TargetLike, count_targets, find_index, resolve_target, sent
 from relprop.weights import DerivedWeights, DeriveOnce, Weights
 
 PRECISIONS = ("highest", "high", "medium")
@@ -295,13 +295,13 @@ class Engine:
             return replace(join(parts), inputs=named)
 
     def _explained(self, inputs: dict[int, Any], target: TargetLike, ledger: bool, check: bool) -> Explanation:
-        if self._replays is not None and not (ledger or check or callable(target)):
+        if self._replays is not None and not (ledger or check or callable(target) or isinstance(target, Contrast)):
             replayed = self._replayed(self._replays, inputs, target)
             if replayed is not None:
                 return replayed
         explanation, resolved, reading = self._explain(inputs, target, ledger)
         if not check:
-            return explanation
+            return of_own_targets(explanation) if resolved.apart else explanation
         own = reading.profile if self.program.readout.starts_from_profile else None
         if own is not None:
             own = own[..., : reading.tokens]
@@ -319,7 +319,8 @@ class Engine:
             ]
         ).amax(0)
         limit = trust.threshold(self.program.method.name, self._dtype)
-        return replace(explanation, disagreement=disagreement, trustworthy=disagreement <= limit)
+        explanation = replace(explanation, disagreement=disagreement, trustworthy=disagreement <= limit)
+        return of_own_targets(explanation) if resolved.apart else explanation
 
     def _replayed(self, replays: Replays, inputs: dict[int, Any], target: TargetLike) -> Explanation | None:
         """A run of fixed shapes, where there is one; the target is checked before, as nothing within reads values."""

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from relprop import memory
 from relprop.composites import Composite
 from relprop.engine import Engine, compile
-from relprop.errors import DTypeError, OptionError, ShapeError, UnsupportedTopologyError
+from relprop.errors import DTypeError, OptionError, ShapeError, TargetError, UnsupportedTopologyError
 from relprop.explanation import Explanation
+from relprop.targets import contrast
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -37,7 +38,7 @@ class Generation:
         relevance: of the prompt's and the generated tokens; for an encoder-decoder of the decoder's. [B, G, P + G]
         source: of the encoder's tokens, None for a decoder alone. [B, G, S]
         ids: prompt and generated tokens, for an encoder-decoder those of the decoder. [B, P + G]
-        logits: of the generated tokens, which is what is explained. [B, G]
+        logits: of the generated tokens, which is what is explained, or their differences to those of `against`. [B, G]
         written: whether a token was generated, not filled in after the sample's end; rows of others are 0. [B, G]
         targets_at_a_time: targets that shared a pass.
         memory: bytes that a pass was predicted to take beside the weights; None where nothing was predicted.
@@ -115,6 +116,7 @@ def explain_generation(
     generated_ids: Any,
     *,
     attention_mask: Tensor | None = None,
+    against: int | Tensor | None = None,
     method: str = "attnlrp",
     composite: str | Composite | None = None,
     method_options: Mapping[str, Any] | None = None,
@@ -131,6 +133,8 @@ def explain_generation(
         input_ids: the prompt, or the encoder's tokens. [B, P] or [B, S]
         generated_ids: what `model.generate` returned. [B, P + G], for an encoder-decoder [B, 1 + G]
         attention_mask: of `input_ids`, 0 for padding, which decoders have on the left. [B, P] or [B, S]
+        against: explain why each token was written and not this one, by the difference of their logits: a token id, or
+            one for each generated token. [B, G]
         method, composite, method_options, backend, precision: as `relprop.compile` takes them.
         targets_at_a_time: how many targets share a pass; "auto" takes as many as fit into the memory, up to 16.
         memory_limit: bytes that a pass may take beside the weights; by default most of the free memory.
@@ -138,6 +142,7 @@ def explain_generation(
     Raises:
         ShapeError: the generated tokens do not start with the prompt, or the mask is not one of the prompt, padded on
             the left. DTypeError: tokens or mask that are no integers. OptionError: targets_at_a_time, memory_limit.
+            TargetError: `against` is not such ids.
 
     Example, with a small decoder of random weights:
         >>> import transformers
@@ -150,7 +155,7 @@ def explain_generation(
         torch.Size([1, 3, 7])
     """
     ids = getattr(generated_ids, "sequences", generated_ids)
-    writing = _Writing(model, input_ids, ids, attention_mask, kwargs)
+    writing = _Writing(model, input_ids, ids, attention_mask, kwargs, against)
     if targets_at_a_time != "auto" and not _is_positive(targets_at_a_time):
         raise OptionError(f"targets_at_a_time: expected 'auto' or a positive int, got {targets_at_a_time!r}")
     if memory_limit is not None and not _is_positive(memory_limit):
@@ -196,7 +201,13 @@ class _Writing:
     """
 
     def __init__(
-        self, model: nn.Module, given: Tensor, ids: Tensor, mask: Tensor | None, others: Mapping[str, Any]
+        self,
+        model: nn.Module,
+        given: Tensor,
+        ids: Tensor,
+        mask: Tensor | None,
+        others: Mapping[str, Any],
+        against: int | Tensor | None = None,
     ) -> None:
         self.takes = inspect.signature(model.forward).parameters
         self.encodes = "decoder_input_ids" in self.takes
@@ -210,6 +221,21 @@ class _Writing:
                 f" {list(ids.shape)} that start otherwise"
             )
         self.ends = self._ends(model)
+        self.against = None if against is None else self._rivals(against)
+
+    def _rivals(self, against: int | Tensor) -> Tensor:
+        """A token that was not written for each one that was. [B, G]"""
+        shape = [len(self.ids), self.count]
+        if isinstance(against, int) and not isinstance(against, bool):
+            return torch.full(shape, against)
+        if (
+            not isinstance(against, Tensor)
+            or list(against.shape) != shape
+            or against.dtype not in (torch.int64, torch.int32)
+        ):
+            got = f"{list(against.shape)}, {against.dtype}" if isinstance(against, Tensor) else repr(against)
+            raise TargetError(f"against: expected a token id, or a tensor of integers [B, G] = {shape}, got {got}")
+        return against.cpu()
 
     def _check(self) -> None:
         """Raises:
@@ -284,13 +310,21 @@ class _Writing:
         """Generated tokens are seen."""
         return torch.cat([mask, mask.new_ones(len(mask), length - mask.shape[1])], 1)
 
-    def explained(self, engine: Engine, window: int, start: int, stop: int) -> Explanation:
-        """Generated tokens from `start` to `stop` in one pass, by the logits of a window that ends there."""
+    def explained(self, engine: Engine, window: int, start: int, stop: int) -> tuple[Explanation, Tensor]:
+        """Generated tokens from `start` to `stop` in one pass, by the logits of a window that ends there.
+
+        Returns:
+            the explanation, and where the tokens' logits are in its own. [B, T, 2]
+        """
         places = torch.arange(start, stop)
         first = self.prompt + stop - 1 - window if self.windowed else 0
         rows = (self.prompt - 1 + places - first).expand(len(self.ids), -1)
         written = self.ids[:, self.prompt + start : self.prompt + stop].cpu()
-        return engine(**self.inputs(stop, window), target=torch.stack([rows, written], -1))
+        index = torch.stack([rows, written], -1)
+        target: Any = index
+        if self.against is not None:
+            target = contrast(index, against=torch.stack([rows, self.against[:, start:stop]], -1))
+        return engine(**self.inputs(stop, window), target=target), index
 
     def last(self, engine: Engine, window: int, count: int) -> None:
         """Explain as many of the last tokens."""
@@ -303,17 +337,19 @@ class _Writing:
         logits: list[Tensor] = []
         for start in range(0, self.count, window):
             stop = min(start + window, self.count)
-            found = self.explained(engine, window, start, stop)
+            found, index = self.explained(engine, window, start, stop)
             own = self.own(found)
             if relevance is None:
                 relevance = own.new_zeros(len(self.ids), self.count, self.ids.shape[1])
             relevance[:, start:stop, : own.shape[-1]] = own
             for name in found.relevances.keys() - {self.decoder_entry}:
                 entries.setdefault(name, []).append(found.relevances[name])
-            assert found.target is not None
-            index = found.target.to(found.logits.device)
+            index = index.to(found.logits.device)
             samples = torch.arange(len(self.ids), device=index.device).unsqueeze(-1)
             logits.append(found.logits[samples, index[..., 0], index[..., 1]])
+            if self.against is not None:
+                rivals = self.against[:, start:stop].to(index.device)
+                logits[-1] = logits[-1] - found.logits[samples, index[..., 0], rivals]
         assert relevance is not None
         written = self.written()
         others = {name: _rows(torch.cat(parts, 1), written) for name, parts in sorted(entries.items())}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import relprop
-from relprop.errors import OptionError, ShapeError, TargetError, UnknownNameError, UnsupportedTopologyError
+from relprop.errors import OptionError, ShapeError, UnknownNameError, UnsupportedTopologyError
 from tests.engine.models import Spelled, relative, vit
 
 IMAGES = torch.randn(2, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -330,14 +330,3 @@ def test_unknown_paths() -> None:
     found = relprop.explain(vit(), IMAGES.float(), latents=["blocks.1.mlp"])
     with pytest.raises(UnknownNameError, match=r"name it in `latents` when compiling"):
         found.at("blocks.0.mlp")
-
-
-def test_contrast() -> None:
-    model = vit().double()
-    engine = relprop.compile(model, (IMAGES,), method="attnlrp")
-    first, second = (engine(IMAGES, target=t).relevance for t in (1, 4))
-    assert relative(engine(IMAGES, target=relprop.contrast(1, 4)).relevance, first - second) < 1e-10
-    mean = torch.stack([engine(IMAGES, target=t).relevance for t in range(10)]).mean(0)
-    assert relative(engine(IMAGES, target=relprop.contrast([1, 4])).relevance[0], (first - mean)[0]) < 1e-10
-    with pytest.raises(TargetError, match="contrast: expected a class"):
-        engine(IMAGES, target=relprop.contrast(None))

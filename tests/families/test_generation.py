@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 import relprop
 from relprop import memory
-from relprop.errors import DTypeError, OptionError, ShapeError
+from relprop.errors import DTypeError, OptionError, ShapeError, TargetError
 from relprop.native.tensors import fresh_results
 from tests.engine.models import relative
 from tests.families.test_text import leaves_at_embeddings
-from tests.families.text_models import FAMILIES, IMAGE_TOKEN, build, ids, inputs, refused
+from tests.families.text_models import FAMILIES, IMAGE_TOKEN, VOCABULARY, build, ids, inputs, refused
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 
@@ -96,6 +96,31 @@ def test_gradients_are_autograds(name: str) -> None:
                 assert rows is not None
                 row = rows[:, place - start]
                 assert relative(row, expected) < max(1e-9, FAMILIES[name].tolerance)
+
+
+@pytest.mark.parametrize("name", models())
+def test_why_this_token_and_not_that_one(name: str) -> None:
+    """The difference of two explanations of each token; one rival for all, or one for each."""
+    model, given, found = written(name)
+    start = 1 if name not in DECODERS else given.shape[1]
+    rivals = (found[:, start:] + torch.arange(1, NEW + 1)) % VOCABULARY
+    instead = torch.cat([found[:, :start], rivals], 1)
+    for against, size in ((rivals, 4), (7, "auto")):
+        rows = relprop.explain_generation(model, given, found, against=against, targets_at_a_time=size)
+        for place in range(start, found.shape[1]):
+            other = instead[:, place] if against is rivals else torch.full((2,), 7)
+            tokens = torch.stack([found[:, place], other], 1)
+            target = torch.stack([torch.full_like(tokens, place - 1), tokens], -1)
+            both = relprop.explain(model, method="attnlrp", target=target, **call(name, given, found[:, :place]))
+            relevance = both.relevances.get("input_ids" if name in DECODERS else "decoder_input_ids", both.relevance)
+            expected = relevance[:, 0] - relevance[:, 1]
+            got = rows.relevance[:, place - start, :place]
+            assert relative(got, expected) < max(1e-8, 10 * FAMILIES[name].tolerance), (place, size)
+            if rows.source is not None:
+                source = both.relevances["input_ids"]
+                assert relative(rows.source[:, place - start], source[:, 0] - source[:, 1]) < 1e-8
+            score = both.logits[torch.arange(2)[:, None], place - 1, tokens]
+            assert relative(rows.logits[:, place - start], score[:, 0] - score[:, 1]) < 1e-8
 
 
 @pytest.mark.parametrize("name", models(DECODERS))
@@ -196,6 +221,11 @@ def test_bad_arguments() -> None:
     refused(ShapeError, r"\[2, 5\], got \[2, 11\]; what was generated", attention_mask=torch.ones_like(found))
     mask[1, 3:] = 0
     refused(ShapeError, "padded on the left, got one that ends in padding in sample 1", attention_mask=mask)
+    for rivals in (True, "seven", torch.zeros(2, 5, dtype=torch.int64), torch.zeros(2, 6)):
+        refused(
+            TargetError, r"against: expected a token id, or a tensor of integers \[B, G\] = \[2, 6\]", against=rivals
+        )
+    refused(TargetError, "contrast: against: expected indices within", against=VOCABULARY)
     for limit in ("1GB", 0, True, 1.5):
         refused(OptionError, "memory_limit: expected None or a positive int, bytes", memory_limit=limit)
 
