@@ -164,7 +164,7 @@ SPELLED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("method", BLOCKS)
+@pytest.mark.parametrize("method", ["attnlrp", "cp_lrp"])
 @pytest.mark.parametrize("name", SPELLED)
 def test_spellings_are_the_same_as_compiled(name: str, method: str) -> None:
     model, x = Between(SPELLED[name]), torch.randn(3, 12, dtype=torch.float64)
