@@ -206,9 +206,17 @@ class GeneratorOurs(_LxmertGenerator):
 class GeneratorBaselines(_LxmertGenerator):
     """`lxmert/lxmert/src/ExplanationGenerator.py: GeneratorBaselines`; arguments as those of `GeneratorOurs`.
 
+    Args:
+        count_padding: let padded words and regions count where maps are averaged, stretched or multiplied, as the
+            original does; the answer then depends on the longest question of the batch.
+
     Every method gives R_t_t [N, N] and R_t_i [N, regions], with a batch's axis in front for several samples. All raise
     ClassIndexError or TargetError for the index.
     """
+
+    def __init__(self, *args: Any, count_padding: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.count_padding = bool(count_padding)
 
     def generate_transformer_attr(
         self, input: Any, index: Any = None, method_name: str = "transformer_attr"
@@ -223,7 +231,7 @@ class GeneratorBaselines(_LxmertGenerator):
     ) -> tuple[Tensor, Tensor]:
         """Relevance of the last layers' attention maps, each stretched to [0, 1]; zero where it is constant."""
         layers = self._layers(input, index, "relevance")
-        return _answer(*(_stretched(maps["relevance"].mean(1)) for maps in (layers.words[-1], layers.between)))
+        return _answer(*(_stretched(maps) for maps in (layers.words[-1], layers.between)))
 
     def generate_raw_attn(self, input: Any, method_name: str = "raw_attention") -> tuple[Tensor, Tensor]:
         """The last layers' attention maps themselves."""
@@ -258,10 +266,19 @@ class GeneratorBaselines(_LxmertGenerator):
                 "LXMERT: expected attention layers among words, among regions and between them, got"
                 f" {', '.join(site for site, _ in found) or 'none'}"
             )
-        return _Layers(words, regions, between[-1])
+        if self.count_padding:
+            return _Layers(words, regions, between[-1])
+        word = _unpadded(given.get("attention_mask"), words[0])
+        region = _unpadded(given.get("visual_attention_mask"), regions[0])
+        return _Layers(
+            [_without_padding(maps, word, word) for maps in words],
+            [_without_padding(maps, region, region) for maps in regions],
+            _without_padding(between[-1], word, region),
+        )
 
 
-_Maps: TypeAlias = "dict[str, Tensor]"  # attention, gradient or relevance of one layer. Each [B, H, Nq, Nk]
+# Of one layer attention, gradient or relevance, each [B, H, Nq, Nk], and the entries that count, [B, 1, Nq, Nk].
+_Maps: TypeAlias = "dict[str, Tensor]"
 
 
 @dataclass(frozen=True)
@@ -281,6 +298,18 @@ def _traced(engine: Engine, given: Mapping[str, Any], target: Any) -> list[tuple
     return [(site, {name: found[0] for (of, name), found in maps.items() if of == site}) for site in sites]
 
 
+def _unpadded(mask: Tensor | None, maps: _Maps) -> Tensor:
+    """Tokens that are no padding, of maps among them. [B, N]"""
+    some = next(iter(maps.values()))
+    return some.new_ones(len(some), some.shape[-1], dtype=torch.bool) if mask is None else mask.bool()
+
+
+def _without_padding(maps: _Maps, queries: Tensor, keys: Tensor) -> _Maps:
+    """Maps that are zero where a query or a key is padding."""
+    counted = queries[:, None, :, None] & keys[:, None, None, :]
+    return {**{name: torch.where(counted, found, 0.0) for name, found in maps.items()}, "counted": counted}
+
+
 def _answer(words: Tensor, regions: Tensor) -> tuple[Tensor, Tensor]:
     """R_t_t, whose class token shows nothing of itself, and R_t_i."""
     words[:, 0, 0] = 0
@@ -294,13 +323,19 @@ def _positive(maps: _Maps, what: str) -> Tensor:
 
 def _gradcam(maps: _Maps) -> Tensor:
     """Attention with heads weighted by their mean gradient, cut at zero. [B, Nq, Nk]"""
-    return (maps["attention"] * maps["gradient"].mean((-2, -1), keepdim=True)).mean(1).clamp(min=0)
+    gradient = maps["gradient"]
+    number = maps.get("counted", torch.ones_like(gradient, dtype=torch.bool)).sum((-2, -1), keepdim=True)
+    weight = gradient.sum((-2, -1), keepdim=True) / number
+    return (maps["attention"] * weight).mean(1).clamp(min=0)
 
 
-def _stretched(matrix: Tensor) -> Tensor:
-    """Each sample's values stretched to [0, 1]. [B, Nq, Nk]"""
-    low, high = matrix.amin((-2, -1), keepdim=True), matrix.amax((-2, -1), keepdim=True)
-    return (matrix - low) / torch.where(high > low, high - low, 1.0)
+def _stretched(maps: _Maps) -> Tensor:
+    """Each sample's relevance, its mean over heads, stretched to [0, 1]. [B, Nq, Nk]"""
+    matrix = maps["relevance"].mean(1)
+    counted = maps["counted"][:, 0] if "counted" in maps else torch.ones_like(matrix, dtype=torch.bool)
+    low = torch.where(counted, matrix, torch.inf).amin((-2, -1), keepdim=True)
+    high = torch.where(counted, matrix, -torch.inf).amax((-2, -1), keepdim=True)
+    return torch.where(counted, (matrix - low) / torch.where(high > low, high - low, 1.0), 0.0)
 
 
 def _rollout(edges: list[Tensor]) -> Tensor:
@@ -381,7 +416,7 @@ class DetrGenerator:
     def generate_partial_lrp(self, img: Tensor, target_index: int | Tensor, index: Any = None) -> Tensor:
         """Relevance of the last attention map between queries and image, stretched to [0, 1] over all queries."""
         maps = self._relevance(img, target_index, index)[-1]
-        return _stretched(maps["relevance"].mean(1))[:, target_index][None]
+        return _stretched(maps)[:, target_index][None]
 
     def generate_raw_attn(self, img: Tensor, target_index: int | Tensor) -> Tensor:
         """The last attention map between queries and image itself."""
