@@ -20,6 +20,7 @@ from relprop.errors import BackendError, OptionError
 from relprop.execute import Forward, PassResult, Trace, run_pass, run_sampled
 from relprop.explanation import Explanation, TokenKinds
 from relprop.export import example_batch, export_program, save
+from relprop.graph import Value
 from relprop.inputs import bind_inputs, check_mode, check_weights, placement
 from relprop.latents import module_patterns
 from relprop.lowering import PassFunction, output_shape
@@ -32,7 +33,16 @@ from relprop.program import Program, build_program
 from relprop.recurring import Recurring
 from relprop.replay import CudaRecorder, Recorder, Recording, Replays
 from relprop.tape import CpuRecorder
-from relprop.targets import Contrast, Target, TargetLike, count_targets, find_index, resolve_target, sent
+from relprop.targets import (
+    Contrast,
+    Target,
+    TargetLike,
+    block_diagonal,
+    count_targets,
+    find_index,
+    resolve_target,
+    sent,
+)
 from relprop.weights import DerivedWeights, DeriveOnce, Weights
 
 PRECISIONS = ("highest", "high", "medium")
@@ -253,7 +263,7 @@ class Engine:
         Args:
             args, kwargs: as the model takes them. First axes are the batch.
             target: what to explain; see `relprop.targets.resolve_target`.
-            ledger: keep the books of the relevance pass (slower).
+            ledger: keep the books of the relevance pass (slower), of a method that propagates relevance.
             check: run twice more with a slightly moved input and fill `disagreement` and `trustworthy`.
             batch_size: samples that are explained at a time; "auto" takes as many as the free memory holds, None all.
                 A callable target sees the output of these. A model that scores samples with each other takes all.
@@ -261,7 +271,7 @@ class Engine:
             Each sample's explanation is what it would be alone.
         Raises:
             ShapeError, DTypeError, DeviceError, NonFiniteError: the inputs. TargetError: the target.
-            ModelStateError: the model is in training mode. OptionError: the batch size.
+            ModelStateError: the model is in training mode. OptionError: the batch size; the ledger.
 
         Example:
             >>> from relprop.demo import bundled_scenes, load_model, preprocess
@@ -455,15 +465,30 @@ class Engine:
         readout = program.readout
         if ledger and isinstance(readout, SampledMap):
             raise OptionError(f"ledger: expected a method of one pass, got {program.method.name}, a mean over several")
+        if ledger and "relevance" not in program.seeds:
+            raise OptionError(f"ledger: expected a method that propagates relevance, got {program.method.name}")
 
         def aim(output: Tensor) -> Target:
             return resolve_target(target, output, self._dtype, self._pairs()) if resolved is None else resolved
 
-        def sampled(forward: Forward, aimed: Target) -> Tensor:
+        def sampled(forward: Forward, aimed: Target) -> dict[Value, Tensor]:
             assert isinstance(readout, SampledMap)
-            again = (lambda output: resolve_target(target, output, self._dtype)) if callable(target) else None
+
+            pairs = self._pairs()
+
+            def aim_again(output: Tensor, points: int) -> Tensor:
+                seeds = [aimed.seed] * points
+                if callable(target):  # it knows the batch of one point, and its seed depends on the output
+                    parts = output.chunk(points)
+                    if pairs:
+                        parts = tuple(part.chunk(points, 1)[i] for i, part in enumerate(parts))
+                    seeds = [resolve_target(target, part, self._dtype, pairs).seed for part in parts]
+                return block_diagonal(seeds) if pairs else torch.cat(seeds, 1)
+
             repeated = self._repeated(bound)
-            return run_sampled(program, readout, repeated, derive, forward, aimed, again, self._dtype, self._precision)
+            return run_sampled(
+                program, readout, repeated, derive, forward, aimed, aim_again, self._dtype, self._precision
+            )
 
         result = run_pass(
             program,

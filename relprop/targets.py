@@ -167,6 +167,17 @@ def aimed_at(index: Tensor, output: Tensor, seed_dtype: torch.dtype, several: bo
     return Target(seed.reshape(index.shape[1], *output.shape), kept, several)
 
 
+def block_diagonal(seeds: list[Tensor]) -> Tensor:
+    """Seeds of scores between samples, for several batches in one that have nothing to do with each other.
+
+    Args:
+        seeds: each [T, B, B]
+    Returns:
+        [T, k B, k B]
+    """
+    return torch.stack([torch.block_diag(*of_target) for of_target in zip(*seeds, strict=True)])
+
+
 def _own_column(target: TargetLike, output: Tensor) -> Tensor:
     """Samples are explained as if alone, so that none has a score with another one."""
     own = torch.arange(output.shape[0])

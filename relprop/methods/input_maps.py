@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -67,12 +67,8 @@ class _AtInput(Reader):
         return self.summed(self.first(reading))
 
     def by_input(self, graph: Graph, reading: Reading) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = {}
-        for name, value in entries(graph):
-            if (value, self.stream) in reading.streams:
-                part = self.summed(self._read(reading, value))
-                found[name] = found[name] + part if name in found else part
-        return found
+        values = [value for _, value in entries(graph) if (value, self.stream) in reading.streams]
+        return by_name(graph, {value: self.summed(self._read(reading, value)) for value in values})
 
     def first(self, reading: Reading) -> Tensor:
         """The stream at the first input."""
@@ -179,6 +175,15 @@ def only_one(requirements: Requirements, method: str) -> Requirements:
         names = ", ".join(value.name for value, _ in requirements.values)
         raise UnsupportedTopologyError(f"method {method!r}: expected one explained input, got {names}")
     return requirements
+
+
+def by_name(graph: Graph, maps: Mapping[Value, Tensor]) -> dict[str, Tensor]:
+    """Maps at the values of `entries`, added up by input."""
+    found: dict[str, Tensor] = {}
+    for name, value in entries(graph):
+        if value in maps:
+            found[name] = found[name] + maps[value] if name in found else maps[value]
+    return found
 
 
 def entries(graph: Graph) -> list[tuple[str, Value]]:
