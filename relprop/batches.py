@@ -18,9 +18,16 @@ def check_batch_size(batch_size: Any) -> None:
     """Raises:
     OptionError: neither None, "auto" nor a positive int.
     """
-    fits = isinstance(batch_size, int) and not isinstance(batch_size, bool) and batch_size > 0
-    if batch_size not in (None, "auto") and not fits:
-        raise OptionError(f"batch_size: expected None, 'auto' or a positive int, got {batch_size!r}")
+    if batch_size is not None and not (isinstance(batch_size, str) and batch_size == "auto"):
+        check_count("batch_size", batch_size, "None, 'auto' or ")
+
+
+def check_count(name: str, count: Any, otherwise: str = "") -> None:
+    """Raises:
+    OptionError: not a positive int.
+    """
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        raise OptionError(f"{name}: expected {otherwise}a positive int, got {count!r}")
 
 
 def pieces(

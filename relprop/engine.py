@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from relprop import cost, memory, trust
 from relprop.backends import choose_kernels
-from relprop.batches import check_batch_size, join, of_own_targets, pieces
+from relprop.batches import check_batch_size, check_count, join, of_own_targets, pieces
 from relprop.capture import Captured
 from relprop.composites import Composite, find_composite
 from relprop.errors import BackendError, OptionError
@@ -364,7 +364,11 @@ class Engine:
         Args:
             batch: samples.
             targets: per sample.
+        Raises:
+            OptionError: a number that is not a positive int.
         """
+        check_count("batch", batch)
+        check_count("targets", targets)
         return self._forecast(self._sizes(), targets, batch) + self.derived_memory
 
     @property
