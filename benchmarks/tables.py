@@ -131,12 +131,13 @@ def _race() -> dict[bool, list[dict[str, str]]]:
 
 
 def _race_cells(rows: list[dict[str, str]]) -> dict[tuple[str, str], str]:
-    """By contender and point: times of the forward pass / MiB."""
-    return {
-        (row["contender"], _point(row)): f"{float(row['ratio_to_forward']):.1f} / {int(row['peak_bytes']) / 2**20:.0f}"
-        for row in rows
-        if row["ratio_to_forward"]
-    }
+    """By contender and point: times of the forward pass / MiB, marked where it ran once."""
+    found = {}
+    for row in rows:
+        if row["ratio_to_forward"]:
+            times, once = float(row["ratio_to_forward"]), "°" if row["rounds"] == "1" else ""
+            found[row["contender"], _point(row)] = f"{times:.1f}{once} / {int(row['peak_bytes']) / 2**20:.0f}"
+    return found
 
 
 def _point(row: dict[str, str]) -> str:
@@ -155,8 +156,9 @@ def race() -> str:
     first = found[0]
     where = (
         f"Times of the forward pass / MiB beyond the model; one input. {first['device']}, {first['threads']}"
-        f" threads, float32, torch {first['torch']}. A dash: no answer or not yet measured; reasons and times"
-        " are in `benchmarks/results/peers_cpu.csv`. llama_1b is cut to 2 of 16 layers, which flatters"
+        f" threads, float32, torch {first['torch']}. Medians of rounds, °: of one; all of a column in one run. A dash:"
+        " no answer, or not measured; times with their spread, and reasons where it was tried, are in"
+        " `benchmarks/results/peers_cpu.csv`. llama_1b is cut to 2 of 16 layers, which flatters"
         " relprop: it computes the last layer's MLP for the one token whose logits are asked, half of the model here."
     )
     return f"{table(['contender', *points], rows)}\n\n{where}"

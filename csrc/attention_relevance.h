@@ -11,6 +11,7 @@
 
 #include <cstdint>
 
+#include "dtype.h"
 #include "stabiliser.h"
 
 namespace relprop {
@@ -31,16 +32,43 @@ enum class Edge : int {
   kAttention = 4,
 };
 
-// A tensor by its strides (in elements); its last axis is contiguous. No data where it is absent.
+// Tensors by their strides (in elements); the last axis is contiguous. No data where one is absent.
+
+// One that is read: of type T or of a half precision.
 template <typename T>
-struct Heads {  // [batch, heads, rows, width]
-  T* data = nullptr;
+struct Source {  // [targets, batch, heads, rows, width], without targets for the layer's own
+  const void* data = nullptr;
+  Widen<T> widen = nullptr;  // from a half precision
+  int64_t target = 0, batch = 0, head = 0, row = 0;
+
+  // Row i where elements are of type T.
+  const T* at(int64_t b, int64_t h, int64_t i, int64_t t = 0) const {
+    return static_cast<const T*>(data) + offset(b, h, i, t);
+  }
+  // Elements [begin, begin + count) of row i: the tensor's own memory where they are of type T, else `buffer`, filled.
+  const T* read(int64_t b, int64_t h, int64_t i, int64_t begin, int64_t count, T* buffer, int64_t t = 0) const {
+    if (widen == nullptr) return at(b, h, i, t) + begin;
+    widen(buffer, data, offset(b, h, i, t) + begin, count);
+    return buffer;
+  }
+  explicit operator bool() const { return data != nullptr; }
+
+ private:
+  int64_t offset(int64_t b, int64_t h, int64_t i, int64_t t) const {
+    return t * target + b * batch + h * head + i * row;
+  }
+};
+
+// Flags, one byte each.
+struct Flags {  // [batch, heads, queries, keys]
+  const uint8_t* data = nullptr;
   int64_t batch = 0, head = 0, row = 0;
 
-  T* at(int64_t b, int64_t h, int64_t i) const { return data + b * batch + h * head + i * row; }
+  const uint8_t* at(int64_t b, int64_t h, int64_t i) const { return data + b * batch + h * head + i * row; }
   explicit operator bool() const { return data != nullptr; }
 };
 
+// One that is written.
 template <typename T>
 struct TargetHeads {  // [targets, batch, heads, rows, width]
   T* data = nullptr;
@@ -55,14 +83,14 @@ struct AttentionRelevance {
   int64_t targets, batch, heads, key_heads, queries, keys, d, dv;
   int64_t row_targets;  // of row and row_out: `targets`, or any number for Edge::kAttention
 
-  Heads<const T> q, k, v, output;  // output: needed for relevance, and where exact_output is set
-  Heads<const T> bias;             // added to the logits; axes of stride 0 broadcast
-  Heads<const uint8_t> seen;       // which keys a query sees; axes of stride 0 broadcast
+  Source<T> q, k, v, output;  // output: needed for relevance, and where exact_output is set
+  Source<T> bias;             // added to the logits; axes of stride 0 broadcast
+  Flags seen;                 // which keys a query sees; axes of stride 0 broadcast
   double scale;
   bool causal;        // query i sees keys up to i
-  bool exact_output;  // output was not rounded to less than T, so that sum(A grad_A) is dO output
+  bool exact_output;  // output is of type T and not rounded to less, so that sum(A grad_A) is dO output
 
-  TargetHeads<const T> gradient, relevance;              // dO, R_O
+  Source<T> gradient, relevance;                         // dO, R_O
   TargetHeads<T> gradient_q, gradient_k, gradient_v;     // dq, dk, dv
   TargetHeads<T> relevance_q, relevance_k, relevance_v;  // R_q, R_k, R_v
   const T* row;                                          // [row_targets, batch, queries]

@@ -7,12 +7,26 @@
 namespace relprop {
 namespace {
 
+using DTypes = std::map<std::string, int>;  // of tensors that are not of the type computed in
+
+// Of type T or of a half precision.
 template <typename T>
-Heads<T> heads_of(const AttentionTensors& tensors, const char* name) {
+Source<T> source_of(const AttentionTensors& tensors, const DTypes& dtypes, const char* name, bool targets = false) {
+  const auto* found = tensors.find(name, targets ? 4 : 3);
+  if (found == nullptr) return {};
+  const auto code = dtypes.find(name);
+  const DType dtype = code == dtypes.end() ? kDTypeOf<T> : checked_dtype(name, code->second);
+  const Operand<T> read = operand<T>(name, {found->first, static_cast<int>(dtype)});
+  const std::vector<int64_t>& strides = found->second;
+  const size_t first = targets ? 1 : 0;
+  return {read.data, read.widen, targets ? strides[0] : 0, strides[first], strides[first + 1], strides[first + 2]};
+}
+
+Flags flags_of(const AttentionTensors& tensors, const char* name) {
   const auto* found = tensors.find(name, 3);
   if (found == nullptr) return {};
   const std::vector<int64_t>& strides = found->second;
-  return {as<T>(found->first), strides[0], strides[1], strides[2]};
+  return {as<const uint8_t>(found->first), strides[0], strides[1], strides[2]};
 }
 
 template <typename T>
@@ -24,9 +38,9 @@ TargetHeads<T> target_heads_of(const AttentionTensors& tensors, const char* name
 }
 
 // sizes: targets, batch, heads, key_heads, queries, keys, d, dv, row_targets
-void bind_attention_relevance(int itemsize, const AttentionSizes& sizes, const AttentionTensors::Map& map, double scale,
-                              bool causal, bool exact_output, int qk, int edge, int qk_kind, double qk_epsilon,
-                              int av_kind, double av_epsilon, int threads) {
+void bind_attention_relevance(int itemsize, const AttentionSizes& sizes, const AttentionTensors::Map& map,
+                              const DTypes& dtypes, double scale, bool causal, bool exact_output, int qk, int edge,
+                              int qk_kind, double qk_epsilon, int av_kind, double av_epsilon, int threads) {
   const AttentionTensors tensors(map);
   check_threads(threads);
   const QkRule rule = checked_kind("qk", qk, QkRule::kDetached);
@@ -38,13 +52,12 @@ void bind_attention_relevance(int itemsize, const AttentionSizes& sizes, const A
     AttentionRelevance<T> in{};
     std::tie(in.targets, in.batch, in.heads, in.key_heads, in.queries, in.keys, in.d, in.dv, in.row_targets) =
         std::tuple_cat(sizes);
-    in.q = heads_of<const T>(tensors, "q"), in.k = heads_of<const T>(tensors, "k"),
-    in.v = heads_of<const T>(tensors, "v");
-    in.output = heads_of<const T>(tensors, "output"), in.bias = heads_of<const T>(tensors, "bias");
-    in.seen = heads_of<const uint8_t>(tensors, "seen");
-    in.scale = scale, in.causal = causal, in.exact_output = exact_output;
-    in.gradient = target_heads_of<const T>(tensors, "gradient"),
-    in.relevance = target_heads_of<const T>(tensors, "relevance");
+    in.q = source_of<T>(tensors, dtypes, "q"), in.k = source_of<T>(tensors, dtypes, "k");
+    in.v = source_of<T>(tensors, dtypes, "v"), in.output = source_of<T>(tensors, dtypes, "output");
+    in.bias = source_of<T>(tensors, dtypes, "bias"), in.seen = flags_of(tensors, "seen");
+    in.scale = scale, in.causal = causal, in.exact_output = exact_output && in.output.widen == nullptr;
+    in.gradient = source_of<T>(tensors, dtypes, "gradient", true);
+    in.relevance = source_of<T>(tensors, dtypes, "relevance", true);
     in.gradient_q = target_heads_of<T>(tensors, "gradient_q"),
     in.gradient_k = target_heads_of<T>(tensors, "gradient_k");
     in.gradient_v = target_heads_of<T>(tensors, "gradient_v"),
@@ -64,9 +77,9 @@ void bind_attention_relevance(int itemsize, const AttentionSizes& sizes, const A
 
 void bind(py::module_& module) {
   module.def("attention_relevance", taped<&bind_attention_relevance>, release_gil(), py::arg("itemsize"),
-             py::arg("sizes"), py::arg("tensors"), py::arg("scale"), py::arg("causal"), py::arg("exact_output"),
-             py::arg("qk"), py::arg("edge"), py::arg("qk_stabiliser_kind"), py::arg("qk_epsilon"),
-             py::arg("av_stabiliser_kind"), py::arg("av_epsilon"), py::arg("threads"));
+             py::arg("sizes"), py::arg("tensors"), py::arg("dtypes"), py::arg("scale"), py::arg("causal"),
+             py::arg("exact_output"), py::arg("qk"), py::arg("edge"), py::arg("qk_stabiliser_kind"),
+             py::arg("qk_epsilon"), py::arg("av_stabiliser_kind"), py::arg("av_epsilon"), py::arg("threads"));
 }
 
 const Bindings bindings(bind);

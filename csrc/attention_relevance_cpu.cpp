@@ -59,13 +59,14 @@ template <typename T>
 struct Layout {
   bool streams, edge, positive;
   bool gradient_map, gradient_logits, relevance_map, relevance_shares;
+  bool pack_k, pack_q, pack_gradient;  // to rows of whole lanes of type T
   int64_t groups, row_blocks, key_blocks, chunks, tasks;
   int64_t d_padded, dv_padded, qk_width;
 
   int64_t room_size = 0, sums_size = 0, row_part_size = 0, query_sums_size = 0;
   int64_t k_transposed, v_transposed, k_rows, v_rows, k_signed, k_signed_transposed;
   int64_t q_rows, q_signed, gradient_rows, shares, dots, attention, to_attention, share, positive_dots, output;
-  int64_t highest, inverse_sum, gradient_sums, row_weights, query_sums, gradient_q, relevance_q, own_sums;
+  int64_t output_row, highest, inverse_sum, gradient_sums, row_weights, query_sums, gradient_q, relevance_q, own_sums;
   int64_t gradient_k, gradient_v, relevance_k, relevance_v;
 
   explicit Layout(const AttentionRelevance<T>& in) {
@@ -85,6 +86,8 @@ struct Layout {
     tasks = heads * chunks;
     d_padded = whole_lanes(in.d), dv_padded = whole_lanes(in.dv);
     qk_width = positive ? 2 * d_padded : d_padded;
+    pack_k = d_padded != in.d || in.k.widen != nullptr, pack_q = d_padded != in.d || in.q.widen != nullptr;
+    pack_gradient = in.gradient && (dv_padded != in.dv || in.gradient.widen != nullptr);
     place_sums(in);
     place_room(in);
   }
@@ -104,20 +107,22 @@ struct Layout {
     int64_t& size = room_size;
     k_transposed = take(size, keys * in.d);
     v_transposed = take(size, streams ? keys * in.dv : 0);
-    k_rows = take(size, d_padded != in.d ? in.keys * d_padded : 0);
-    v_rows = take(size, gradient_logits && !in.exact_output && dv_padded != in.dv ? kKeys * dv_padded : 0);
+    k_rows = take(size, pack_k ? in.keys * d_padded : 0);
+    const bool output_anew = gradient_logits && !in.exact_output;
+    v_rows = take(size, in.v.widen != nullptr || (output_anew && dv_padded != in.dv) ? kKeys * dv_padded : 0);
     k_signed = take(size, positive ? in.keys * qk_width : 0);
     k_signed_transposed = take(size, positive ? keys * qk_width : 0);
-    q_rows = take(size, d_padded != in.d ? kRows * d_padded : 0);
+    q_rows = take(size, pack_q ? kRows * d_padded : 0);
     q_signed = take(size, positive ? kRows * qk_width : 0);
-    gradient_rows = take(size, in.gradient && dv_padded != in.dv ? target_rows * dv_padded : 0);
+    gradient_rows = take(size, pack_gradient ? target_rows * dv_padded : 0);
     shares = take(size, in.relevance ? target_rows * dv_padded : 0);
     dots = take(size, kRows * keys);
     attention = take(size, tile);
     to_attention = take(size, gradient_map ? tile : 0);
     share = take(size, relevance_map ? tile : 0);
     positive_dots = take(size, positive ? tile : 0);
-    output = take(size, gradient_logits && !in.exact_output ? kRows * dv_padded : 0);
+    output = take(size, output_anew ? kRows * dv_padded : 0);
+    output_row = take(size, in.relevance && in.output.widen != nullptr ? dv_padded : 0);
     highest = take(size, kRows);
     inverse_sum = take(size, kRows);
     gradient_sums = take(size, gradient_logits ? target_rows : 0);

@@ -142,12 +142,14 @@ RELPROP_INLINE T inner_product(const T* a, const T* b, int64_t size) {
   return lanes[0];
 }
 
-// Rows [rows, width] to rows of whole lanes, the rest 0.
+// Rows [i0, i0 + rows) of a head, each of `width`, to rows of type T and of whole lanes, the rest 0.
 template <typename T>
-RELPROP_INLINE void pack_rows(T* out, int64_t out_row, const T* rows_at, int64_t row, int64_t rows, int64_t width) {
-  for (int64_t i = 0; i < rows; ++i) {
-    for (int64_t c = 0; c < width; ++c) out[i * out_row + c] = rows_at[i * row + c];
-    for (int64_t c = width; c < out_row; ++c) out[i * out_row + c] = T(0);
+RELPROP_INLINE void pack_rows(T* out, int64_t out_row, const Source<T>& source, int64_t b, int64_t h, int64_t i0,
+                              int64_t rows, int64_t width, int64_t t = 0) {
+  for (int64_t i = 0; i < rows; ++i, out += out_row) {
+    const T* from = source.read(b, h, i0 + i, 0, width, out, t);
+    if (from != out) std::copy_n(from, width, out);
+    for (int64_t c = width; c < out_row; ++c) out[c] = T(0);
   }
 }
 
@@ -229,18 +231,29 @@ struct Task {
   }
 
   void pack_keys() {
-    k = in.k.at(b, key_head, 0), k_row = in.k.row;
-    pack_transposed(room + at.k_transposed, k, k_row, in.keys, in.d);
-    if (at.streams) pack_transposed(room + at.v_transposed, in.v.at(b, key_head, 0), in.v.row, in.keys, in.dv);
-    if (at.d_padded != in.d) {
-      pack_rows(room + at.k_rows, at.d_padded, k, k_row, in.keys, in.d);
+    if (at.pack_k) {
+      pack_rows(room + at.k_rows, at.d_padded, in.k, b, key_head, 0, in.keys, in.d);
       k = room + at.k_rows, k_row = at.d_padded;
+    } else {
+      k = in.k.at(b, key_head, 0), k_row = in.k.row;
+    }
+    pack_transposed(room + at.k_transposed, k, k_row, in.keys, in.d);
+    for (int64_t n = 0; at.streams && n < at.key_blocks; ++n) {
+      const auto [v, v_row] = value_rows(n, in.v.widen != nullptr);
+      pack_transposed(room + at.v_transposed + n * in.dv * kKeys, v, v_row, count(n), in.dv);
     }
     qk_k = k, qk_k_row = k_row;
     if (!at.positive) return;
     pack_signed(room + at.k_signed, at.d_padded, k, k_row, in.keys, in.d);
     qk_k = room + at.k_signed, qk_k_row = at.qk_width;
     pack_transposed(room + at.k_signed_transposed, qk_k, qk_k_row, in.keys, at.qk_width);
+  }
+
+  // Values of key block n and how far apart their rows are, packed or as they lie.
+  std::pair<const T*, int64_t> value_rows(int64_t n, bool packed) const {
+    if (!packed) return {in.v.at(b, key_head, n * kKeys), in.v.row};
+    pack_rows(room + at.v_rows, at.dv_padded, in.v, b, key_head, n * kKeys, count(n), in.dv);
+    return {room + at.v_rows, at.dv_padded};
   }
 
   void row_block(int64_t item) {
@@ -265,10 +278,11 @@ struct Task {
   int64_t columns(int64_t n) const { return whole_lanes(count(n)); }
 
   void pack_queries() {
-    q = in.q.at(b, head, i0), q_row = in.q.row;
-    if (at.d_padded != in.d) {
-      pack_rows(room + at.q_rows, at.d_padded, q, q_row, rows, in.d);
+    if (at.pack_q) {
+      pack_rows(room + at.q_rows, at.d_padded, in.q, b, head, i0, rows, in.d);
       q = room + at.q_rows, q_row = at.d_padded;
+    } else {
+      q = in.q.at(b, head, i0), q_row = in.q.row;
     }
     qk_q = q, qk_q_row = q_row;
     if (!at.positive) return;
@@ -284,7 +298,8 @@ struct Task {
     for (int64_t j = 0; j < width; ++j) x[j] = from[j] * scale;
     int64_t seen = count(n);
     if (in.bias) {
-      const T* bias = in.bias.at(b, head, i0 + i) + j0;
+      T buffer[kKeys];
+      const T* bias = in.bias.read(b, head, i0 + i, j0, seen, buffer);
       for (int64_t j = 0; j < seen; ++j) x[j] += bias[j];
     }
     if (in.seen) {
@@ -322,9 +337,9 @@ struct Task {
   }
 
   const T* gradient_rows(int64_t t) const {
-    return at.dv_padded == in.dv ? in.gradient.at(t, b, head, i0) : room + at.gradient_rows + t * kRows * at.dv_padded;
+    return at.pack_gradient ? room + at.gradient_rows + t * kRows * at.dv_padded : in.gradient.at(b, head, i0, t);
   }
-  int64_t gradient_row() const { return at.dv_padded == in.dv ? in.gradient.row : at.dv_padded; }
+  int64_t gradient_row() const { return at.pack_gradient ? at.dv_padded : in.gradient.row; }
   T* shares(int64_t t) const { return room + at.shares + t * kRows * at.dv_padded; }
 
   void pack_streams() {
@@ -335,16 +350,16 @@ struct Task {
     for (int64_t t = 0; in.relevance && t < in.targets; ++t) {
       std::fill_n(shares(t), rows * at.dv_padded, T(0));
       for (int64_t i = 0; i < rows; ++i) {
-        share_row(shares(t) + i * at.dv_padded, in.relevance.at(t, b, head, i0 + i), in.output.at(b, head, i0 + i),
-                  in.dv, in.av_stabiliser);
+        T* share = shares(t) + i * at.dv_padded;
+        const T* relevance = in.relevance.read(b, head, i0 + i, 0, in.dv, share, t);
+        const T* output = in.output.read(b, head, i0 + i, 0, in.dv, room + at.output_row);
+        share_row(share, relevance, output, in.dv, in.av_stabiliser);
       }
     }
     if (!in.gradient) return;
-    if (at.dv_padded != in.dv) {
-      for (int64_t t = 0; t < in.targets; ++t) {
-        pack_rows(room + at.gradient_rows + t * kRows * at.dv_padded, at.dv_padded, in.gradient.at(t, b, head, i0),
-                  in.gradient.row, rows, in.dv);
-      }
+    for (int64_t t = 0; at.pack_gradient && t < in.targets; ++t) {
+      pack_rows(room + at.gradient_rows + t * kRows * at.dv_padded, at.dv_padded, in.gradient, b, head, i0, rows, in.dv,
+                t);
     }
     if (at.gradient_logits) gradient_sums();
   }
@@ -356,7 +371,7 @@ struct Task {
     for (int64_t t = 0; t < in.targets; ++t) {
       for (int64_t i = 0; i < rows; ++i) {
         room[at.gradient_sums + t * kRows + i] =
-            inner_product(in.gradient.at(t, b, head, i0 + i), output + i * output_row, in.dv);
+            inner_product(gradient_rows(t) + i * gradient_row(), output + i * output_row, in.dv);
       }
     }
   }
@@ -367,12 +382,7 @@ struct Task {
     for (int64_t n = 0; n < blocks; ++n) {
       T* a = room + at.attention;
       for (int64_t i = 0; i < rows; ++i) probabilities(a + i * kKeys, i, n);
-      const T* v = in.v.at(b, key_head, n * kKeys);
-      int64_t v_row = in.v.row;
-      if (at.dv_padded != in.dv) {
-        pack_rows(room + at.v_rows, at.dv_padded, v, v_row, count(n), in.dv);
-        v = room + at.v_rows, v_row = at.dv_padded;
-      }
+      const auto [v, v_row] = value_rows(n, in.v.widen != nullptr || at.dv_padded != in.dv);
       multiply(output, at.dv_padded, a, kKeys, 1, v, v_row, rows, in.dv, count(n), true);
     }
     return output;
@@ -525,12 +535,14 @@ void write_keys(const AttentionRelevance<T>& in, const Layout<T>& at, T* sums, i
         std::copy_n(gathered(in, at, sums + at.gradient_v, at.dv_padded, t, j), in.dv,
                     in.gradient_v.at(t, b, key_head, j));
       if (in.relevance_k) {
-        half_shares(in.relevance_k.at(t, b, key_head, j), in.k.at(b, key_head, j),
+        T* out = in.relevance_k.at(t, b, key_head, j);
+        half_shares(out, in.k.read(b, key_head, j, 0, in.d, out),
                     gathered(in, at, sums + at.relevance_k, at.qk_width, t, j), in.d, at.positive ? at.d_padded : 0);
       }
       if (in.relevance_v) {
-        const T *sum = gathered(in, at, sums + at.relevance_v, at.dv_padded, t, j), *v = in.v.at(b, key_head, j);
         T* out = in.relevance_v.at(t, b, key_head, j);
+        const T* sum = gathered(in, at, sums + at.relevance_v, at.dv_padded, t, j);
+        const T* v = in.v.read(b, key_head, j, 0, in.dv, out);
         for (int64_t c = 0; c < in.dv; ++c) out[c] = value_factor * v[c] * sum[c];
       }
     }

@@ -84,13 +84,17 @@ inline void check_threads(int threads) {
   if (threads < 1) throw std::invalid_argument("threads: expected at least 1, got " + std::to_string(threads));
 }
 
+inline void check_epsilon(double epsilon) {
+  if (!(epsilon >= 0.0) || std::isinf(epsilon)) {
+    throw std::invalid_argument("epsilon: expected a finite number >= 0, got " + std::to_string(epsilon));
+  }
+}
+
 inline Stabiliser checked_stabiliser(int kind, double epsilon) {
   if (kind != 0 && kind != 1) {
     throw std::invalid_argument("stabiliser_kind: expected 0 (signed) or 1 (reference), got " + std::to_string(kind));
   }
-  if (!(epsilon >= 0.0) || std::isinf(epsilon)) {
-    throw std::invalid_argument("epsilon: expected a finite number >= 0, got " + std::to_string(epsilon));
-  }
+  check_epsilon(epsilon);
   return {static_cast<StabiliserKind>(kind), epsilon};
 }
 

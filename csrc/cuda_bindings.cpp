@@ -14,7 +14,6 @@
 #include "linear_gamma_cuda.h"
 #include "matmul_half_cuda.h"
 #include "norm_gradient_cuda.h"
-#include "rollout_row_cuda.h"
 #include "softmax_taylor_cuda.h"
 
 namespace relprop {
@@ -183,6 +182,7 @@ void bind_softmax_taylor(const Context& context, Pointer out, Pointer relevance,
 void bind_norm_gradient(const Context& context, Pointer out, Pointer gradient, Pointer x, Pointer weight,
                         int64_t targets, int64_t rows, int64_t n, double epsilon, int norm) {
   const Norm kind = choice<Norm>("norm", norm, 2);
+  check_epsilon(epsilon);
   if (checked_product({{"targets", targets}, {"rows", rows}, {"n", n}}) == 0) return;
   check_pointers({{"out", out}, {"gradient", gradient}, {"x", x}});
   norm_gradient_cuda(values_of(context), streams_of(context), as<void>(out), as<void>(gradient), as<void>(x),
@@ -196,17 +196,6 @@ void bind_activation_gradient(const Context& context, Pointer out, Pointer gradi
   check_pointers({{"out", out}, {"gradient", gradient}, {"x", x}});
   activation_gradient_cuda(values_of(context), streams_of(context), as<void>(out), as<void>(gradient), as<void>(x),
                            targets, size, kind, stream_of(context));
-}
-
-void bind_rollout_row(const Context& context, Pointer out, Pointer row, Pointer queried, Pointer gradient,
-                      Pointer relevance, int64_t samples, int64_t heads, int64_t queries, int64_t keys) {
-  if (heads < 1) throw std::invalid_argument("heads: expected at least 1, got " + std::to_string(heads));
-  const int64_t maps = checked_product({{"samples", samples}, {"heads", heads}, {"queries", queries}, {"keys", keys}});
-  if (checked_product({{"samples", samples}, {"keys", keys}}) == 0) return;
-  check_pointers({{"out", out}, {"row", row}});
-  if (maps > 0) check_pointers({{"queried", queried}, {"relevance", relevance}});
-  rollout_row_cuda(streams_of(context), as<float>(out), as<float>(row), as<float>(queried), as<void>(gradient),
-                   as<void>(relevance), samples, heads, queries, keys, stream_of(context));
 }
 
 py::dict build_info() {
@@ -237,7 +226,6 @@ PYBIND11_MODULE(_cuda, module) {
   module.def("softmax_taylor", &bind_softmax_taylor, release_gil());
   module.def("norm_gradient", &bind_norm_gradient, release_gil());
   module.def("activation_gradient", &bind_activation_gradient, release_gil());
-  module.def("rollout_row", &bind_rollout_row, release_gil());
   module.def("build_info", &build_info, "How this module was built and whether it can run here.");
   module.def("set_order", &set_cuda_order, py::arg("order"),
              "Emulation only: fibres run forwards (0), backwards (1) or shuffled (2). For tests.");

@@ -8,12 +8,6 @@
 namespace relprop {
 namespace {
 
-void check_epsilon(double epsilon) {
-  if (!(epsilon >= 0.0) || std::isinf(epsilon)) {
-    throw std::invalid_argument("epsilon: expected a finite number >= 0, got " + std::to_string(epsilon));
-  }
-}
-
 Norm checked_norm(int norm) {
   if (norm != 0 && norm != 1) {
     throw std::invalid_argument("norm: expected 0 (layer) or 1 (rms), got " + std::to_string(norm));

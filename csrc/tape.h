@@ -28,6 +28,8 @@ inline void each_pointer(std::vector<TensorArgument>& tensors, const EachPointer
 template <size_t kSize>
 void each_pointer(const std::array<int64_t, kSize>&, const EachPointer&) {}
 
+inline void each_pointer(const std::map<std::string, int>&, const EachPointer&) {}
+
 // (address, dtype, row stride, column stride)
 inline void each_pointer(std::tuple<Pointer, int, int64_t, int64_t>& matrix, const EachPointer& each) {
   each(std::get<0>(matrix));

@@ -11,27 +11,38 @@ from torch import Tensor
 
 from relprop.errors import OptionError
 from relprop.explanation import Explanation
-from relprop.targets import TargetLike
+from relprop.targets import TargetLike, of_samples
 
 
 def check_batch_size(batch_size: Any) -> None:
     """Raises:
     OptionError: neither None, "auto" nor a positive int.
     """
-    fits = isinstance(batch_size, int) and not isinstance(batch_size, bool) and batch_size > 0
-    if batch_size not in (None, "auto") and not fits:
-        raise OptionError(f"batch_size: expected None, 'auto' or a positive int, got {batch_size!r}")
+    if batch_size is not None and not (isinstance(batch_size, str) and batch_size == "auto"):
+        check_count("batch_size", batch_size, "None, 'auto' or ")
+
+
+def check_count(name: str, count: Any, otherwise: str = "") -> None:
+    """Raises:
+    OptionError: not a positive int.
+    """
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        raise OptionError(f"{name}: expected {otherwise}a positive int, got {count!r}")
 
 
 def pieces(
     inputs: dict[int, Any], batched: frozenset[int], target: TargetLike, size: int
 ) -> Iterator[tuple[dict[int, Any], TargetLike]]:
-    """Inputs by value index and targets, at most `size` samples at a time."""
+    """Inputs by value index and targets, at most `size` samples at a time.
+
+    Raises:
+        TargetError: the target's entries are not one for each sample.
+    """
     batch = next(len(inputs[i]) for i in inputs if i in batched)
-    per_sample = isinstance(target, list) or (isinstance(target, Tensor) and target.ndim > 0)
     for at in range(0, batch, size):
-        part = {i: t[at : at + size] if i in batched else t for i, t in inputs.items()}
-        yield part, target[at : at + size] if per_sample else target  # type: ignore[index]
+        samples = slice(at, at + size)
+        part = {i: t[samples] if i in batched else t for i, t in inputs.items()}
+        yield part, of_samples(target, samples, batch)
 
 
 def join(parts: list[Explanation]) -> Explanation:
@@ -58,4 +69,22 @@ def join(parts: list[Explanation]) -> Explanation:
         )
         for path, latent in parts[0].latents.items()
     }
+    if (kinds := parts[0].kinds) is not None:
+        profiles = [part.kinds.profile for part in parts if part.kinds is not None]
+        whole["kinds"] = replace(kinds, profile=torch.cat(profiles, 1))
     return replace(parts[0], **whole)
+
+
+def of_own_targets(explanation: Explanation) -> Explanation:
+    """Of an explanation with a target for each sample, T = B, each sample's answer to its own."""
+
+    def own(found: Tensor | None) -> Tensor | None:
+        return None if found is None else found.diagonal(dim1=0, dim2=1).movedim(-1, 0)
+
+    whole = {field: own(getattr(explanation, field)) for field in ("relevance", "disagreement", "trustworthy")}
+    maps = {f: {name: own(t) for name, t in getattr(explanation, f).items()} for f in ("relevances", "matrices")}
+    latents = {
+        path: replace(latent, coefficient=own(latent.coefficient), relevance=own(latent.relevance), several=False)
+        for path, latent in explanation.latents.items()
+    }
+    return replace(explanation, latents=latents, **whole, **maps)  # type: ignore[arg-type]

@@ -352,7 +352,7 @@ def find_composite(composite: str | Composite) -> Composite:
     """
     if isinstance(composite, Composite):
         return composite
-    if composite not in COMPOSITES:
+    if not isinstance(composite, str) or composite not in COMPOSITES:
         raise unknown_name("composite", composite, COMPOSITES)
     return COMPOSITES[composite]
 

@@ -13,14 +13,16 @@ from torch import Tensor, nn
 
 from relprop import cost, memory, trust
 from relprop.backends import choose_kernels
-from relprop.batches import check_batch_size, join, pieces
+from relprop.batches import check_batch_size, check_count, join, of_own_targets, pieces
 from relprop.capture import Captured
 from relprop.composites import Composite, find_composite
 from relprop.errors import BackendError, OptionError
 from relprop.execute import Forward, PassResult, Trace, run_pass, run_sampled
 from relprop.explanation import Explanation, TokenKinds
 from relprop.export import example_batch, export_program, save
+from relprop.graph import Value
 from relprop.inputs import bind_inputs, check_mode, check_weights, placement
+from relprop.latents import module_patterns
 from relprop.lowering import PassFunction, output_shape
 from relprop.methods import Reading, find_method
 from relprop.methods.sampled import SampledMap
@@ -31,7 +33,16 @@ from relprop.program import Program, build_program
 from relprop.recurring import Recurring
 from relprop.replay import CudaRecorder, Recorder, Recording, Replays
 from relprop.tape import CpuRecorder
-from relprop.targets import Target, TargetLike, find_index, resolve_target, sent
+from relprop.targets import (
+    Contrast,
+    Target,
+    TargetLike,
+    block_diagonal,
+    count_targets,
+    find_index,
+    resolve_target,
+    sent,
+)
 from relprop.weights import DerivedWeights, DeriveOnce, Weights
 
 PRECISIONS = ("highest", "high", "medium")
@@ -49,7 +60,7 @@ def compile(
     backend: str = "auto",
     precision: str = "highest",
     output: str | int | Callable[..., Any] | None = None,
-    latents: Sequence[str] = (),
+    latents: str | Sequence[str] = (),
     compile: bool = False,
     cuda_graph: bool = False,
     tape: bool | None = None,
@@ -69,7 +80,8 @@ def compile(
             float32 accumulation where the hardware has them.
         output: which of several outputs to explain: a key, an index, or a function of the output.
         latents: module paths ("blocks.*.mlp", "blocks.3:input", "blocks.5.attn:heads") at which relevance is kept for
-            `Explanation.at`.
+            `Explanation.at`. Of a module that is called several times every call is kept, as "path@0", "path@1". Heads
+            are what each head makes of the values; where heads are mixed after the softmax, the mixed ones.
         compile: run the pass as one graph through torch.compile, kernels as custom ops in it. Made once per padded
             batch size, which takes long.
         cuda_graph: record the pass as a CUDA graph once per padded batch size, and replay it.
@@ -107,7 +119,8 @@ def compile(
     if tape and compile:
         raise OptionError("tape: expected it without compile, got both")
     kernels = choose_kernels(backend, dtype, device, precision)
-    key = (method, rules, _hashable(method_options), backend, dtype, str(device), precision, tuple(latents))
+    inside = module_patterns(latents)
+    key = (method, rules, _hashable(method_options), backend, dtype, str(device), precision, inside)
 
     def build(books: bool) -> Program:
         return build_program(
@@ -118,7 +131,7 @@ def compile(
             kernels,
             plan.captured.batch_symbols,
             books=books,
-            latents=latents,
+            latents=inside,
         )
 
     with CACHE.lock:
@@ -250,14 +263,15 @@ class Engine:
         Args:
             args, kwargs: as the model takes them. First axes are the batch.
             target: what to explain; see `relprop.targets.resolve_target`.
-            ledger: keep the books of the relevance pass (slower).
+            ledger: keep the books of the relevance pass (slower), of a method that propagates relevance.
             check: run twice more with a slightly moved input and fill `disagreement` and `trustworthy`.
             batch_size: samples that are explained at a time; "auto" takes as many as the free memory holds, None all.
+                A callable target sees the output of these. A model that scores samples with each other takes all.
         Returns:
             Each sample's explanation is what it would be alone.
         Raises:
             ShapeError, DTypeError, DeviceError, NonFiniteError: the inputs. TargetError: the target.
-            ModelStateError: the model is in training mode. OptionError: the batch size.
+            ModelStateError: the model is in training mode. OptionError: the batch size; the ledger.
 
         Example:
             >>> from relprop.demo import bundled_scenes, load_model, preprocess
@@ -273,6 +287,11 @@ class Engine:
             batched = frozenset(i for i, is_batch in self._batched.items() if is_batch)
             batch = next((len(inputs[i]) for i in inputs if i in batched), 1)
             size = self._fitting(inputs, target, batch) if batch_size == "auto" else batch_size
+            if size is not None and int(size) < batch and self._pairs():
+                raise OptionError(
+                    "batch_size: expected a batch in one piece, as the output scores every sample with every sample"
+                    f" [B, B], got batch_size {batch_size!r}, which takes {size} of {batch} samples at a time"
+                )
             named = {
                 spec.path: inputs[value.index]
                 for spec in self._captured.inputs
@@ -286,13 +305,13 @@ class Engine:
             return replace(join(parts), inputs=named)
 
     def _explained(self, inputs: dict[int, Any], target: TargetLike, ledger: bool, check: bool) -> Explanation:
-        if self._replays is not None and not (ledger or check or callable(target)):
+        if self._replays is not None and not (ledger or check or callable(target) or isinstance(target, Contrast)):
             replayed = self._replayed(self._replays, inputs, target)
             if replayed is not None:
                 return replayed
         explanation, resolved, reading = self._explain(inputs, target, ledger)
         if not check:
-            return explanation
+            return of_own_targets(explanation) if resolved.apart else explanation
         own = reading.profile if self.program.readout.starts_from_profile else None
         if own is not None:
             own = own[..., : reading.tokens]
@@ -310,7 +329,8 @@ class Engine:
             ]
         ).amax(0)
         limit = trust.threshold(self.program.method.name, self._dtype)
-        return replace(explanation, disagreement=disagreement, trustworthy=disagreement <= limit)
+        explanation = replace(explanation, disagreement=disagreement, trustworthy=disagreement <= limit)
+        return of_own_targets(explanation) if resolved.apart else explanation
 
     def _replayed(self, replays: Replays, inputs: dict[int, Any], target: TargetLike) -> Explanation | None:
         """A run of fixed shapes, where there is one; the target is checked before, as nothing within reads values."""
@@ -344,7 +364,11 @@ class Engine:
         Args:
             batch: samples.
             targets: per sample.
+        Raises:
+            OptionError: a number that is not a positive int.
         """
+        check_count("batch", batch)
+        check_count("targets", targets)
         return self._forecast(self._sizes(), targets, batch) + self.derived_memory
 
     @property
@@ -367,17 +391,15 @@ class Engine:
 
     def _probe(self, sizes: Mapping[int, tuple[int, ...]], targets: int, batch: int) -> None:
         axes = self.program.graph.output.rank - 1
-        index = torch.zeros(batch, targets, *([axes] if axes > 1 else []), dtype=torch.int64)
+        index = None if self._pairs() else torch.zeros(batch, targets, *([axes] if axes > 1 else []), dtype=torch.int64)
         with torch.no_grad():
             self._explain(self._example(sizes, batch), index, False)
 
     def _fitting(self, inputs: dict[int, Any], target: TargetLike, batch: int) -> int:
         """As many samples as the free memory holds."""
         sizes = {i: (1 if is_batch else len(inputs[i]), *inputs[i].shape[1:]) for i, is_batch in self._batched.items()}
-        several = torch.as_tensor(target) if isinstance(target, (list, Tensor)) else torch.zeros(1)
-        targets = several.shape[1] if several.ndim > 1 else 1
         budget = int(memory.SHARE * memory.available(self._device))
-        return memory.largest_batch(lambda count: self._forecast(sizes, targets, count), budget, batch)
+        return memory.largest_batch(lambda count: self._forecast(sizes, count_targets(target), count), budget, batch)
 
     def export(self, path: str | Path, *, targets: int | None = None, compiled: bool = False) -> Path:
         """Write the forward and relevance pass as one `.pt2` file that runs without relprop.
@@ -420,7 +442,9 @@ class Engine:
         """Every stream at every value the sweep passes, and every attention map, for looking inside.
 
         Returns:
-            streams by (value name, stream) and maps by (module path, map name), with a leading axis of targets.
+            streams by (value name, stream), each [T, *shape], and the maps that the method reads ("attention",
+            "gradient", "relevance") by (module path, map name), each [T or 1, B, H, Nq, Nk]. A module that is called
+            several times has "path@0", "path@1".
         """
         with torch.no_grad():
             trace = Trace()
@@ -445,15 +469,30 @@ class Engine:
         readout = program.readout
         if ledger and isinstance(readout, SampledMap):
             raise OptionError(f"ledger: expected a method of one pass, got {program.method.name}, a mean over several")
+        if ledger and "relevance" not in program.seeds:
+            raise OptionError(f"ledger: expected a method that propagates relevance, got {program.method.name}")
 
         def aim(output: Tensor) -> Target:
             return resolve_target(target, output, self._dtype, self._pairs()) if resolved is None else resolved
 
-        def sampled(forward: Forward, aimed: Target) -> Tensor:
+        def sampled(forward: Forward, aimed: Target) -> dict[Value, Tensor]:
             assert isinstance(readout, SampledMap)
-            again = (lambda output: resolve_target(target, output, self._dtype)) if callable(target) else None
+
+            pairs = self._pairs()
+
+            def aim_again(output: Tensor, points: int) -> Tensor:
+                seeds = [aimed.seed] * points
+                if callable(target):  # it knows the batch of one point, and its seed depends on the output
+                    parts = output.chunk(points)
+                    if pairs:
+                        parts = tuple(part.chunk(points, 1)[i] for i, part in enumerate(parts))
+                    seeds = [resolve_target(target, part, self._dtype, pairs).seed for part in parts]
+                return block_diagonal(seeds) if pairs else torch.cat(seeds, 1)
+
             repeated = self._repeated(bound)
-            return run_sampled(program, readout, repeated, derive, forward, aimed, again, self._dtype, self._precision)
+            return run_sampled(
+                program, readout, repeated, derive, forward, aimed, aim_again, self._dtype, self._precision
+            )
 
         result = run_pass(
             program,
@@ -552,7 +591,7 @@ def explain(
     backend: str = "auto",
     precision: str = "highest",
     output: str | int | Callable[..., Any] | None = None,
-    latents: Sequence[str] = (),
+    latents: str | Sequence[str] = (),
     ledger: bool = False,
     check: bool = False,
     **kwargs: Any,

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from relprop.graph import Node, Value, substitute
-from relprop.latents import Latent, make_latent
+from relprop.latents import Latent, Paths, make_latent
 from relprop.ledger import Ledger, LedgerEntry, book, cancellation
 from relprop.methods.base import Reader, Reading, RowReader
-from relprop.methods.sampled import SampledMap
+from relprop.methods.input_maps import by_name
+from relprop.methods.sampled import Origin, SampledMap
 from relprop.methods.topology import explained_tokens, number_of_keys, padded_tokens, read_profile, tokens_read
 from relprop.program import ForwardStep, FusedStep, JointStep, JointStream, Program, ReverseStep, Scaled, StreamStep
 from relprop.rules import Absorbed, Call
@@ -41,7 +42,7 @@ class Trace:
     """Streams at every value and maps at every attention layer, for looking inside; see `Engine.trace`."""
 
     streams: dict[tuple[str, str], Tensor] = field(default_factory=dict)  # (value, stream) -> [T, *shape]
-    maps: dict[tuple[str, str], Tensor] = field(default_factory=dict)  # (module, map) -> [T, B, H, Nq, Nk]
+    maps: dict[tuple[str, str], Tensor] = field(default_factory=dict)  # (path, map) -> [T, B, H, Nq, Nk]
 
 
 def run_forward(
@@ -301,8 +302,9 @@ class Sweep:
                 self.reading.targets, *shape[1:], dtype=self.dtype, device=self.forward.device
             )
         if self.trace is not None:
+            path = Paths(self.program.graph).own(step.node)
             for name, found in call.maps.items():
-                self.trace.maps[step.node.module, name] = found
+                self.trace.maps[path, name] = found
         self.reader.visit(step.node, {name: call.maps[name] for name in step.maps}, self.reading)
 
     def _book(self, call: Call, stream: StreamStep, arrived: Any, passed: Any, booked: Absorbed) -> None:
@@ -371,7 +373,7 @@ def run_pass(
     ledger: bool = False,
     trace: Trace | None = None,
     explained: Tensor | None = None,
-    instead: Callable[[Forward, Target], Tensor] | None = None,
+    instead: Callable[[Forward, Target], dict[Value, Tensor]] | None = None,
 ) -> PassResult:
     """Forward pass, reverse sweep and read-out.
 
@@ -380,7 +382,8 @@ def run_pass(
         aim: from the model's output to what is explained of it.
         move: see `run_forward`.
         explained: `Reading.explained_tokens` of an earlier run with the same lengths, to make no tensor anew.
-        instead: makes the read-out's map from the forward pass, where one sweep does not; see `run_sampled`.
+        instead: makes the read-out's maps at explained inputs from the forward pass, where one sweep does not; see
+            `run_sampled`.
     """
     forward = run_forward(program, bound, derive, move)
     output = forward.tensors[program.graph.output.index]
@@ -389,8 +392,11 @@ def run_pass(
     reader = program.readout.reader()
     sweep = Sweep(program, forward, derive, reading, reader, dtype, precision, ledger, trace)
     books = None if instead is not None else sweep.run(target.seed)
-    relevance = reader.finish(reading) if instead is None else instead(forward, target)
-    by_input = reader.by_input(program.graph, reading) if instead is None else {}
+    if instead is None:
+        relevance, by_input = reader.finish(reading), reader.by_input(program.graph, reading)
+    else:
+        found = instead(forward, target)
+        relevance, by_input = next(iter(found.values())), by_name(program.graph, found)
     latents = sweep.latents(target.several)
     matrices = reader.matrices()
     return PassResult(relevance, output, target, reading, forward.shapes, books, latents, by_input, matrices)
@@ -403,41 +409,53 @@ def run_sampled(
     derive: Derive,
     forward: Forward,
     target: Target,
-    again: Callable[[Tensor], Target] | None,
+    aim: Callable[[Tensor, int], Tensor],
     dtype: torch.dtype,
     precision: str,
-) -> Tensor:
-    """Gradients at a read-out's points, several points to a batch. [T, B, ...]
+) -> dict[Value, Tensor]:
+    """Gradients at a read-out's points, several points to a batch, and its answer at each explained input. [T, B, ...]
 
     Args:
         repeated: inputs, parameters and constants for that many times the batch.
         forward, target: of the pass at the input itself.
-        again: aims anew at the outputs of a point, where the seed depends on them.
+        aim: from the output of some points, and their number, to the seed.
     """
-    ((value, stream),) = program.requirements.values
-    x = forward.tensors[value.index]
-    points, total = readout.points(x), None
-    for start in range(0, len(points), readout.batch):
-        weights, moved = zip(*points[start : start + readout.batch], strict=True)
-        run = run_forward(program, repeated(len(weights)), derive, _replacing(value, torch.cat(moved)))
+    origins = _origins(program, forward)
+    weights, totals = readout.weights(), dict[Value, Tensor]()
+    for start in range(0, len(weights), readout.batch):
+        scale = weights[start : start + readout.batch]
+        points = range(start, start + len(scale))
+        moved = {value: torch.cat([readout.moved(of, i) for i in points]) for value, of in origins.items()}
+        run = run_forward(program, repeated(len(scale)), derive, _replacing(moved))
         output = run.tensors[program.graph.output.index]
-        if again is not None:  # the batch of one point is what a callable knows
-            seed = torch.cat([again(part).seed for part in output.chunk(len(weights))], 1)
-        else:
-            seed = target.seed.repeat(1, len(weights), *[1] * (target.seed.ndim - 2))
+        seed = aim(output, len(scale))
         reading = _reading(program, run, output, replace(target, seed=seed), None)
         Sweep(program, run, derive, reading, Reader(), dtype, precision, False).run(seed)
-        per_point = reading.streams[value, stream].unflatten(1, (len(weights), -1))
-        scale = torch.tensor(weights, dtype=per_point.dtype, device=per_point.device)
-        part = torch.einsum("tk...,k->t...", per_point, scale)
-        total = part if total is None else total + part
-    assert total is not None
-    return readout.over_channels(readout.combine(x.to(total.dtype), total))
+        for value, stream in program.requirements.values:
+            per_point = reading.streams[value, stream].unflatten(1, (len(scale), -1))
+            part = torch.einsum("tk...,k->t...", per_point, per_point.new_tensor(scale))
+            totals[value] = totals[value] + part if value in totals else part
+    return {
+        value: readout.over_channels(readout.combine(origins[value].x.to(total.dtype), total))
+        for value, total in totals.items()
+    }
 
 
-def _replacing(value: Value, tensor: Tensor) -> Callable[[Value, Tensor], Tensor]:
-    """A forward pass's hook that puts a tensor in one value's place."""
-    return lambda at, found: tensor.to(found.dtype) if at is value else found
+def _origins(program: Program, forward: Forward) -> dict[Value, Origin]:
+    """What a read-out's points are made around."""
+    found: dict[Value, Origin] = {}
+    for number, (value, _) in enumerate(program.requirements.values):
+        x, first = forward.tensors[value.index], None
+        if x.ndim == 3:
+            hidden = padded_tokens(program.graph, forward.tensors, forward.shapes, len(x), x.shape[1])
+            first = None if hidden is None else hidden.int().cumprod(1).sum(1)
+        found[value] = Origin(x, number, first)
+    return found
+
+
+def _replacing(moved: dict[Value, Tensor]) -> Callable[[Value, Tensor], Tensor]:
+    """A forward pass's hook that puts tensors in the place of values."""
+    return lambda at, found: moved[at].to(found.dtype) if at in moved else found
 
 
 def _reading(program: Program, forward: Forward, output: Tensor, target: Target, explained: Tensor | None) -> Reading:
@@ -456,7 +474,7 @@ def _reading(program: Program, forward: Forward, output: Tensor, target: Target,
         reading.read = tokens_read(graph, forward.tensors, forward.shapes, target.seed, program.requirements.read_after)
     if program.requirements.positions:
         reading.positions = []
-    if program.requirements.padding:
+    if program.requirements.padding and program.requirements.profile:
         reading.padded = padded_tokens(graph, forward.tensors, forward.shapes, reading.batch)
     for value, _ in program.requirements.values:
         reading.inputs[value] = forward.tensors[value.index]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from relprop import memory
 from relprop.composites import Composite
 from relprop.engine import Engine, compile
-from relprop.errors import OptionError, ShapeError, UnsupportedTopologyError
+from relprop.errors import DTypeError, OptionError, ShapeError, TargetError, UnsupportedTopologyError
 from relprop.explanation import Explanation
+from relprop.targets import contrast
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -37,11 +38,12 @@ class Generation:
         relevance: of the prompt's and the generated tokens; for an encoder-decoder of the decoder's. [B, G, P + G]
         source: of the encoder's tokens, None for a decoder alone. [B, G, S]
         ids: prompt and generated tokens, for an encoder-decoder those of the decoder. [B, P + G]
-        logits: of the generated tokens, which is what is explained. [B, G]
+        logits: of the generated tokens, which is what is explained, or their differences to those of `against`. [B, G]
         written: whether a token was generated, not filled in after the sample's end; rows of others are 0. [B, G]
         targets_at_a_time: targets that shared a pass.
         memory: bytes that a pass was predicted to take beside the weights; None where nothing was predicted.
         source_ids: the encoder's tokens, None for a decoder alone. [B, S]
+        others: of inputs beside those tokens, such as the pixels of images, by name. Each [B, G, ...]
     """
 
     relevance: Tensor
@@ -52,6 +54,7 @@ class Generation:
     targets_at_a_time: int
     memory: int | None = None
     source_ids: Tensor | None = None
+    others: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
 
     @property
     def prompt_length(self) -> int:
@@ -113,6 +116,7 @@ def explain_generation(
     generated_ids: Any,
     *,
     attention_mask: Tensor | None = None,
+    against: int | Tensor | None = None,
     method: str = "attnlrp",
     composite: str | Composite | None = None,
     method_options: Mapping[str, Any] | None = None,
@@ -129,12 +133,16 @@ def explain_generation(
         input_ids: the prompt, or the encoder's tokens. [B, P] or [B, S]
         generated_ids: what `model.generate` returned. [B, P + G], for an encoder-decoder [B, 1 + G]
         attention_mask: of `input_ids`, 0 for padding, which decoders have on the left. [B, P] or [B, S]
+        against: explain why each token was written and not this one, by the difference of their logits: a token id, or
+            one for each generated token. [B, G]
         method, composite, method_options, backend, precision: as `relprop.compile` takes them.
         targets_at_a_time: how many targets share a pass; "auto" takes as many as fit into the memory, up to 16.
         memory_limit: bytes that a pass may take beside the weights; by default most of the free memory.
-        kwargs: other arguments of the model.
+        kwargs: other arguments of the model, as `generate` was given them.
     Raises:
-        ShapeError: the generated tokens do not start with the prompt. OptionError: targets_at_a_time.
+        ShapeError: the generated tokens do not start with the prompt, or the mask is not one of the prompt, padded on
+            the left. DTypeError: tokens or mask that are no integers. OptionError: targets_at_a_time, memory_limit.
+            TargetError: `against` is not such ids.
 
     Example, with a small decoder of random weights:
         >>> import transformers
@@ -147,12 +155,12 @@ def explain_generation(
         torch.Size([1, 3, 7])
     """
     ids = getattr(generated_ids, "sequences", generated_ids)
-    writing = _Writing(model, input_ids, ids, attention_mask, kwargs)
-    if targets_at_a_time != "auto" and (isinstance(targets_at_a_time, bool) or not isinstance(targets_at_a_time, int)):
+    writing = _Writing(model, input_ids, ids, attention_mask, kwargs, against)
+    if targets_at_a_time != "auto" and not _is_positive(targets_at_a_time):
         raise OptionError(f"targets_at_a_time: expected 'auto' or a positive int, got {targets_at_a_time!r}")
+    if memory_limit is not None and not _is_positive(memory_limit):
+        raise OptionError(f"memory_limit: expected None or a positive int, bytes, got {memory_limit!r}")
     most = WINDOW if targets_at_a_time == "auto" else int(targets_at_a_time)
-    if most < 1:
-        raise OptionError(f"targets_at_a_time: expected 'auto' or a positive int, got {targets_at_a_time!r}")
 
     def engine(window: int) -> Engine:
         return compile(
@@ -180,6 +188,10 @@ def explain_generation(
     return writing.gathered(chosen, window, predicted)
 
 
+def _is_positive(found: Any) -> bool:
+    return isinstance(found, int) and not isinstance(found, bool) and found > 0
+
+
 class _Writing:
     """A model with what it wrote.
 
@@ -189,16 +201,18 @@ class _Writing:
     """
 
     def __init__(
-        self, model: nn.Module, given: Tensor, ids: Tensor, mask: Tensor | None, others: Mapping[str, Any]
+        self,
+        model: nn.Module,
+        given: Tensor,
+        ids: Tensor,
+        mask: Tensor | None,
+        others: Mapping[str, Any],
+        against: int | Tensor | None = None,
     ) -> None:
         self.takes = inspect.signature(model.forward).parameters
         self.encodes = "decoder_input_ids" in self.takes
         self.given, self.ids, self.mask, self.others = given, ids, mask, others
-        if given.ndim != 2 or ids.ndim != 2 or len(given) != len(ids):
-            raise ShapeError(
-                f"input_ids and generated_ids: expected shapes [B, N] of one batch, got {list(given.shape)} and"
-                f" {list(ids.shape)}"
-            )
+        self._check()
         self.prompt = 1 if self.encodes else given.shape[1]
         self.count = ids.shape[1] - self.prompt
         if self.count < 1 or not (self.encodes or torch.equal(ids[:, : self.prompt], given)):
@@ -207,6 +221,54 @@ class _Writing:
                 f" {list(ids.shape)} that start otherwise"
             )
         self.ends = self._ends(model)
+        self.against = None if against is None else self._rivals(against)
+
+    def _rivals(self, against: int | Tensor) -> Tensor:
+        """A token that was not written for each one that was. [B, G]"""
+        shape = [len(self.ids), self.count]
+        if isinstance(against, int) and not isinstance(against, bool):
+            return torch.full(shape, against)
+        if (
+            not isinstance(against, Tensor)
+            or list(against.shape) != shape
+            or against.dtype not in (torch.int64, torch.int32)
+        ):
+            got = f"{list(against.shape)}, {against.dtype}" if isinstance(against, Tensor) else repr(against)
+            raise TargetError(f"against: expected a token id, or a tensor of integers [B, G] = {shape}, got {got}")
+        return against.cpu()
+
+    def _check(self) -> None:
+        """Raises:
+        DTypeError, ShapeError: tokens or mask are none, or not of one batch.
+        """
+        for name, found in (("input_ids", self.given), ("generated_ids", self.ids), ("attention_mask", self.mask)):
+            if not isinstance(found, Tensor):
+                if found is None and name == "attention_mask":
+                    continue
+                raise DTypeError(f"{name}: expected a tensor of integers [B, N], got {type(found).__name__}")
+            if found.dtype.is_floating_point or found.dtype.is_complex:
+                raise DTypeError(f"{name}: expected integers [B, N], got {found.dtype}")
+        given, ids = self.given.shape, self.ids.shape
+        if len(given) != 2 or len(ids) != 2 or given[0] != ids[0]:
+            many = len(given) == len(ids) == 2 and given[0] > 0 and ids[0] % given[0] == 0
+            repeated = f"input_ids.repeat_interleave({ids[0] // given[0]}, 0)" if many else ""
+            raise ShapeError(
+                f"input_ids and generated_ids: expected shapes [B, N] of one batch, got {list(given)} and {list(ids)}"
+                + (f"; for several sequences of a prompt repeat it (and its mask): {repeated}" if many else "")
+            )
+        if self.mask is None:
+            return
+        if self.mask.shape != given:
+            raise ShapeError(
+                f"attention_mask: expected one of input_ids alone, {list(given)}, got {list(self.mask.shape)}; what was"
+                " generated is always seen"
+            )
+        unseen = [] if self.encodes else (self.mask[:, -1] == 0).nonzero().flatten().tolist()
+        if unseen:
+            raise ShapeError(
+                f"attention_mask: expected a prompt padded on the left, got one that ends in padding in sample"
+                f" {unseen[0]}; what is generated follows its last token"
+            )
 
     @staticmethod
     def _ends(model: nn.Module) -> list[int]:
@@ -219,6 +281,11 @@ class _Writing:
     def windowed(self) -> bool:
         """Whether the model leaves out logits that nobody asks for."""
         return "logits_to_keep" in self.takes
+
+    @property
+    def decoder_entry(self) -> str:
+        """The model's name of the tokens that the decoder reads."""
+        return "decoder_input_ids" if self.encodes else "input_ids"
 
     def inputs(self, stop: int, window: int) -> dict[str, Any]:
         """The call in which the model writes generated tokens up to `stop`."""
@@ -243,13 +310,21 @@ class _Writing:
         """Generated tokens are seen."""
         return torch.cat([mask, mask.new_ones(len(mask), length - mask.shape[1])], 1)
 
-    def explained(self, engine: Engine, window: int, start: int, stop: int) -> Explanation:
-        """Generated tokens from `start` to `stop` in one pass, by the logits of a window that ends there."""
+    def explained(self, engine: Engine, window: int, start: int, stop: int) -> tuple[Explanation, Tensor]:
+        """Generated tokens from `start` to `stop` in one pass, by the logits of a window that ends there.
+
+        Returns:
+            the explanation, and where the tokens' logits are in its own. [B, T, 2]
+        """
         places = torch.arange(start, stop)
         first = self.prompt + stop - 1 - window if self.windowed else 0
         rows = (self.prompt - 1 + places - first).expand(len(self.ids), -1)
         written = self.ids[:, self.prompt + start : self.prompt + stop].cpu()
-        return engine(**self.inputs(stop, window), target=torch.stack([rows, written], -1))
+        index = torch.stack([rows, written], -1)
+        target: Any = index
+        if self.against is not None:
+            target = contrast(index, against=torch.stack([rows, self.against[:, start:stop]], -1))
+        return engine(**self.inputs(stop, window), target=target), index
 
     def last(self, engine: Engine, window: int, count: int) -> None:
         """Explain as many of the last tokens."""
@@ -258,38 +333,42 @@ class _Writing:
     def gathered(self, engine: Engine, window: int, predicted: int | None) -> Generation:
         """All generated tokens, chunk by chunk."""
         relevance: Tensor | None = None
-        source: list[Tensor] = []
+        entries: dict[str, list[Tensor]] = {}
         logits: list[Tensor] = []
         for start in range(0, self.count, window):
             stop = min(start + window, self.count)
-            found = self.explained(engine, window, start, stop)
+            found, index = self.explained(engine, window, start, stop)
             own = self.own(found)
             if relevance is None:
                 relevance = own.new_zeros(len(self.ids), self.count, self.ids.shape[1])
             relevance[:, start:stop, : own.shape[-1]] = own
-            if self.encodes:
-                source.append(found.relevances["input_ids"])
-            assert found.target is not None
-            index = found.target.to(found.logits.device)
+            for name in found.relevances.keys() - {self.decoder_entry}:
+                entries.setdefault(name, []).append(found.relevances[name])
+            index = index.to(found.logits.device)
             samples = torch.arange(len(self.ids), device=index.device).unsqueeze(-1)
             logits.append(found.logits[samples, index[..., 0], index[..., 1]])
+            if self.against is not None:
+                rivals = self.against[:, start:stop].to(index.device)
+                logits[-1] = logits[-1] - found.logits[samples, index[..., 0], rivals]
         assert relevance is not None
         written = self.written()
-        shown = written.unsqueeze(-1)
+        others = {name: _rows(torch.cat(parts, 1), written) for name, parts in sorted(entries.items())}
+        source = others.pop("input_ids") if self.encodes else None
         return Generation(
-            relevance * shown,
-            torch.cat(source, 1) * shown if source else None,
+            _rows(relevance, written),
+            source,
             self.ids,
             torch.cat(logits, 1),
             written,
             window,
             predicted,
-            self.given if source else None,
+            self.given if self.encodes else None,
+            others,
         )
 
     def own(self, found: Explanation) -> Tensor:
         """Relevance of the tokens that the decoder reads. [B, T, N]"""
-        name = "decoder_input_ids" if self.encodes else "input_ids"
+        name = self.decoder_entry
         if found.relevances and name not in found.relevances:
             raise UnsupportedTopologyError(
                 f"{name}: expected a model that embeds them by its largest vocabulary, got relevance of"
@@ -304,3 +383,8 @@ class _Writing:
         for end in self.ends:
             ended |= generated == end
         return ended.cumsum(-1) - ended.to(torch.int64) == 0
+
+
+def _rows(relevance: Tensor, written: Tensor) -> Tensor:
+    """Rows [B, G, ...] of tokens that were written; those of others 0."""
+    return relevance * written.reshape(*written.shape, *[1] * (relevance.ndim - 2)).to(relevance.device)

@@ -74,7 +74,7 @@ class Value:
 class Node:
     """One operation. `operands` are its tensor inputs in order, as rules see them (None where one is absent).
 
-    `called_again` has those of the modules around it that had been called before.
+    `later_calls` has those of the modules around it that had been called before, and how often.
     """
 
     name: str
@@ -87,7 +87,7 @@ class Node:
     role: str = ""
     module: str = ""
     source: str = ""
-    called_again: frozenset[str] = frozenset()
+    later_calls: dict[str, int] = field(default_factory=dict)
     attributes: dict[str, Any] = field(default_factory=dict)
 
     def __repr__(self) -> str:

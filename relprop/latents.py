@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from relprop.graph import Graph, Node, Value
 
 HEADS = ":heads"
 INPUT = ":input"
+CALL = "@"  # of a module that is called several times: "path@0", "path@1"
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,11 @@ class Latent:
     several: bool
 
     def per_token(self) -> Tensor:
-        """Summed over channels: [B, (T), N] for a sequence [B, N, C], [B, (T), H, N] for heads."""
+        """Summed over channels: [B, (T), N] for a sequence [B, N, C], [B, (T), H, N] for heads.
+
+        Heads of attention within W > 1 windows of a sample have one axis more, [B, (T), W, H, N] with N tokens in a
+        window; where a layer's one window is the whole image, as in Swin's last stage, they have none.
+        """
         return self.relevance.sum(-1)
 
     def directions(self, encode: Callable[[Tensor], Tensor], decoder: Tensor) -> Tensor:
@@ -56,65 +62,111 @@ class Latent:
         return codes * (self.coefficient @ decoder.T.to(self.coefficient.dtype))
 
 
+def module_patterns(latents: Any) -> tuple[str, ...]:
+    """What `latents` of `compile` asks for: several patterns, or one.
+
+    Raises:
+        OptionError: no strings.
+    """
+    found = (latents,) if isinstance(latents, str) else latents
+    if not isinstance(found, Iterable):
+        raise OptionError(f"latents: expected module paths, got {latents!r}")
+    found = tuple(found)
+    for pattern in found:
+        if not isinstance(pattern, str):
+            raise OptionError(f"latents: expected module paths, got {pattern!r}")
+    return found
+
+
 def latent_values(graph: Graph, patterns: Iterable[str]) -> dict[str, Value]:
     """The values that module paths stand for.
 
     Args:
-        patterns: module paths, as in `fnmatch`, for modules' outputs (of the last call, where there are several);
-            with ":input" for what goes into them, with ":heads" for the outputs of the attention heads inside them,
-            before they are joined.
+        patterns: module paths, as in `fnmatch`, for modules' outputs; with ":input" for what goes into them, with
+            ":heads" for the outputs of the attention heads inside them, before they are joined. A module that is called
+            several times has a value for each call, "path@0", "path@1" and so on, and its path stands for all of them.
     Raises:
-        OptionError, UnknownNameError: a pattern fits no module that handles relevance. UnsupportedTopologyError: the
-            input of a module that has several inputs, or several calls.
+        UnknownNameError: a pattern fits no module that handles relevance. UnsupportedTopologyError: the input of a
+            module that has several inputs; heads where none can be told.
     """
+    around = Paths(graph)
     known: dict[str, dict[str, Value]] = {"": {}, HEADS: {}, INPUT: {}}
     for node in graph.nodes:
         if not node.carrying or node.kind == "fanout" or not node.module or len(node.outputs) != 1:
             continue
-        known[""] |= dict.fromkeys(_enclosing(node), node.outputs[0])
-        if node.kind == "attention":
-            known[HEADS][node.module] = node.outputs[0]
+        known[""] |= dict.fromkeys(around(node), node.outputs[0])
+        if node.kind == "attention" or node.attributes.get("heads"):
+            known[HEADS][around.own(node)] = node.outputs[0]
     patterns = list(patterns)
-    entering = _entering(graph) if any(str(pattern).endswith(INPUT) for pattern in patterns) else {}
+    entering = _entering(graph, around) if any(pattern.endswith(INPUT) for pattern in patterns) else {}
     known[INPUT] = {path: values[0] for path, values in entering.items()}
     found: dict[str, Value] = {}
     for pattern in patterns:
-        if not isinstance(pattern, str):
-            raise OptionError(f"latents: expected module paths, got {pattern!r}")
         suffix = next((end for end in (HEADS, INPUT) if pattern.endswith(end)), "")
-        hits = {p + suffix: value for p, value in known[suffix].items() if fnmatch(p, pattern.removesuffix(suffix))}
+        hits = {path + suffix: value for path, value in known[suffix].items() if _fits(path, pattern, suffix)}
         if not hits:
-            raise unknown_name("latent", pattern, [path + suffix for path in known[suffix]])
+            raise _unknown(graph, pattern, suffix, known[suffix])
         if suffix == INPUT:
-            _check_inputs(graph, {path: entering[path.removesuffix(INPUT)] for path in hits})
+            _check_inputs({path: entering[path.removesuffix(INPUT)] for path in hits})
         found |= hits
     return found
 
 
+def _fits(path: str, pattern: str, suffix: str) -> bool:
+    """Whether a pattern means a module, or this one of its calls."""
+    wanted = pattern.removesuffix(suffix)
+    return fnmatch(path, wanted) or fnmatch(path.partition(CALL)[0], wanted)
+
+
+def _unknown(graph: Graph, pattern: str, suffix: str, known: Iterable[str]) -> Exception:
+    """Why nothing fits a pattern."""
+    names = [path + suffix for path in known]
+    if suffix != HEADS or names:
+        return unknown_name("latent", pattern, names)
+    others = sorted(
+        {node.module or "the model itself" for node in graph.nodes if node.kind == "softmax" and node.carrying}
+    )
+    return UnsupportedTopologyError(
+        f"latents: expected attention heads for {pattern!r}, got a model in which no softmax over products of queries"
+        f" and keys multiplies values; softmax in {', '.join(others) or 'no module'}"
+    )
+
+
 def check_calls(graph: Graph, path: str) -> None:
     """Raises UnsupportedTopologyError where a module is called several times, so that it has no one output or input."""
-    if any(path in node.called_again for node in graph.nodes):
+    if any(path in node.later_calls for node in graph.nodes):
         raise UnsupportedTopologyError(
             f"latents: expected a module that is called once, got {path}, called several times"
         )
 
 
-def _check_inputs(graph: Graph, entering: dict[str, list[Value]]) -> None:
+def _check_inputs(entering: dict[str, list[Value]]) -> None:
     for latent, values in entering.items():
-        check_calls(graph, latent.removesuffix(INPUT))
         if len(values) > 1:
             raise UnsupportedTopologyError(
                 f"latents: expected a module with one input that carries relevance, got {latent} with {len(values)}"
             )
 
 
-def _enclosing(node: Node) -> list[str]:
-    """The modules around a node, outermost first."""
-    parts = node.module.split(".") if node.module else []
-    return [".".join(parts[:depth]) for depth in range(1, len(parts) + 1)]
+class Paths:
+    """The modules around a node, outermost first; of one that is called several times, which call."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.recurring = {path for node in graph.nodes for path in node.later_calls}
+
+    def __call__(self, node: Node) -> list[str]:
+        parts = node.module.split(".") if node.module else []
+        return [self._named(node, ".".join(parts[:depth])) for depth in range(1, len(parts) + 1)]
+
+    def own(self, node: Node) -> str:
+        """The innermost of them, empty where the model itself has the node."""
+        return self._named(node, node.module)
+
+    def _named(self, node: Node, path: str) -> str:
+        return f"{path}{CALL}{node.later_calls.get(path, 0)}" if path in self.recurring else path
 
 
-def _entering(graph: Graph) -> dict[str, list[Value]]:
+def _entering(graph: Graph, around: Paths) -> dict[str, list[Value]]:
     """The carrying values that go into each module, in the order of their first use."""
     users: dict[Node, list[Node]] = {}  # of what a fan-out hands on
     for node in reversed(graph.nodes):
@@ -124,18 +176,18 @@ def _entering(graph: Graph) -> dict[str, list[Value]]:
     found: dict[str, list[Value]] = {}
     for node in graph.nodes:
         carrying = [v for v in node.operands if v is not None and v.carrying and node.kind != "fanout"]
-        for path in _enclosing(node):
-            for value in (_handed_to(path, v, users) for v in carrying):
-                inside = value.producer is not None and path in _enclosing(value.producer)
+        for path in around(node):
+            for value in (_handed_to(path, v, users, around) for v in carrying):
+                inside = value.producer is not None and path in around(value.producer)
                 if not inside and value not in found.setdefault(path, []):
                     found[path].append(value)
     return {path: values for path, values in found.items() if values}
 
 
-def _handed_to(path: str, value: Value, users: dict[Node, list[Node]]) -> Value:
+def _handed_to(path: str, value: Value, users: dict[Node, list[Node]], around: Paths) -> Value:
     """What a value was before it was handed out inside a module."""
     fanout = value.producer
-    while fanout is not None and fanout.kind == "fanout" and all(path in _enclosing(user) for user in users[fanout]):
+    while fanout is not None and fanout.kind == "fanout" and all(path in around(user) for user in users[fanout]):
         (value,) = (v for v in fanout.operands if v is not None)
         fanout = value.producer
     return value

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from relprop.compat.engines import Engines, needed
-from relprop.composites import Composite
+from relprop.composites import Composite, find_composite
 from relprop.errors import OptionError, unknown_name
 from relprop.explanation import Explanation
+from relprop.methods import find_method
 
 if TYPE_CHECKING:
     from relprop.pictures.view import View
@@ -116,7 +117,8 @@ def pipeline(
         composite, method_options, backend, precision: as `relprop.compile` takes them.
         kwargs: everything else is for `transformers.pipeline`: tokenizer, image_processor, device, ...
     Raises:
-        UnknownNameError: the task. MissingDependencyError: transformers is not installed.
+        UnknownNameError: the task, method or composite. OptionError: `method_options`. MissingDependencyError:
+            transformers is not installed.
 
     Example, with a small model of random weights:
         >>> import transformers
@@ -130,12 +132,15 @@ def pipeline(
         >>> why.label in ("LABEL_0", "LABEL_1"), why.relevance.shape
         (True, torch.Size([32, 32]))
     """
-    if task not in _TASKS:
+    if not isinstance(task, str) or task not in _TASKS:
         raise unknown_name("task", task, _TASKS)
     kind, usual = _TASKS[task]
+    chosen = find_method(usual if method is None else method)
+    chosen.make_readout(method_options)
+    find_composite(chosen.composite if composite is None else composite)
     inner = needed("transformers", by="relprop.pipeline").pipeline(task, model=model, **kwargs)
     engines = Engines(inner.model.eval(), backend=backend, precision=precision)
-    return kind(inner, engines, method or usual, composite, method_options)
+    return kind(inner, engines, chosen.name, composite, method_options)
 
 
 class Pipeline:
@@ -189,7 +194,8 @@ class Pipeline:
 
     def _batches(self, inputs: Sequence[Any], batch_size: int | None) -> Iterator[Sequence[Any]]:
         """Inputs that are explained together: all of them, where neither the call nor the pipeline says how many."""
-        size = batch_size or self.inner._batch_size or len(inputs)
+        asked = self.inner._batch_size if batch_size is None else batch_size
+        size = len(inputs) if asked is None else asked
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise OptionError(f"batch_size: expected None or a positive int, got {size!r}")
         return (inputs[start : start + size] for start in range(0, len(inputs), size))
@@ -319,27 +325,32 @@ class ImageClassification(Pipeline):
 class ZeroShotImageClassification(Pipeline):
     """`pipeline("zero-shot-image-classification")`."""
 
-    def __call__(
-        self, image: Any, candidate_labels: Sequence[str], hypothesis_template: str = "This is a photo of {}."
-    ) -> list[Any]:
+    def __call__(self, image: Any, candidate_labels: Sequence[str], **kwargs: Any) -> list[Any]:
         """Explained labels, best first: why the image goes with each of them.
 
         Args:
             image: an image, or several, as in transformers.
             candidate_labels: what it might show.
-            hypothesis_template: the sentence about it that the model reads.
+            kwargs: hypothesis_template (the sentence about it that the model reads), timeout and tokenizer_kwargs, as
+                transformers takes them.
         Returns:
             for one image its labels, for several a list of labels of each.
+        Raises:
+            OptionError: no labels, or other keywords. One image and its labels are one batch: there is no batch_size.
         """
-        labels = list(candidate_labels)
-        if isinstance(candidate_labels, str) or not labels:
+        known = ("hypothesis_template", "timeout", "tokenizer_kwargs")
+        unknown = ", ".join(name for name in kwargs if name not in known)
+        if unknown:
+            raise OptionError(f"zero-shot-image-classification: expected {', '.join(known)}, got {unknown}")
+        if not isinstance(candidate_labels, Sequence) or isinstance(candidate_labels, str) or not candidate_labels:
             raise OptionError(f"candidate_labels: expected a list of labels, got {candidate_labels!r}")
+        reading = {**self.inner._preprocess_params, **kwargs, "candidate_labels": list(candidate_labels)}
         if isinstance(image, (list, tuple)):
-            return [self._one(one, labels, hypothesis_template) for one in image]
-        return self._one(image, labels, hypothesis_template)
+            return [self._one(one, reading) for one in image]
+        return self._one(image, reading)
 
-    def _one(self, image: Any, labels: list[str], template: str) -> list[Explained]:
-        read = self.inner.preprocess(image, candidate_labels=labels, hypothesis_template=template)
+    def _one(self, image: Any, reading: dict[str, Any]) -> list[Explained]:
+        labels, read = reading["candidate_labels"], self.inner.preprocess(image, **reading)
         text = dict(read["text_inputs"][0])
         pixels = read["pixel_values"].expand(len(labels), -1, -1, -1).contiguous()
         found = self._explain({**text, "pixel_values": pixels}, None, "logits_per_image")

@@ -12,8 +12,8 @@ Every contender's answer is checked first, on two layers of the model; what is w
 Then it runs in a fresh process, in turn with the others: times are medians of interleaved rounds, ratios are to the
 forward pass of the same round, `peak_bytes` is what its first run took beyond what its process held before it (the
 model is loaded and its weights are read), `process_bytes` the process's own peak. Contenders that are not installed,
-cannot explain a model, or run out of the budget of time or memory are rows that say so. Rows of other points and
-contenders in the file stay. Pictures are made with `python -m benchmarks.peers.pictures`.
+cannot explain a model, or run out of the budget of time or memory are rows that say so. Rows of other points in
+the file stay. Pictures are made with `python -m benchmarks.peers.pictures`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from benchmarks.peers.cases import ALL, DEFAULT, MODELS, QUICK, Point
 from benchmarks.peers.contenders import CONTENDERS, Options
 from benchmarks.peers.race import Out, compete
 
-KEY = ("model", "batch", "tokens", "dtype", "contender")
+POINT = tuple(field.name for field in dataclasses.fields(Point))
 DTYPES = ("float32", "bfloat16")
 
 
@@ -74,11 +74,11 @@ def points(given: argparse.Namespace) -> list[Point]:
 
 
 def merged(path: Path, rows: list[dict[str, Any]]) -> list[dict[str, str]]:
-    """Rows of an earlier file that are not measured anew."""
+    """Rows of an earlier file at other points: those of one point are always of one run."""
     if not path.is_file():
         return []
-    new = {tuple(str(row[key]) for key in KEY) for row in rows}
-    return [row for row in read_rows(path) if tuple(row[key] for key in KEY) not in new]
+    new = {tuple(str(row[key]) for key in POINT) for row in rows}
+    return [row for row in read_rows(path) if tuple(row[key] for key in POINT) not in new]
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -20,7 +20,7 @@ Row = dict[str, str]
 
 
 def times(rows: Sequence[Row], path: Path) -> None:
-    """Time per sample, a panel for each model at its smallest size in float32."""
+    """Time per sample with p20 and p80, a panel for each model at its smallest size in float32."""
     models = list(dict.fromkeys(row["model"] for row in rows))
     panels = [(model, _smallest([row for row in rows if row["model"] == model])) for model in models]
     panels = [(model, found) for model, found in panels if found]
@@ -49,13 +49,16 @@ def _smallest(rows: Sequence[Row]) -> list[Row]:
 
 def _bars(axis: Any, rows: Sequence[Row]) -> None:
     ordered = sorted(rows, key=lambda row: -float(row["ms_per_sample"]))
-    values = [float(row["ms_per_sample"]) for row in ordered]
+    low, values, high = (
+        [float(row[f"ms_{part}"]) / int(row["batch"]) for row in ordered] for part in ("p20", "median", "p80")
+    )
+    spread = [[v - a for v, a in zip(values, low, strict=True)], [b - v for v, b in zip(values, high, strict=True)]]
     colours = [OURS if row["contender"].startswith("relprop") else OTHERS for row in ordered]
-    axis.barh([NAMES[row["contender"]] for row in ordered], values, color=colours)
-    for place, (row, value) in enumerate(zip(ordered, values, strict=True)):
-        axis.text(
-            value * 1.05, place, f"{value:,.0f} ms, {float(row['ratio_to_forward']):.1f}x", va="center", fontsize=7
-        )
+    axis.barh([NAMES[row["contender"]] for row in ordered], values, color=colours, xerr=spread, ecolor="0.3")
+    for place, (row, value, end) in enumerate(zip(ordered, values, high, strict=True)):
+        text = f"{value:,.0f} ms, {float(row['ratio_to_forward']):.1f}x"
+        beside = {"xytext": (4, 0), "textcoords": "offset points", "va": "center", "fontsize": 7}
+        axis.annotate(text, (end, place), **beside)
     axis.set_xlim(right=max(values) * 1.4)
     axis.set_xlabel("ms per sample (and times the forward pass)", fontsize=8)
     axis.tick_params(labelsize=8)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from relprop import native
+from relprop.backends.elementwise import stored
 from relprop.graph import Node, Value
 from relprop.native.attention import AttentionStreams
 from relprop.program import JointKernel, JointStream
@@ -72,11 +73,11 @@ def attention(
     relevance = streams.get("relevance")
     if relevance is not None and isinstance(relevance.rule, ModifiedGradient):
         return modified(attention, call, relevance, edge, row)
-    q, k, v, _ = (call.operand(i) for i in range(4))
-    assert q is not None and k is not None and v is not None
-    output = call.tensors.get(call.node.outputs[0].index)
-    exact = output is not None and output.dtype == call.dtype
-    layer = (q, k, v, None if output is None else output.to(call.dtype))
+    q, k, v = (stored(call, value) for value in call.node.operands[:3])
+    made = call.tensors.get(call.node.outputs[0].index)
+    output = None if made is None else stored(call, call.node.outputs[0])
+    exact = made is not None and made.dtype == call.dtype
+    layer = (q, k, v, output)
     return through_layer(native.attention_relevance, call, layer, streams, edge, row, exact_output=exact)
 
 

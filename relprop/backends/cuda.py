@@ -18,6 +18,7 @@ from relprop.backends import cpp, cpp_attention, elementwise
 from relprop.backends.elementwise import ACTIVATIONS, NORMS, Rows, only_first
 from relprop.graph import Node, Value
 from relprop.native_cuda import Back
+from relprop.native_cuda.attention_relevance import LARGEST_HEAD
 from relprop.program import JointKernel, JointStream
 from relprop.rules import (
     AddEpsilon,
@@ -40,7 +41,6 @@ from relprop.rules.base import unbroadcast
 from relprop.rules.linear_map import multiply
 
 DTYPES = (torch.float32,)
-_LARGEST_HEAD = 256
 
 # What the factors of a product are rounded to: by the layer's dtype for what the forward pass multiplied as well, by
 # the precision for streams, which are float32.
@@ -162,9 +162,9 @@ def joint_reasons(node: Node, rules: Mapping[str, Rule], edge: str | None) -> li
 
 def _head_reasons(node: Node) -> list[str]:
     widths = [value.shape[-1] for value in node.operands[:3] if value is not None]
-    if all(isinstance(width, int) and width <= _LARGEST_HEAD for width in widths):
+    if all(isinstance(width, int) and width <= LARGEST_HEAD for width in widths):
         return []
-    return [f"the joint kernel takes heads of at most {_LARGEST_HEAD} channels, not {max(map(str, widths))}"]
+    return [f"the joint kernel takes heads of at most {LARGEST_HEAD} channels, not {max(map(str, widths))}"]
 
 
 def attention(

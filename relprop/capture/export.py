@@ -337,10 +337,10 @@ def module_path(node: fx.Node) -> str:
     return _in_model(list(stack.values())[-1][0]) if stack else ""
 
 
-def called_again(node: fx.Node) -> frozenset[str]:
-    """The modules around a node that had been called before; torch.export counts calls in the stack's keys."""
+def later_calls(node: fx.Node) -> dict[str, int]:
+    """The modules around a node that had been called before, and how often; the stack's keys count: `name@1`."""
     stack = node.meta.get("nn_module_stack") or {}
-    return frozenset(_in_model(path) for key, (path, _) in stack.items() if "@" in key)
+    return {_in_model(path): int(key.rpartition("@")[2]) for key, (path, _) in stack.items() if "@" in key}
 
 
 def _in_model(path: str) -> str:

@@ -14,7 +14,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from relprop.capture import ops
 from relprop.capture.canonicalise import canonicalise, explained_inputs, token_source
-from relprop.capture.export import Captured, called_again, module_path, source_line
+from relprop.capture.export import Captured, later_calls, module_path, source_line
 from relprop.capture.hoist import hoist_rows
 from relprop.capture.tokens import find_tokens
 from relprop.graph import Graph, Node, SampleAxis, Value, depends_on_input, leaves
@@ -132,7 +132,7 @@ class _Lowering:
             outputs=outputs,
             module=module_path(node),
             source=source_line(node),
-            called_again=called_again(node),
+            later_calls=later_calls(node),
         )
         if token_source(node) in self.explained:
             made.role = "tokens"

@@ -57,15 +57,19 @@ def find_tokens(graph: Graph) -> TokenSpace:
 
 
 def _mark_softmax_sites(graph: Graph) -> None:
-    """A softmax over products of activations whose result multiplies activations, also with heads mixed between."""
+    """A softmax over products of activations whose result multiplies activations, also with heads mixed between.
+
+    The second product, whose outputs are the heads', gets the attribute "heads", of any rank.
+    """
     for node in graph.nodes:
         if node.kind != "matmul" or not node.carrying:
             continue
         softmax = _climbed(node.operands[0], "softmax")
-        if softmax is None or softmax.outputs[0].rank != 4 or softmax.args[1] not in (-1, 3):
+        if softmax is None or softmax.args[1] not in (-1, softmax.outputs[0].rank - 1):
             continue
         if _has_scores(softmax.operands[0]):
-            softmax.attributes["site"] = True
+            node.attributes["heads"] = True
+            softmax.attributes["site"] = softmax.outputs[0].rank == 4
 
 
 def _has_scores(value: Value | None) -> bool:

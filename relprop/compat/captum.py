@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 from relprop.capture.export import bind_arguments
@@ -42,7 +43,7 @@ class Relevance(Attribution):  # type: ignore[misc]
     """Any method of relprop as a Captum attribution.
 
     Args:
-        forward_func: the model, a module in evaluation mode.
+        forward_func: the model, a module in evaluation mode, or its `forward`.
         method: a name of `relprop.methods()`. Methods that answer per token give an image's map at the image's size,
             spread evenly over its channels.
         composite, method_options, backend, precision: as `relprop.compile` takes them.
@@ -50,7 +51,7 @@ class Relevance(Attribution):  # type: ignore[misc]
 
     def __init__(
         self,
-        forward_func: nn.Module,
+        forward_func: nn.Module | Callable[..., Any],
         method: str = "attnlrp",
         composite: str | Composite | None = None,
         method_options: Mapping[str, Any] | None = None,
@@ -61,8 +62,8 @@ class Relevance(Attribution):  # type: ignore[misc]
         super().__init__(forward_func)
         self.method, self.composite = find_method(method), composite
         self.options = dict(method_options or {})
-        self._engines = Engines(forward_func, backend=backend, precision=precision)
-        self.model = forward_func
+        self.model = _module(forward_func)
+        self._engines = Engines(self.model, backend=backend, precision=precision)
 
     @property
     def multiplies_by_inputs(self) -> bool:
@@ -70,17 +71,26 @@ class Relevance(Attribution):  # type: ignore[misc]
         return True
 
     def has_convergence_delta(self) -> bool:
-        """Whether relevance is meant to add up to the score."""
+        """Whether attributions are meant to add up to the score, or to its change from a baseline."""
         composite = find_composite(self.composite or self.method.composite)
-        return self.method.output == "input" and self._conserves(composite)
+        return self._of_change or (self.method.output == "input" and self._conserves(composite))
+
+    @property
+    def _of_change(self) -> bool:
+        return self.method.name == "integrated_gradients"
 
     def _conserves(self, composite: Composite) -> bool:
         return composite.seed == "score" and self.method.name != "gradient_x_input"
 
     def compute_convergence_delta(self, attributions: Inputs, output: Tensor) -> Tensor:
-        """The score less the sum of the attributions, as Captum's LRP has it. [B]"""
+        """The score less the sum of the attributions, as Captum's LRP has it. [B]
+
+        For `integrated_gradients` `output` is the score's change from the baseline, and the delta the sum less that, as
+        Captum's IntegratedGradients has it.
+        """
         given = attributions if isinstance(attributions, tuple) else (attributions,)
-        return output.flatten() - sum(part.reshape(len(part), -1).sum(1) for part in given)
+        total = sum(part.reshape(len(part), -1).sum(1) for part in given)
+        return total - output.flatten() if self._of_change else output.flatten() - total
 
     @log_usage(part_of_slo=True)  # NoiseTunnel calls what it wraps
     def attribute(
@@ -91,13 +101,14 @@ class Relevance(Attribution):  # type: ignore[misc]
         return_convergence_delta: bool = False,
         verbose: bool = False,
     ) -> Any:
-        """Attributions of the inputs' shape; for token ids one value per token.
+        """Attributions of the inputs' shape and dtype; for token ids one value per token.
 
         Args:
             inputs: tensors that the model is called with, in order.
             target: None for one score per sample, an int, a tuple of ints, a list of either or a tensor, as in Captum.
             additional_forward_args: the arguments after the inputs.
-            return_convergence_delta: also return the score less the sum of attributions. [B]
+            return_convergence_delta: also return `compute_convergence_delta`, of sums before they are rounded to the
+                inputs' dtype. [B]
             verbose: print the program.
         Raises:
             AssertionError, IndexError: targets as Captum raises them. OptionError: inputs that are no tensors, a rule
@@ -108,8 +119,9 @@ class Relevance(Attribution):  # type: ignore[misc]
         given = _given(inputs)
         names = list(bind_arguments(self.model, args, {}))
         parts = tuple(self._of_input(found, name, tensor) for name, tensor in zip(names, given, strict=False))
-        attributions = parts if isinstance(inputs, tuple) else parts[0]
-        return self._with_delta(attributions, parts, found, target, return_convergence_delta)
+        rounded = tuple(_as_given(part, tensor) for part, tensor in zip(parts, given, strict=True))
+        attributions = rounded if isinstance(inputs, tuple) else rounded[0]
+        return self._with_delta(attributions, parts, found, args, target, return_convergence_delta)
 
     def attribute_future(self, *args: Any, **kwargs: Any) -> None:
         """Not there, as for most of Captum's classes."""
@@ -148,7 +160,13 @@ class Relevance(Attribution):  # type: ignore[misc]
         return part.sum(-1) if part.ndim > tensor.ndim else part  # a token's embedding adds up to its id
 
     def _with_delta(
-        self, attributions: Any, parts: tuple[Tensor, ...], found: Explanation, target: Any, wanted: bool
+        self,
+        attributions: Any,
+        parts: tuple[Tensor, ...],
+        found: Explanation,
+        args: tuple[Any, ...],
+        target: Any,
+        wanted: bool,
     ) -> Any:
         if not wanted:
             return attributions
@@ -157,7 +175,21 @@ class Relevance(Attribution):  # type: ignore[misc]
                 f"return_convergence_delta: expected a method whose relevance adds up to the score, got"
                 f" {self.method.name} with composite {find_composite(self.composite or self.method.composite).name}"
             )
-        return attributions, self.compute_convergence_delta(parts, _score(target)(found.logits))
+        score = _score(target)(found.logits)
+        if self._of_change:
+            score = score - _score(target)(self._at_baseline(args))
+        return attributions, self.compute_convergence_delta(parts, score)
+
+    def _at_baseline(self, args: tuple[Any, ...]) -> Tensor:
+        """The model's output where its first input is the baseline of `integrated_gradients`."""
+        if not args[0].is_floating_point():
+            raise OptionError(
+                f"return_convergence_delta: expected an input that can be a baseline, got {args[0].dtype}"
+            )
+        baseline = {**self.method.options, **self.options}["baseline"]
+        with torch.no_grad():
+            output = self.model(torch.full_like(args[0], baseline), *args[1:])
+        return getattr(output, "logits", output)
 
 
 class LayerRelevance(LayerAttribution, Relevance):  # type: ignore[misc]
@@ -197,9 +229,13 @@ class LayerRelevance(LayerAttribution, Relevance):  # type: ignore[misc]
         layers = list(self.layer) if several else [self.layer]
         end = INPUT if attribute_to_layer_input else ""
         paths = tuple(_path(self.model, layer) + end for layer in layers)
-        found, _ = self._explain(inputs, target, additional_forward_args, paths, verbose)
-        parts = [found.at(path).relevance for path in paths]
-        deltas = [self._with_delta(p, (p,), found, target, return_convergence_delta) for p in parts]
+        found, args = self._explain(inputs, target, additional_forward_args, paths, verbose)
+        exact = [found.at(path).relevance for path in paths]
+        parts = [_as_given(part, args[0]) for part in exact]
+        deltas = [
+            self._with_delta(part, (whole,), found, args, target, return_convergence_delta)
+            for part, whole in zip(parts, exact, strict=True)
+        ]
         if not return_convergence_delta:
             return parts if several else parts[0]
         return (parts, [delta for _, delta in deltas]) if several else deltas[0]
@@ -208,7 +244,7 @@ class LayerRelevance(LayerAttribution, Relevance):  # type: ignore[misc]
 class LRP(Relevance):
     """Captum's `LRP`: its default rules (epsilon, without an epsilon to speak of), and AttnLRP's for attention."""
 
-    def __init__(self, model: nn.Module, **options: Any) -> None:
+    def __init__(self, model: nn.Module | Callable[..., Any], **options: Any) -> None:
         super().__init__(model, "attnlrp", **options)
 
 
@@ -217,6 +253,25 @@ class LayerLRP(LayerRelevance):
 
     def __init__(self, model: nn.Module, layer: nn.Module | Sequence[nn.Module], **options: Any) -> None:
         super().__init__(model, layer, "attnlrp", **options)
+
+
+def _module(forward_func: Any) -> nn.Module:
+    """The model that a forward function is; what Captum is given beyond that has weights that cannot be found."""
+    owner = getattr(forward_func, "__self__", None)
+    found = owner if getattr(forward_func, "__name__", "") in ("forward", "__call__", "_wrapped_call_impl") else None
+    model = found if isinstance(found, nn.Module) else forward_func
+    if not isinstance(model, nn.Module):
+        got = getattr(forward_func, "__qualname__", type(forward_func).__name__)
+        raise OptionError(
+            f"forward_func: expected a torch.nn.Module or its forward, got {got}; write other functions as a module"
+            " whose forward is the function"
+        )
+    return model
+
+
+def _as_given(part: Tensor, tensor: Tensor) -> Tensor:
+    """In the dtype of an input that has one of numbers."""
+    return part.to(tensor.dtype) if tensor.is_floating_point() else part
 
 
 def _given(inputs: Inputs) -> tuple[Tensor, ...]:

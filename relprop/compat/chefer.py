@@ -86,7 +86,7 @@ class LRP:
             UnknownNameError: the original returned None for a method it did not know.
             ClassIndexError, TargetError: the index. LayerIndexError: the start layer.
         """
-        if method not in _METHODS:
+        if not isinstance(method, str) or method not in _METHODS:
             raise unknown_name("method", method, _METHODS)
         name, option = _METHODS[method]
         options: dict[str, Any] = {}
@@ -133,7 +133,12 @@ class Generator:
         model: a text classifier with a class token in front, called with `input_ids` and `attention_mask`; it is put
             into evaluation mode and not changed otherwise.
         composite: rules of the methods that propagate relevance.
+        count_padding: let tokens that `attention_mask` leaves out count where a sample's smallest value is taken or its
+            map is averaged and stretched, as the original does; the answer then depends on the longest text of the
+            batch.
         backend, precision: as `relprop.compile` takes them.
+
+    Padding itself gets exactly zero.
     """
 
     def __init__(
@@ -141,11 +146,12 @@ class Generator:
         model: nn.Module,
         composite: str | Composite = "chefer_bert",
         *,
+        count_padding: bool = False,
         backend: str = "auto",
         precision: str = "highest",
     ) -> None:
         self._engines = Engines(model, backend=backend, precision=precision)
-        self.model, self.composite = model.eval(), composite
+        self.model, self.composite, self.count_padding = model.eval(), composite, bool(count_padding)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
         """The model's own answer."""
@@ -159,8 +165,9 @@ class Generator:
         Raises:
             LayerIndexError: the start layer, which is BERT-base's last one unless it is given.
         """
-        options = {"start_layer": start_layer, "normalise": True, "read_tokens": "minimum", "count_padding": True}
-        return self._row(input_ids, attention_mask, index, "transformer_attribution", options)
+        options = {"start_layer": start_layer, "normalise": True, "read_tokens": "minimum"}
+        counted = {"count_padding": self.count_padding}
+        return self._row(input_ids, attention_mask, index, "transformer_attribution", options | counted)
 
     def generate_LRP_last_layer(self, input_ids: Tensor, attention_mask: Tensor, index: Any = None) -> Tensor:
         """Relevance of the last attention map."""
@@ -183,7 +190,7 @@ class Generator:
 
     def generate_attn_gradcam(self, input_ids: Tensor, attention_mask: Tensor, index: Any = None) -> Tensor:
         """Grad-CAM on the last attention map; a constant one is zero, where the original divides zero by zero."""
-        options = {"over": "matrix", "count_padding": True}
+        options = {"over": "matrix", "count_padding": self.count_padding}
         return _first_zero(self._row(input_ids, attention_mask, index, "attention_gradcam", options))
 
     def _row(self, ids: Tensor, mask: Tensor, index: Any, method: str, options: dict[str, Any]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -16,7 +17,8 @@ from relprop.compat.chefer_index import LayerIndexError, alone, class_score
 from relprop.compat.engines import Engines
 from relprop.composites import Composite
 from relprop.engine import Engine
-from relprop.errors import OptionError, TargetError, UnsupportedTopologyError
+from relprop.errors import DTypeError, OptionError, ShapeError, TargetError, UnsupportedTopologyError
+from relprop.latents import Paths
 
 __all__ = ["DetrGenerator", "GeneratorBaselines", "GeneratorOurs", "interpret"]
 
@@ -39,8 +41,11 @@ def interpret(
     Returns:
         text_relevance [B, N, N], image_relevance [B, patches]
     Raises:
-        LayerIndexError: a start layer, where the original ignored all layers in silence.
+        LayerIndexError: a start layer, where the original ignored all layers in silence. ShapeError, DTypeError:
+            images or texts of another shape or kind, or of numbers that do not go together.
     """
+    _check_images("image", image)
+    _check_texts(texts, len(image))
     device = device or next(model.parameters()).device
     texts = texts.to(device)
     images = image.to(device)
@@ -57,6 +62,24 @@ def interpret(
         )
     )
     return text_relevance, image_relevance[:, 0, 1:]
+
+
+def _check_images(name: str, given: Any) -> None:
+    if not isinstance(given, Tensor) or given.ndim != 4:
+        got = list(given.shape) if isinstance(given, Tensor) else type(given).__name__
+        raise ShapeError(f"{name}: expected a tensor of images [B, 3, H, W], got {got}")
+    if not given.is_floating_point():
+        raise DTypeError(f"{name}: expected images as the model takes them, floating, got {given.dtype}")
+
+
+def _check_texts(texts: Any, images: int) -> None:
+    if not isinstance(texts, Tensor) or texts.ndim != 2:
+        got = list(texts.shape) if isinstance(texts, Tensor) else type(texts).__name__
+        raise ShapeError(f"texts: expected a tensor of token ids [B, N], got {got}")
+    if texts.is_floating_point():
+        raise DTypeError(f"texts: expected token ids, integers, got {texts.dtype}")
+    if images not in (1, len(texts)):
+        raise ShapeError(f"image: expected one image, or one for each of {len(texts)} texts, got {images}")
 
 
 def _towers(sites: list[str]) -> tuple[str, str]:
@@ -183,9 +206,17 @@ class GeneratorOurs(_LxmertGenerator):
 class GeneratorBaselines(_LxmertGenerator):
     """`lxmert/lxmert/src/ExplanationGenerator.py: GeneratorBaselines`; arguments as those of `GeneratorOurs`.
 
+    Args:
+        count_padding: let padded words and regions count where maps are averaged, stretched or multiplied, as the
+            original does; the answer then depends on the longest question of the batch.
+
     Every method gives R_t_t [N, N] and R_t_i [N, regions], with a batch's axis in front for several samples. All raise
     ClassIndexError or TargetError for the index.
     """
+
+    def __init__(self, *args: Any, count_padding: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.count_padding = bool(count_padding)
 
     def generate_transformer_attr(
         self, input: Any, index: Any = None, method_name: str = "transformer_attr"
@@ -200,7 +231,7 @@ class GeneratorBaselines(_LxmertGenerator):
     ) -> tuple[Tensor, Tensor]:
         """Relevance of the last layers' attention maps, each stretched to [0, 1]; zero where it is constant."""
         layers = self._layers(input, index, "relevance")
-        return _answer(*(_stretched(maps["relevance"].mean(1)) for maps in (layers.words[-1], layers.between)))
+        return _answer(*(_stretched(maps) for maps in (layers.words[-1], layers.between)))
 
     def generate_raw_attn(self, input: Any, method_name: str = "raw_attention") -> tuple[Tensor, Tensor]:
         """The last layers' attention maps themselves."""
@@ -228,16 +259,26 @@ class GeneratorBaselines(_LxmertGenerator):
         found = _traced(engine, given, class_score(index))
         words = [maps for site, maps in found if ".encoder.layer." in site or ".lang_self_att." in site]
         regions = [maps for site, maps in found if ".r_layers." in site or ".visn_self_att." in site]
-        between = [maps for site, maps in found if ".visual_attention." in site]
+        both = [(site, maps) for site, maps in found if ".visual_attention." in site]
+        between = [maps for site, maps in both if not site.endswith("@1")]  # of a layer's two calls words come first
         if not words or not regions or not between:
             raise UnsupportedTopologyError(
                 "LXMERT: expected attention layers among words, among regions and between them, got"
                 f" {', '.join(site for site, _ in found) or 'none'}"
             )
-        return _Layers(words, regions, between[-1])
+        if self.count_padding:
+            return _Layers(words, regions, between[-1])
+        word = _unpadded(given.get("attention_mask"), words[0])
+        region = _unpadded(given.get("visual_attention_mask"), regions[0])
+        return _Layers(
+            [_without_padding(maps, word, word) for maps in words],
+            [_without_padding(maps, region, region) for maps in regions],
+            _without_padding(between[-1], word, region),
+        )
 
 
-_Maps: TypeAlias = "dict[str, Tensor]"  # attention, gradient or relevance of one layer. Each [B, H, Nq, Nk]
+# Of one layer attention, gradient or relevance, each [B, H, Nq, Nk], and the entries that count, [B, 1, Nq, Nk].
+_Maps: TypeAlias = "dict[str, Tensor]"
 
 
 @dataclass(frozen=True)
@@ -250,10 +291,23 @@ class _Layers:
 
 
 def _traced(engine: Engine, given: Mapping[str, Any], target: Any) -> list[tuple[str, _Maps]]:
-    """Attention layers in the order of execution, by module, with the maps that the engine's edge is made of."""
+    """Attention layers in the order of execution, by path, with the maps that the engine's edge is made of."""
     maps = engine.trace(**given, target=target).maps
-    sites = dict.fromkeys(site.module for site in engine.program.graph.attention_sites())
+    graph = engine.program.graph
+    sites = dict.fromkeys(map(Paths(graph).own, graph.attention_sites()))
     return [(site, {name: found[0] for (of, name), found in maps.items() if of == site}) for site in sites]
+
+
+def _unpadded(mask: Tensor | None, maps: _Maps) -> Tensor:
+    """Tokens that are no padding, of maps among them. [B, N]"""
+    some = next(iter(maps.values()))
+    return some.new_ones(len(some), some.shape[-1], dtype=torch.bool) if mask is None else mask.bool()
+
+
+def _without_padding(maps: _Maps, queries: Tensor, keys: Tensor) -> _Maps:
+    """Maps that are zero where a query or a key is padding."""
+    counted = queries[:, None, :, None] & keys[:, None, None, :]
+    return {**{name: torch.where(counted, found, 0.0) for name, found in maps.items()}, "counted": counted}
 
 
 def _answer(words: Tensor, regions: Tensor) -> tuple[Tensor, Tensor]:
@@ -269,13 +323,19 @@ def _positive(maps: _Maps, what: str) -> Tensor:
 
 def _gradcam(maps: _Maps) -> Tensor:
     """Attention with heads weighted by their mean gradient, cut at zero. [B, Nq, Nk]"""
-    return (maps["attention"] * maps["gradient"].mean((-2, -1), keepdim=True)).mean(1).clamp(min=0)
+    gradient = maps["gradient"]
+    number = maps.get("counted", torch.ones_like(gradient, dtype=torch.bool)).sum((-2, -1), keepdim=True)
+    weight = gradient.sum((-2, -1), keepdim=True) / number
+    return (maps["attention"] * weight).mean(1).clamp(min=0)
 
 
-def _stretched(matrix: Tensor) -> Tensor:
-    """Each sample's values stretched to [0, 1]. [B, Nq, Nk]"""
-    low, high = matrix.amin((-2, -1), keepdim=True), matrix.amax((-2, -1), keepdim=True)
-    return (matrix - low) / torch.where(high > low, high - low, 1.0)
+def _stretched(maps: _Maps) -> Tensor:
+    """Each sample's relevance, its mean over heads, stretched to [0, 1]. [B, Nq, Nk]"""
+    matrix = maps["relevance"].mean(1)
+    counted = maps["counted"][:, 0] if "counted" in maps else torch.ones_like(matrix, dtype=torch.bool)
+    low = torch.where(counted, matrix, torch.inf).amin((-2, -1), keepdim=True)
+    high = torch.where(counted, matrix, -torch.inf).amax((-2, -1), keepdim=True)
+    return torch.where(counted, (matrix - low) / torch.where(high > low, high - low, 1.0), 0.0)
 
 
 def _rollout(edges: list[Tensor]) -> Tensor:
@@ -303,7 +363,8 @@ class DetrGenerator:
             [B, N, M].
 
     Every method takes images without padding [B, 3, H, W], a query and, where the answer depends on it, the query's
-    class (None for the largest one but the last, "no object"), and raises TargetError and ClassIndexError for these.
+    class (None for the largest one but the last, "no object"), and raises TargetError and ClassIndexError for these,
+    ShapeError and DTypeError for images.
     """
 
     R_i_i: Tensor
@@ -355,7 +416,7 @@ class DetrGenerator:
     def generate_partial_lrp(self, img: Tensor, target_index: int | Tensor, index: Any = None) -> Tensor:
         """Relevance of the last attention map between queries and image, stretched to [0, 1] over all queries."""
         maps = self._relevance(img, target_index, index)[-1]
-        return _stretched(maps["relevance"].mean(1))[:, target_index][None]
+        return _stretched(maps)[:, target_index][None]
 
     def generate_raw_attn(self, img: Tensor, target_index: int | Tensor) -> Tensor:
         """The last attention map between queries and image itself."""
@@ -384,10 +445,12 @@ class DetrGenerator:
 
     def _score(self, target_index: int | Tensor, index: Any) -> Callable[[Tensor], Tensor]:
         """From logits to those of the query's class. [B, Q, C] -> [B]"""
-        several = isinstance(target_index, Tensor) and target_index.numel() != 1
-        if several or isinstance(target_index, (bool, float)):
+        try:
+            query = operator.index(target_index)
+        except (TypeError, ValueError):
+            query = None
+        if query is None or isinstance(target_index, bool):
             raise TargetError(f"target_index: expected one query, an int or a tensor [1], got {target_index!r}")
-        query = int(target_index)
 
         def score(logits: Tensor) -> Tensor:
             if not -logits.shape[1] <= query < logits.shape[1]:
@@ -401,9 +464,11 @@ class DetrGenerator:
 
         So the queries' first attention among themselves is there, which no relevance of the image reaches.
         """
+        _check_images("img", img)
+        choose = self._score(target_index, index)
         with torch.enable_grad(), _AttentionMaps() as kept:
             logits = self.model(img).logits
-        score = self._score(target_index, index)(logits)
+        score = choose(logits)
         gradients = torch.autograd.grad(score.sum(), kept.maps, allow_unused=True)
         return [
             {"attention": found.detach(), "gradient": torch.zeros_like(found) if gradient is None else gradient}
@@ -415,6 +480,7 @@ class DetrGenerator:
 
         The queries start from zeros that are given as an input, so that relevance is followed down to them.
         """
+        _check_images("img", img)
         score = self._score(target_index, index)
         sizes = self.model.config
         zeros = img.new_zeros(len(img), sizes.num_queries, sizes.d_model)  # type: ignore[union-attr, arg-type]

@@ -51,16 +51,21 @@ def explain(
     Returns:
         [B, 1, H, W] for images, [B, N] for token ids
     Raises:
-        TargetError: the targets are no class per sample.
+        TargetError: the targets are no class per sample. OptionError: no model, or inputs of another type.
     """
     if not isinstance(model, nn.Module):
         raise OptionError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     first = next(model.parameters())
+    if not isinstance(inputs, (np.ndarray, Tensor)):
+        raise OptionError(f"inputs: expected an array or a tensor, got {type(inputs).__name__}")
     given = torch.as_tensor(inputs)
     given = given.to(device or first.device, first.dtype if given.is_floating_point() else torch.int64)
     if targets is None:
         raise TargetError(f"targets: expected an int or {len(given)} of them, got None")
-    classes = torch.as_tensor(targets)
+    try:
+        classes = torch.as_tensor(targets)
+    except (TypeError, ValueError, RuntimeError):
+        raise TargetError(f"targets: expected an int or {len(given)} of them, got {targets!r}") from None
     if classes.is_floating_point() or classes.ndim > 1 or (classes.ndim and len(classes) != len(given)):
         raise TargetError(
             f"targets: expected an int or {len(given)} of them, got {list(classes.shape)}, {classes.dtype}"

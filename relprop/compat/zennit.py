@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from relprop.compat.engines import Engines
 from relprop.composites import Composite, Entry, find_composite
-from relprop.errors import OptionError, ShapeError, TargetError, UnsupportedOpError
+from relprop.errors import OptionError, ShapeError, TargetError, UnknownNameError, UnsupportedOpError
 from relprop.rules import Stabiliser, make_rule
 
 __all__ = [
@@ -125,15 +125,15 @@ class LayerMap:
     layers: tuple[tuple[tuple[type, ...], str, dict[str, Any]], ...]
     first: tuple[tuple[tuple[type, ...], str, dict[str, Any]], ...] = ()
 
-    def rules(self, model: nn.Module) -> Iterator[tuple[str, nn.Module, str, dict[str, Any]]]:
-        """Path, module, rule and parameters of every module that has a rule."""
+    def rules(self, model: nn.Module) -> Iterator[tuple[str, nn.Module, str, dict[str, Any], str]]:
+        """Path, module, rule, parameters and the rule's name again of every module that has a rule."""
         waiting = True
         for path, module in model.named_modules():
             fits = [entry for entry in self.first if waiting and isinstance(module, entry[0])]
             waiting = waiting and not fits
             fits = fits or [entry for entry in self.layers if isinstance(module, entry[0])]
             if fits:
-                yield path, module, fits[0][1], fits[0][2]
+                yield path, module, fits[0][1], fits[0][2], fits[0][1]
 
 
 def _base(stabilizer: float) -> tuple[Any, ...]:
@@ -226,10 +226,7 @@ def translated(composite: Any, model: nn.Module) -> Composite:
             f"composite: expected None, a name, a relprop.Composite or a composite of zennit, got"
             f" {type(composite).__name__}"
         )
-    entries = tuple(
-        Entry(_kind(module, path, rule), make_rule(_kind(module, path, rule), rule, **parameters), None, path)
-        for path, module, rule, parameters in found
-    )
+    entries = tuple(_entry(*assigned) for assigned in found)
     return replace(find_composite("gradient").overridden(*entries, name=f"zennit {name}"), seed="one")
 
 
@@ -243,6 +240,18 @@ def _with_defaults(name: str) -> LayerMap:
         ) from error
 
 
+def _entry(path: str, module: nn.Module, rule: str, parameters: dict[str, Any], called: str) -> Entry:
+    """The rule of one module. called: its name in the composite, for messages."""
+    kind = _kind(module, path, called)
+    try:
+        return Entry(kind, make_rule(kind, rule, **parameters), None, path)
+    except UnknownNameError:
+        raise UnsupportedOpError(
+            f"composite: expected a rule that {kind} operations have a counterpart of, got rule {called!r} for"
+            f" {path or 'the model'} ({type(module).__name__})"
+        ) from None
+
+
 def _kind(module: nn.Module, path: str, rule: str) -> str:
     for types, kind in _KINDS:
         if isinstance(module, types):
@@ -253,13 +262,13 @@ def _kind(module: nn.Module, path: str, rule: str) -> str:
     )
 
 
-def _of_zennit(composite: Any, model: nn.Module) -> Iterator[tuple[str, nn.Module, str, dict[str, Any]]]:
+def _of_zennit(composite: Any, model: nn.Module) -> Iterator[tuple[str, nn.Module, str, dict[str, Any], str]]:
     """What a composite of zennit would hook, module by module."""
     context: dict[Any, Any] = {}
     for path, module in model.named_modules():
         hook = composite.module_map(context, path, module)
         if hook is not None:
-            yield (path, module, *_rule_of(hook, path))
+            yield (path, module, *_rule_of(hook, path), type(hook).__name__)
 
 
 def _rule_of(hook: Any, path: str) -> tuple[str, dict[str, Any]]:

@@ -170,7 +170,7 @@ register_method(
         "Bakish et al. 2025",
         "pa_lrp",
         partial(PositionedMap, "relevance", "pa_lrp"),
-        {"positions": "added"},
+        {"positions": "added", **_CHANNELS},
         output="input",
     )
 )

@@ -192,7 +192,7 @@ def find_method(name: str) -> Method:
     Raises:
         UnknownNameError: no method has that name; the nearest is suggested.
     """
-    if name not in METHODS:
+    if not isinstance(name, str) or name not in METHODS:
         raise unknown_name("method", name, METHODS)
     return METHODS[name]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -64,23 +64,21 @@ class _AtInput(Reader):
         self.stream, self.summed = stream, summed
 
     def finish(self, reading: Reading) -> Tensor:
-        first = next(value for value, name in reading.streams if name == self.stream)
-        return self._read(reading, first)
+        return self.summed(self.first(reading))
 
     def by_input(self, graph: Graph, reading: Reading) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = {}
-        for name, value in entries(graph):
-            if (value, self.stream) in reading.streams:
-                part = self._read(reading, value)
-                found[name] = found[name] + part if name in found else part
-        return found
+        values = [value for _, value in entries(graph) if (value, self.stream) in reading.streams]
+        return by_name(graph, {value: self.summed(self._read(reading, value)) for value in values})
+
+    def first(self, reading: Reading) -> Tensor:
+        """The stream at the first input."""
+        return self._read(reading, next(value for value, name in reading.streams if name == self.stream))
 
     def _read(self, reading: Reading, value: Value) -> Tensor:
-        """The stream at one input."""
         found = reading.streams[value, self.stream]
         if self.stream == "gradient":
             found = found * reading.inputs[value].to(found.dtype)
-        return self.summed(found)
+        return found
 
 
 def over_channels(found: Tensor) -> Tensor:
@@ -95,8 +93,8 @@ class PositionedMap(InputMap):
     """Relevance at the input, and what positions keep of it.
 
     Args:
-        positions: "added" to the token at each position (in an image spread over the patch's pixels), "alone" or
-            "left out".
+        positions: "added" to the token at each position (in an image spread over the patch's pixels, and over channels
+            that are kept), "alone" or "left out".
     """
 
     positions: str = "added"
@@ -110,26 +108,36 @@ class PositionedMap(InputMap):
 
     def reader(self) -> Reader:
         """A reader at the input that knows of positions."""
-        return _WithPositions(self.stream, self.positions)
+        return _WithPositions(self.stream, self.over_channels, self.positions)
 
 
 class _WithPositions(_AtInput):
-    def __init__(self, stream: str, positions: str) -> None:
-        super().__init__(stream, over_channels)
+    def __init__(self, stream: str, summed: Callable[[Tensor], Tensor], positions: str) -> None:
+        super().__init__(stream, summed)
         self.positions = positions
 
     def finish(self, reading: Reading) -> Tensor:
-        tokens = super().finish(reading)
-        kept = reading.positions
+        found, kept = self.first(reading), reading.positions
         if not kept or self.positions == "left out":
-            return tokens
+            return self.summed(found)
         longest = max(part.shape[-1] for part in kept)
-        total = tokens.new_zeros(*tokens.shape[:2], longest)
+        total = found.new_zeros(*found.shape[:2], longest)
         for part in kept:  # a rotation may leave out the class and register tokens in front
             total[..., longest - part.shape[-1] :] += part
-        if tokens.ndim == 4:
-            total = _over_pixels(total, tokens)
-        return total if self.positions == "alone" else tokens + total
+        spread = _like(total, found)
+        return self.summed(spread if self.positions == "alone" else found + spread)
+
+
+def _like(positions: Tensor, found: Tensor) -> Tensor:
+    """Each token's share spread evenly over its channels, in an image also over its patch's pixels.
+
+    Args:
+        positions: [T, B, N]
+        found: whose shape is wanted, pixels [T, B, C, H, W] or tokens [T, B, N, C].
+    """
+    if found.ndim == 5:
+        return (_over_pixels(positions, found) / found.shape[2]).unsqueeze(2).expand_as(found)
+    return (positions / found.shape[-1]).unsqueeze(-1).expand_as(found)
 
 
 def _over_pixels(positions: Tensor, pixels: Tensor) -> Tensor:
@@ -167,6 +175,15 @@ def only_one(requirements: Requirements, method: str) -> Requirements:
         names = ", ".join(value.name for value, _ in requirements.values)
         raise UnsupportedTopologyError(f"method {method!r}: expected one explained input, got {names}")
     return requirements
+
+
+def by_name(graph: Graph, maps: Mapping[Value, Tensor]) -> dict[str, Tensor]:
+    """Maps at the values of `entries`, added up by input."""
+    found: dict[str, Tensor] = {}
+    for name, value in entries(graph):
+        if value in maps:
+            found[name] = found[name] + maps[value] if name in found else maps[value]
+    return found
 
 
 def entries(graph: Graph) -> list[tuple[str, Value]]:

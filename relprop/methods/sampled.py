@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 import torch
@@ -12,12 +12,27 @@ from torch import Tensor
 from relprop.errors import OptionError
 from relprop.graph import Graph
 from relprop.methods.base import Requirements
-from relprop.methods.input_maps import InputMap, only_one
+from relprop.methods.input_maps import InputMap
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What the points are made around, at one explained input.
+
+    Attributes:
+        x: the input itself, or the embeddings of its tokens. [B, ...]
+        number: of the input, from 0.
+        first: how many tokens in front are hidden from all others, where masks hide some. [B]
+    """
+
+    x: Tensor
+    number: int
+    first: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class SampledMap(InputMap):
-    """The mean of gradients at several points, in batches of `batch` points.
+    """The mean of gradients at several points, in batches of `batch` points; all explained inputs move together.
 
     Args:
         batch: points that share one pass.
@@ -26,11 +41,16 @@ class SampledMap(InputMap):
     batch: int = 8
 
     def require(self, graph: Graph) -> Requirements:
-        """The gradient at the one explained input."""
-        return replace(only_one(super().require(graph), self.method), latent_stream=None)
+        """The gradient at every explained input."""
+        self.check()
+        return replace(super().require(graph), latent_stream=None, padding=True)
 
-    def points(self, x: Tensor) -> Sequence[tuple[float, Tensor]]:
-        """Weights and points. x: [B, ...]"""
+    def weights(self) -> list[float]:
+        """One for each point."""
+        raise NotImplementedError
+
+    def moved(self, origin: Origin, point: int) -> Tensor:
+        """An input at a point. [B, ...]"""
         raise NotImplementedError
 
     def combine(self, x: Tensor, gradient: Tensor) -> Tensor:
@@ -56,25 +76,41 @@ class IntegratedGradients(SampledMap):
     steps: int = 32
     baseline: float = 0.0
 
-    def points(self, x: Tensor) -> Sequence[tuple[float, Tensor]]:
-        """Nodes and weights of the quadrature on [0, 1]."""
-        self.check(steps=self.steps)
-        nodes, weights = np.polynomial.legendre.leggauss(self.steps)
-        away = x - self.baseline
-        return [(float(w) / 2, self.baseline + (1 + float(a)) / 2 * away) for a, w in zip(nodes, weights, strict=True)]
+    def check(self, **counts: int) -> None:
+        """Also of the quadrature."""
+        super().check(steps=self.steps, **counts)
+
+    def weights(self) -> list[float]:
+        """Of the quadrature on [0, 1]."""
+        return [weight / 2 for weight in _quadrature(self.steps)[1]]
+
+    def moved(self, origin: Origin, point: int) -> Tensor:
+        """At a node of the quadrature."""
+        share = (1 + _quadrature(self.steps)[0][point]) / 2
+        return self.baseline + share * (origin.x - self.baseline)
 
     def combine(self, x: Tensor, gradient: Tensor) -> Tensor:
         """Completeness: the sum is the score at x less that at b, up to the quadrature's error."""
         return (x - self.baseline) * gradient
 
 
+@cache
+def _quadrature(steps: int) -> tuple[list[float], list[float]]:
+    """Nodes and weights on [-1, 1]."""
+    nodes, weights = np.polynomial.legendre.leggauss(steps)
+    return nodes.tolist(), weights.tolist()
+
+
 @dataclass(frozen=True)
 class SmoothGrad(SampledMap):
     """The gradient's mean over inputs with normal noise.
 
+    A token's noise depends on its place among the tokens that are seen and on its own embedding alone, so that neither
+    other samples nor padding change it.
+
     Args:
         samples: noisy inputs.
-        noise: standard deviation, as a share of each sample's range.
+        noise: standard deviation, as a share of each sample's range; in a sequence [B, N, C] of each token's own.
         seed: of the noise, which is the same for every sample of a batch.
         times_input: multiply with the input.
     """
@@ -84,14 +120,32 @@ class SmoothGrad(SampledMap):
     seed: int = 0
     times_input: bool = False
 
-    def points(self, x: Tensor) -> Sequence[tuple[float, Tensor]]:
-        """Noisy copies, each of the same weight."""
-        self.check(samples=self.samples)
-        axes = tuple(range(1, x.ndim))
+    def check(self, **counts: int) -> None:
+        """Also of the draws."""
+        super().check(samples=self.samples, **counts)
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
+            raise OptionError(f"seed: expected an int from 0, got {self.seed!r}")
+
+    def weights(self) -> list[float]:
+        """The same for each draw."""
+        return [1 / self.samples] * self.samples
+
+    def moved(self, origin: Origin, point: int) -> Tensor:
+        """A noisy copy."""
+        x = origin.x
+        axes = (2,) if x.ndim == 3 else tuple(range(1, x.ndim))
         spread = self.noise * (x.amax(axes, keepdim=True) - x.amin(axes, keepdim=True))
-        generator = torch.Generator().manual_seed(self.seed)
-        noise = [torch.randn(x.shape[1:], generator=generator).to(x) for _ in range(self.samples)]
-        return [(1 / self.samples, x + spread * one) for one in noise]
+        return x + spread * self._draw(origin, point)
+
+    def _draw(self, origin: Origin, point: int) -> Tensor:
+        """Normal noise; a longer sequence's starts with a shorter one's. [...], or [B, N, C] where tokens are hidden"""
+        x = origin.x
+        stream = np.random.default_rng((self.seed, point, origin.number))
+        noise = torch.from_numpy(stream.standard_normal(tuple(x.shape[1:]), dtype=np.float32)).to(x)
+        if origin.first is None:
+            return noise
+        place = torch.arange(x.shape[1], device=x.device) - origin.first.to(x.device).unsqueeze(1)
+        return noise[place % x.shape[1]]
 
     def combine(self, x: Tensor, gradient: Tensor) -> Tensor:
         """The mean itself, or times the input."""

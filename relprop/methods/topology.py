@@ -106,15 +106,24 @@ def mask_of(site: Node) -> Mask | None:
     return None
 
 
-def padded_tokens(graph: Graph, tensors: dict[int, Any], shapes: dict[int, torch.Size], batch: int) -> Tensor | None:
-    """Tokens that masks hide from every query of every attention layer; None where a layer hides none. [B, N], bool"""
+def padded_tokens(
+    graph: Graph, tensors: dict[int, Any], shapes: dict[int, torch.Size], batch: int, length: int | None = None
+) -> Tensor | None:
+    """Tokens that masks hide from every query of every attention layer; None where a layer hides none. [B, N], bool
+
+    Args:
+        length: look only at layers over that many tokens.
+    """
     found: Tensor | None = None
     for site in graph.attention_sites():
+        keys = number_of_keys(site, shapes)
+        if length is not None and keys != length:
+            continue
         mask, sample = mask_of(site), site.outputs[0].sample
         stored = None if mask is None else tensors.get(mask.value.index)
         if mask is None or stored is None:
             return None
-        hidden, keys = mask.hidden(stored), number_of_keys(site, shapes)
+        hidden = mask.hidden(stored)
         lead = hidden.shape[0] if hidden.ndim > 2 else 1
         factor = 1 if sample is None else sample.factor or 1
         if factor > 1 and lead > 1:

@@ -62,15 +62,6 @@ def empty_cache() -> None:
         _C.limit_blocks(limit)
 
 
-def dtype_of(name: str, tensor: Tensor) -> tuple[torch.dtype, int]:
-    """A floating-point tensor's dtype and its bytes per element."""
-    dtype = tensor.dtype
-    itemsize = ITEMSIZE.get(dtype)
-    if itemsize is None:
-        raise DTypeError(f"{name}: expected torch.float32 or torch.float64, got {dtype}")
-    return dtype, itemsize
-
-
 def text_of(shape: Sequence[int]) -> str:
     """A shape as the error messages print it."""
     return f"[{', '.join(str(size) for size in shape)}]"
@@ -89,18 +80,19 @@ def check(name: str, tensor: Tensor, shape: Sequence[int], dtype: torch.dtype) -
 def stream_dtype(name: str, tensor: Tensor) -> torch.dtype:
     """What a kernel computes in for a stream: float64 for float64, else float32."""
     if tensor.dtype not in CODES:
-        raise DTypeError(f"{name}: expected {_any_of(CODES)}, got {tensor.dtype}")
+        raise DTypeError(f"{name}: expected {any_of(CODES)}, got {tensor.dtype}")
     return torch.float64 if tensor.dtype is torch.float64 else torch.float32
 
 
-def _any_of(dtypes: Iterable[torch.dtype]) -> str:
+def any_of(dtypes: Iterable[torch.dtype]) -> str:
+    """Dtypes as the error messages list them."""
     names = [str(dtype) for dtype in dtypes]
     return f"{', '.join(names[:-1])} or {names[-1]}" if len(names) > 1 else names[0]
 
 
 def _check_mixed(name: str, tensor: Tensor, shape: Sequence[int], dtypes: tuple[torch.dtype, ...]) -> None:
     if tensor.dtype not in dtypes:
-        raise DTypeError(f"{name}: expected {_any_of(dtypes)}, got {tensor.dtype}")
+        raise DTypeError(f"{name}: expected {any_of(dtypes)}, got {tensor.dtype}")
     check(name, tensor, shape, tensor.dtype)
 
 
@@ -162,7 +154,7 @@ def output_tensor(
     dtypes = (dtype,) if dtype is torch.float64 else _MIXED[dtype]
     if tensor is None:
         if default is not None and default not in dtypes:
-            raise DTypeError(f"{name}: expected {_any_of(dtypes)}, got {default}")
+            raise DTypeError(f"{name}: expected {any_of(dtypes)}, got {default}")
         return empty(shape, default or dtype)
     _check_mixed(name, tensor, shape, dtypes)
     if not tensor.is_contiguous() or tensor.is_neg():

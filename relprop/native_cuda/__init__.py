@@ -7,7 +7,7 @@ history; sums are float32 or better.
 """
 
 from relprop.native_cuda.add import add_epsilon, add_gamma, add_normalised, fanout_epsilon
-from relprop.native_cuda.attention import attention_shares, rollout_row, share, softmax_taylor
+from relprop.native_cuda.attention import attention_shares, share, softmax_taylor
 from relprop.native_cuda.attention_relevance import attention_relevance
 from relprop.native_cuda.call import DTYPES, Stabiliser, available, device_type, info
 from relprop.native_cuda.gradient import activation_gradient, norm_gradient
@@ -38,7 +38,6 @@ __all__ = [
     "linear_epsilon_share_out",
     "linear_gamma_share_out",
     "norm_gradient",
-    "rollout_row",
     "share",
     "softmax_taylor",
 ]

@@ -1,19 +1,16 @@
-"""Products of activations, softmax and the read-out of attention maps."""
+"""Products of activations, and softmax."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from relprop.errors import ShapeError
 from relprop.native_cuda.call import (
     Call,
     Stabiliser,
-    empty,
     pointer_of,
     row_count,
     target_count,
-    text_of,
 )
 
 
@@ -89,33 +86,4 @@ def softmax_taylor(relevance: Tensor, logits: Tensor, probabilities: Tensor) -> 
     out = call.new(full)
     pointers = [t.data_ptr() for t in (out, relevance, logits, probabilities)]
     call.run("softmax_taylor", *pointers, full[0], row_count(logits), shape[-1])
-    return out
-
-
-def rollout_row(row: Tensor, queried: Tensor, gradient: Tensor | None, relevance: Tensor) -> Tensor:
-    """One step of the row walk: c + c_q E, E = mean over heads of (∇A ⊙ R_A)⁺, without E in memory.
-
-    Args:
-        row: c. [T, B, Nk], float32
-        queried: the entries of c that have a row in E. [T, B, Nq], float32
-        gradient: ∇A, or None for E of R_A alone. [T, B, H, Nq, Nk], float32 | bfloat16 | float16
-        relevance: R_A. [T, B, H, Nq, Nk]
-    Returns:
-        the new c. [T, B, Nk], float32
-    Raises:
-        ShapeError, DTypeError, DeviceError, BackendError
-    Source: Chefer et al., CVPR 2021, section 3.
-    """
-    call = Call("relevance", relevance, "relevance", relevance)
-    shape = relevance.shape
-    if len(shape) != 5 or shape[2] == 0:
-        raise ShapeError(f"relevance: expected shape [T, B, H, Nq, Nk] with at least one head, got {text_of(shape)}")
-    targets, batch, heads, queries, keys = shape
-    relevance = call.stream("relevance", relevance, shape)
-    gradient = None if gradient is None else call.stream("gradient", gradient, shape)
-    row = call.single("row", row, (targets, batch, keys))
-    queried = call.single("queried", queried, (targets, batch, queries))
-    out = empty(row.shape, torch.float32, call.device)
-    pointers = [pointer_of(t) for t in (out, row, queried, gradient, relevance)]
-    call.run("rollout_row", *pointers, targets * batch, heads, queries, keys)
     return out

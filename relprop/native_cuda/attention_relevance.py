@@ -6,10 +6,19 @@ import torch
 from torch import Tensor
 
 from relprop.errors import DeviceError, DTypeError, OptionError, ShapeError
-from relprop.native.attention import EDGES, QK_RULES, AttentionStreams, Parts, Wanted
+from relprop.native.attention import (
+    EDGES,
+    QK_RULES,
+    AttentionStreams,
+    Parts,
+    Wanted,
+    check_heads,
+    widened,
+)
 from relprop.native.tensors import is_aligned
 from relprop.native_cuda.call import PRODUCTS, Call, Stabiliser, code_of, compiled, empty, text_of
 
+LARGEST_HEAD = 256  # channels
 _ALL: Wanted = (True, True, True)
 
 
@@ -66,8 +75,9 @@ def attention_relevance(
     for name, (stream, wanted) in streams.items():
         made[name] = (None, None, None)
         if stream is not None:
-            ready[name] = _rows(call, name, stream, (targets, *sizes[:2], sizes[3], sizes[6]), call.streams)
-            made[name] = _outputs(call, (q, k, v), targets, wanted)
+            shape = (targets, *q.shape[:3], v.shape[3])
+            ready[name] = widened(_rows(call, name, stream, shape, call.streams))
+            made[name] = _outputs(call, (ready["q"], ready["k"], ready["v"]), targets, wanted)
         results |= {f"{name}_{part}": t for part, t in zip("qkv", made[name], strict=True) if t is not None}
     walked = None
     if edge is not None:
@@ -78,7 +88,7 @@ def attention_relevance(
     if 0 in (sizes[0], sizes[3], sizes[4]) or (targets == 0 and not streamless):
         for tensor in results.values():
             tensor.zero_()
-        return AttentionStreams(made["gradient"], made["relevance"], walked)
+        return AttentionStreams(made["gradient"], made["relevance"], walked).of_channels(q, k, v)
     whole = (targets, *sizes, 0 if walked is None else len(walked))
     edge_code = 0 if edge is None else EDGES[edge]
     workspace = empty((compiled().attention_relevance_workspace(whole, edge_code),), torch.float32, call.device)
@@ -96,7 +106,7 @@ def attention_relevance(
         av_stabiliser,
         workspace.data_ptr(),
     )
-    return AttentionStreams(made["gradient"], made["relevance"], walked)
+    return AttentionStreams(made["gradient"], made["relevance"], walked).of_channels(q, k, v)
 
 
 def _rows(call: Call, name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -115,14 +125,16 @@ def _rows(call: Call, name: str, tensor: Tensor, shape: tuple[int, ...], dtype: 
 def _layer(
     call: Call, q: Tensor, k: Tensor, v: Tensor, output: Tensor | None, mask: Tensor | None
 ) -> tuple[dict[str, Tensor], tuple[int, ...]]:
-    """The layer's tensors as the kernel reads them, and the sizes B, H, Hk, Nq, Nk, d, dv."""
+    """The layer's tensors as the kernel reads them, and their sizes B, H, Hk, Nq, Nk, d, dv.
+
+    Where heads have no channels the tensors have one of zeros.
+    """
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.dim() != 4:
             raise ShapeError(f"{name}: expected shape [B, H, N, d], got {text_of(tensor.shape)}")
     batch, heads, queries, width = q.shape
     key_heads, keys, value_width = k.shape[1], k.shape[2], v.shape[3]
-    if key_heads == 0 or heads % key_heads:
-        raise ShapeError(f"k: expected a number of heads that divides {heads}, got {key_heads}")
+    check_heads(heads, key_heads)
     ready = {
         "q": _rows(call, "q", q, (batch, heads, queries, width), call.values),
         "k": _rows(call, "k", k, (batch, key_heads, keys, width), call.values),
@@ -130,11 +142,12 @@ def _layer(
     }
     if output is not None:
         ready["output"] = _rows(call, "output", output, (batch, heads, queries, value_width), call.values)
+    ready = {name: widened(tensor) for name, tensor in ready.items()}
     if mask is not None:
         boolean = mask.dtype == torch.bool
         expanded = _mask(call, mask.view(torch.uint8) if boolean else mask, (batch, heads, queries, keys))
         ready["seen" if boolean else "bias"] = expanded
-    return ready, (batch, heads, key_heads, queries, keys, width, value_width)
+    return ready, (batch, heads, key_heads, queries, keys, ready["q"].shape[3], ready["v"].shape[3])
 
 
 def _mask(call: Call, mask: Tensor, shape: tuple[int, ...]) -> Tensor:

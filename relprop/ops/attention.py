@@ -10,7 +10,7 @@ from torch import Tensor
 
 from relprop import native
 from relprop.errors import DeviceError
-from relprop.native.attention import prepared
+from relprop.native.attention import compute_dtype, prepared
 from relprop.ops.reference import stabiliser_of
 
 ARGUMENTS = (
@@ -46,8 +46,11 @@ def attention_relevance(
     See `relprop.native.attention_relevance`. [T, B, H, Nq, d], [T, B, Hk, Nk, d], [T, B, Hk, Nk, dv], [T, B, Nk]
     """
     layer = prepared(q, k, v, output, mask, gradient, relevance, row, qk, edge or None)
-    seen = layer.tensors.get("seen")
-    mask = layer.tensors.get("bias") if seen is None else seen.bool()
+    compute, seen = layer.compute, layer.tensors.get("seen")
+    given = {"gradient": gradient, "relevance": relevance}
+    q, k, v = q.to(compute), k.to(compute), v.to(compute)
+    output, mask, gradient, relevance = (None if t is None else t.to(compute) for t in (output, mask, *given.values()))
+    mask = mask if seen is None else seen.bool()
     row = layer.tensors.get("row")
     groups = q.shape[1] // k.shape[1]
     keys, values = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
@@ -56,14 +59,16 @@ def attention_relevance(
     found: list[Tensor] = []
     maps = {"attention": attention.unsqueeze(0)}
 
-    def give(parts: Sequence[Tensor], wanted: Sequence[bool]) -> None:
+    def give(name: str, parts: Sequence[Tensor], wanted: Sequence[bool]) -> None:
+        stream = given[name]
+        assert stream is not None
         folded = (parts[0], *(part.unflatten(2, (-1, groups)).sum(3) for part in parts[1:]))
-        found.extend(_token_by_token(part) for part, want in zip(folded, wanted, strict=True) if want)
+        found.extend(_token_by_token(part.to(stream.dtype)) for part, want in zip(folded, wanted, strict=True) if want)
 
     if gradient is not None:
         maps["gradient"] = at_map = gradient @ values.mT
         logits = attention * (at_map - (attention * at_map).sum(-1, keepdim=True)) * scale
-        give((logits @ keys, logits.mT @ q, attention.mT @ gradient), gradients_wanted)
+        give("gradient", (logits @ keys, logits.mT @ q, attention.mT @ gradient), gradients_wanted)
     if relevance is not None:
         assert output is not None
         s = stabiliser_of(av_stabiliser_kind, av_epsilon).share(relevance, output)
@@ -71,9 +76,10 @@ def attention_relevance(
         share = stabiliser_of(qk_stabiliser_kind, qk_epsilon).share
         at_v = values * (attention.mT @ s)
         if qk == "detached":
-            give((q, keys, at_v), (False, False, relevances_wanted[2]))
+            give("relevance", (q, keys, at_v), (False, False, relevances_wanted[2]))
         else:
-            give((*_product_relevance(qk, share, arrived, q, keys, dots), at_v / 2), relevances_wanted)
+            shares = _product_relevance(qk, share, arrived, q, keys, dots)
+            give("relevance", (*shares, at_v / 2), relevances_wanted)
     if edge:
         assert row is not None
         product = torch.ones((), dtype=q.dtype, device=q.device)
@@ -151,9 +157,10 @@ def fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> list[Tensor]:
         for tensor, want in zip((q, k, v), wanted, strict=True):
             batch, heads, rows, width = tensor.shape
             shape = (stream.shape[0], batch, rows, heads, width)
-            found += [q.new_empty(shape).transpose(2, 3)] if want else []
+            found += [stream.new_empty(shape).transpose(2, 3)] if want else []
     if edge:
         stream = gradient if gradient is not None else relevance
         targets = row.shape[0] if edge == "attention" or stream is None else stream.shape[0]
-        found.append(q.new_empty(targets, q.shape[0], k.shape[2]))
+        dtype = compute_dtype(q, gradient, relevance, row)
+        found.append(q.new_empty((targets, q.shape[0], k.shape[2]), dtype=dtype))
     return found

@@ -23,7 +23,11 @@ def conditioning_picture(ledgers: Mapping[str, Ledger]) -> Image.Image:
 
     Args:
         ledgers: by a name for the legend, such as the model's; each of a run with `ledger=True`.
+    Raises:
+        OptionError: one is no ledger.
     """
+    for name, ledger in ledgers.items():
+        _check_ledger(f"ledgers[{name!r}]", ledger)
     figure = make_figure(9, 3.6)
     axes = figure.subplots(1, 2)
     for name, ledger in ledgers.items():
@@ -45,6 +49,14 @@ def conditioning_picture(ledgers: Mapping[str, Ledger]) -> Image.Image:
     return drawn(figure)
 
 
+def _check_ledger(name: str, given: Any) -> None:
+    if not isinstance(given, Ledger):
+        raise OptionError(
+            f"{name}: expected the ledger of a run with ledger=True, such as relprop.explain(..., ledger=True).ledger,"
+            f" got {type(given).__name__}"
+        )
+
+
 def ledger_picture(
     ledger: Ledger, *, sample: int | None = None, target: int | None = None, dark: bool = False, scale: int = 1
 ) -> Image.Image:
@@ -58,9 +70,10 @@ def ledger_picture(
         dark: on a dark ground.
         scale: 2 for twice as many pixels.
     Raises:
-        OptionError: a sample or target that the pass did not have. MissingDependencyError: matplotlib is not
-            installed.
+        OptionError: no ledger, or a sample or target that the pass did not have. MissingDependencyError: matplotlib is
+            not installed.
     """
+    _check_ledger("ledger", ledger)
     layers = ledger.by_layer()
     read = _reader(ledger, sample, target)
     names = [*(layer.name for layer in layers), "frontier"]

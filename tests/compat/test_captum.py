@@ -125,6 +125,50 @@ def test_integrated_gradients(ours: Any) -> None:
     found = ours.Relevance(net, "integrated_gradients", method_options={"steps": 20}).attribute(x, target=1)
     assert relative(found, captum.attr.IntegratedGradients(net).attribute(x, target=1, n_steps=20)) < 1e-6
 
+    quick = ours.Relevance(net, "integrated_gradients", method_options={"steps": 5, "baseline": 0.5})
+    assert quick.has_convergence_delta()
+    attributions, delta = quick.attribute(x, target=[1, 3], return_convergence_delta=True)
+    whole = captum.attr.IntegratedGradients(net)
+    expected = whole.compute_convergence_delta(attributions, torch.full_like(x, 0.5), x, target=[1, 3])
+    assert float(expected.abs().min()) > 0
+    assert torch.allclose(delta, expected.to(delta), rtol=1e-4, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", relprop.methods())
+def test_every_method_has_the_shape_and_dtype_of_the_input(ours: Any, method: str) -> None:
+    """As NoiseTunnel and layers need it; in sum over channels it is the method's own map."""
+    from captum.attr import NoiseTunnel
+
+    model, images = vit(), torch.randn(2, 3, 32, 32)
+    steps = {"integrated_gradients": {"steps": 2}, "smoothgrad": {"samples": 2}}.get(method, {})
+    attribution = ours.Relevance(model, method, method_options=steps)
+    found = attribution.attribute(images, target=[1, 4])
+    assert (found.shape, found.dtype) == (images.shape, images.dtype)
+    own = relprop.explain(model, images, target=torch.tensor([1, 4]), method=method, method_options=steps).image_map()
+    assert relative(found.sum(1), own) < 1e-5
+    assert NoiseTunnel(attribution).attribute(images, nt_samples=2, target=[1, 4]).shape == images.shape
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(ours: Any, dtype: torch.dtype) -> None:
+    """Attributions in the inputs' dtype, rounded once; sums of the delta are not."""
+    model, images = vit().to(dtype), torch.randn(2, 3, 32, 32, dtype=dtype)
+    found, delta = ours.LRP(model).attribute(images, target=1, return_convergence_delta=True)
+    exact = relprop.explain(model, images, target=1, method="attnlrp", method_options={"channels": "kept"})
+    assert torch.equal(found, exact.relevance.to(dtype))
+    assert torch.equal(delta, exact.logits[:, 1] - exact.relevance.flatten(1).sum(1))
+    assert ours.LayerLRP(model, model.get_submodule("blocks.1")).attribute(images, target=1).dtype == dtype
+
+
+def test_forward_of_a_model(ours: Any) -> None:
+    net, x = ImageClassifier().eval(), torch.randn(2, 3, 32, 32)
+    expected = ours.LRP(net).attribute(x, target=1)
+    for function in (net.forward, net.__call__):
+        assert torch.equal(ours.LRP(function).attribute(x, target=1), expected)
+    assert torch.equal(
+        ours.LayerLRP(net.forward, net.lin1).attribute(x, 1), ours.LayerLRP(net, net.lin1).attribute(x, 1)
+    )
+
 
 @pytest.mark.parametrize("kind", ["smoothgrad", "smoothgrad_sq", "vargrad"])
 def test_noise_tunnel(ours: Any, kind: str) -> None:
@@ -173,6 +217,9 @@ def test_token_ids(ours: Any) -> None:
     )
     model = transformers.BertForSequenceClassification(config).eval()
     ids, mask = torch.randint(0, 30, (2, 7)), torch.ones(2, 7, dtype=torch.long)
+    changed = ours.Relevance(model, "integrated_gradients", method_options={"steps": 2})
+    with pytest.raises(OptionError, match="expected an input that can be a baseline, got torch.int64"):
+        changed.attribute(ids, target=1, additional_forward_args=(mask,), return_convergence_delta=True)
     found = ours.LRP(model).attribute(ids, target=1, additional_forward_args=(mask,))
     assert found.shape == ids.shape
     assert torch.allclose(found, relprop.explain(model, ids, mask, target=1, method="attnlrp").relevance)
@@ -193,8 +240,9 @@ def test_bad_input_is_captums(ours: Any) -> None:
             ours.LRP(net).attribute(inputs, target=1)
     with pytest.raises(TargetError, match="expected integers, got torch.float32"):
         ours.LRP(net).attribute(x, target=torch.tensor([1.0, 2.0, 3.0]))
-    with pytest.raises(OptionError, match="model: expected a torch.nn.Module, got function"):
-        ours.LRP(lambda x: x)
+    for function, name in ((lambda x: net(x), "<lambda>"), (vit().forward_features, "forward_features"), (7, "int")):
+        with pytest.raises(OptionError, match=f"forward_func: expected a torch.nn.Module or its forward, got .*{name}"):
+            ours.LRP(function)
     with pytest.raises(OptionError, match="layer: expected a module inside ImageClassifier, got ReLU"):
         ours.LayerLRP(net, nn.ReLU()).attribute(x, target=1)
     with pytest.raises(OptionError, match="layer: expected a module inside ImageClassifier, got NoneType"):

@@ -132,6 +132,12 @@ def test_other_bad_input() -> None:
     x = torch.randn(1, 3, 32, 32)
     with pytest.raises(UnknownNameError, match="got 'transformer_attributon'; did you mean 'transformer_attribution'"):
         LRP(vit()).generate_LRP(x, method="transformer_attributon")
+    for method in (["full"], None):
+        with pytest.raises(UnknownNameError, match="unknown method: expected one of full, grad"):
+            LRP(vit()).generate_LRP(x, method=method)  # type: ignore[arg-type]
+    for options in ({"method": ["full"]}, {"composite": ["chefer"]}):
+        with pytest.raises(UnknownNameError, match=r"unknown (method|composite): expected one of .*, got \['"):
+            relprop.compile(vit(), (x,), **options)  # type: ignore[arg-type]
     with pytest.raises(LayerIndexError, match="start_layer: expected one of 3 attention layers, got 3"):
         LRP(vit()).generate_LRP(x, start_layer=3)
     with pytest.raises(IndexError):
@@ -164,7 +170,7 @@ class TestBert:
 
         model, tensors = golden(case)
         given, targets, expected = words(tensors), tensors["inputs/targets"], tensors[f"expected/bert_lrp/{name}"]
-        generator = Generator(model)
+        generator = Generator(model, count_padding=True)
         for t in range(expected.shape[1]):
             together = self.calls[name](generator, given, targets[:, t])
             for i in range(len(targets)):
@@ -175,6 +181,26 @@ class TestBert:
                         assert torch.equal(found, expected[i, t])
                     else:
                         close(found, expected[i, t])
+
+    @pytest.mark.parametrize("name", sorted(calls))
+    def test_padded_batch_is_its_samples(self, name: str) -> None:
+        """Texts of 9, 6 and 4 tokens in one batch, and each alone without padding."""
+        transformers = pytest.importorskip("transformers")
+        torch.manual_seed(0)
+        config = transformers.BertConfig(
+            vocab_size=40, hidden_size=24, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32
+        )
+        generator = Generator(transformers.BertForSequenceClassification(config).double())
+        lengths, ids = (9, 6, 4), torch.randint(0, 40, (3, 9))
+        mask = (torch.arange(9) < torch.tensor(lengths)[:, None]).long()
+        targets = torch.tensor([1, 0, 1])
+        together = self.calls[name](generator, {"input_ids": ids, "attention_mask": mask}, targets)
+        for i, length in enumerate(lengths):
+            words = {"input_ids": ids[i : i + 1, :length], "attention_mask": mask[i : i + 1, :length]}
+            alone = self.calls[name](generator, words, targets[i : i + 1])[0]
+            assert float(alone.norm()) > 0
+            assert relative(together[i, :length], alone) < 1e-9
+            assert torch.equal(together[i, length:], torch.zeros(9 - length, dtype=torch.float64))
 
     def test_example_of_the_notebook(self) -> None:
         """BERT_explainability.ipynb, without a tokenizer and `.to("cuda")`."""

@@ -20,7 +20,7 @@ from relprop.compat.chefer import (
     LayerIndexError,
     interpret,
 )
-from relprop.errors import OptionError, TargetError, UnsupportedTopologyError
+from relprop.errors import DTypeError, OptionError, ShapeError, TargetError, UnsupportedTopologyError
 from tests.engine.models import GOLDEN, relative
 
 transformers = pytest.importorskip("transformers")
@@ -108,7 +108,7 @@ def test_lxmert(name: str, seed: int) -> None:
 )
 def test_lxmert_baselines(name: str, targeted: bool, seed: int) -> None:
     model, given, tensors = lxmert(seed)
-    generate = getattr(GeneratorBaselines(model), f"generate_{name}")
+    generate = getattr(GeneratorBaselines(model, count_padding=True), f"generate_{name}")
     for t in range(2):
         targets = tensors["inputs/targets"][:, t]
         together = generate(given, targets) if targeted else generate(given)
@@ -120,6 +120,33 @@ def test_lxmert_baselines(name: str, targeted: bool, seed: int) -> None:
                 assert found.shape == expected.shape
                 for answer in (found, both[i]):
                     assert (answer - expected).norm() <= 1e-6 * expected.norm()  # some of Grad-CAM's are all zero
+
+
+QUESTIONS = ["ours", "transformer_attr", "partial_lrp", "raw_attn", "attn_gradcam", "rollout"]
+
+
+@pytest.mark.parametrize("name", QUESTIONS)
+def test_padded_questions_are_their_samples(name: str) -> None:
+    """Words and regions that are padding, in one batch, and each question alone without them."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48, "visual_feat_dim": 16}
+    config = transformers.LxmertConfig(vocab_size=50, num_qa_labels=5, l_layers=2, x_layers=2, r_layers=2, **sizes)
+    model = transformers.LxmertForQuestionAnswering(config).double()
+    generate = getattr((GeneratorOurs if name == "ours" else GeneratorBaselines)(model), f"generate_{name}")
+    counts = ((7, 6), (4, 5), (5, 3))
+    given = {
+        "input_ids": torch.randint(1, 50, (3, 7)),
+        "attention_mask": (torch.arange(7) < torch.tensor([[words] for words, _ in counts])).long(),
+        "visual_feats": torch.randn(3, 6, 16, dtype=torch.float64),
+        "visual_pos": torch.rand(3, 6, 4, dtype=torch.float64),
+        "visual_attention_mask": (torch.arange(6) < torch.tensor([[regions] for _, regions in counts])).long(),
+    }
+    together = generate(given)
+    for i, (words, regions) in enumerate(counts):
+        one = {key: value[i : i + 1, : regions if "visual" in key else words] for key, value in given.items()}
+        for found, expected, number in zip(together, generate(one), (words, regions), strict=True):
+            assert (found[i, :words, :number] - expected).norm() <= 1e-9 * expected.norm()
+            assert not found[i, :words, number:].any()
 
 
 STATES: dict[str, dict[str, Any]] = {
@@ -288,12 +315,30 @@ def test_bad_input() -> None:
     img, text = tensors["inputs/pixel_values"], tensors["inputs/input_ids"]
     with pytest.raises(LayerIndexError, match="start_layer_text: expected -1 or one of 3 attention layers, got 3"):
         interpret(img, text, model, start_layer_text=3)
+    three = text[:1].repeat(3, 1)
+    for images, texts, error, wrong in (
+        (img[:1].repeat(2, 1, 1, 1), three, ShapeError, "image: expected one image, or one for each of 3 texts, got 2"),
+        (text, img, ShapeError, r"image: expected a tensor of images \[B, 3, H, W\], got \["),
+        (img, "a cat", ShapeError, r"texts: expected a tensor of token ids \[B, N\], got str"),
+        (img, text.float(), DTypeError, "texts: expected token ids, integers, got torch.float32"),
+        (img.long(), text, DTypeError, "image: expected images as the model takes them, floating, got torch.int64"),
+    ):
+        with pytest.raises(error, match=wrong):
+            interpret(images, texts, model)
     model, tensors = golden("detr_A_seed0")
     x, generator = tensors["inputs/pixel_values"], DetrGenerator(model)
     with pytest.raises(TargetError, match="target_index: expected one query, an int or a tensor .1., got tensor"):
         generator.generate_raw_attn(x, torch.tensor([0, 1]))
     with pytest.raises(TargetError, match="target_index: expected one query, an int or a tensor .1., got 1.5"):
         generator.generate_partial_lrp(x, 1.5)
+    for query in ("a", [1], [0, 1], None, torch.tensor([1.5])):
+        for generate in (generator.generate_ours, generator.generate_rollout):
+            with pytest.raises(TargetError, match="target_index: expected one query, an int or a tensor .1., got"):
+                generate(x, query)
+    for given, got in (({"pixel_values": x}, "dict"), (x[0], "\\[3, ")):
+        for generate in (generator.generate_ours, generator.generate_rollout):
+            with pytest.raises(ShapeError, match=f"img: expected a tensor of images .B, 3, H, W., got {got}"):
+                generate(given, 1)
     for generate in (generator.generate_ours, generator.generate_rollout, generator.generate_transformer_att):
         with pytest.raises(TargetError, match="target_index: expected one of 7 queries, got 7"):
             generate(x, 7)

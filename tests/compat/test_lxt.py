@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import io
 import json
 import os
 import subprocess
@@ -118,6 +120,170 @@ def test_the_same_as_compiled(name: str, method: str) -> None:
         assert torch.allclose(model(x), before)
 
 
+class Between(nn.Module):
+    """Two projections a and b of the input, a function of both, a head."""
+
+    def __init__(self, function: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.a, self.b, self.head, self.function = nn.Linear(12, 6), nn.Linear(12, 6), nn.Linear(6, 5), function
+        self.double().eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.function(self.a(x), self.b(x)))
+
+
+def mean_square(x: Tensor) -> Tensor:
+    return x.pow(2).mean(-1, keepdim=True) + 1e-6
+
+
+def share(x: Tensor) -> Tensor:
+    return x / x.sum(-1, keepdim=True)
+
+
+SPELLED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "Gemma's norm": lambda a, b: a * torch.pow(mean_square(a), -0.5),
+    "norm by an operator": lambda a, b: a * mean_square(a) ** -0.5,
+    "norm by 1 / sqrt": lambda a, b: a * (1 / torch.sqrt(mean_square(a))),
+    "norm by reciprocal": lambda a, b: mean_square(a).sqrt().reciprocal() * a,
+    "layer norm": lambda a, b: (a - a.mean(-1, keepdim=True)) / (a.var(-1, keepdim=True, unbiased=False) + 1e-6).sqrt(),
+    "length": lambda a, b: a / (a.norm(dim=-1, keepdim=True) + 1e-6),
+    "softmax": lambda a, b: share(a.exp()),
+    "statistic of another": lambda a, b: a * torch.rsqrt(mean_square(b)),
+    "statistic as a value": lambda a, b: a + mean_square(b).sqrt(),
+    "root": lambda a, b: nn.functional.softplus(a).sqrt(),
+    "softsign": lambda a, b: nn.functional.softsign(a),
+    "tanhshrink": lambda a, b: nn.functional.tanhshrink(a),
+    "quick gelu": lambda a, b: a * torch.sigmoid(1.702 * a),
+    "gelu": lambda a, b: 0.5 * a * (1 + torch.tanh(0.79788456 * (a + 0.044715 * torch.pow(a, 3.0)))),
+    "sum of one value": lambda a, b: a + (torch.relu(a) + 1),
+    "gate": lambda a, b: nn.functional.silu(a) * b,
+    "moved gate": lambda a, b: a * b.tanh().flatten(1),
+    "quotient": lambda a, b: a / (2 + torch.tanh(b)),
+    "constant by a value": lambda a, b: 3 / (b * b + 1),
+}
+
+
+@pytest.mark.parametrize("method", ["attnlrp", "cp_lrp"])
+@pytest.mark.parametrize("name", SPELLED)
+def test_spellings_are_the_same_as_compiled(name: str, method: str) -> None:
+    model, x = Between(SPELLED[name]), torch.randn(3, 12, dtype=torch.float64)
+    expected = relprop.explain(model, x, target=3, method=method, method_options={"channels": "kept"}).relevance
+    assert relative(relevance(BLOCKS[method], model, x), expected) < 1e-12
+
+
+def in_place_operators(a: Tensor, b: Tensor) -> Tensor:
+    a *= b
+    a += b
+    a /= 2
+    a -= b
+    a /= 2 + b.tanh()
+    return a
+
+
+F = nn.functional
+# A function in place, and the same out of place.
+IN_PLACE: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    **{
+        f"{name}_": (lambda a, b, n=name: getattr(torch.Tensor, f"{n}_")(a), lambda a, b, n=name: getattr(a, n)())
+        for name in ("relu", "sigmoid", "tanh", "exp", "square", "abs", "sin", "cos", "erf", "neg")
+    },
+    **{
+        f"F.{name}_": (
+            lambda a, b, n=name: getattr(F, f"{n}_")(a),
+            lambda a, b, n=name: getattr(F, n)(a),
+        )
+        for name in ("relu", "elu", "leaky_relu", "selu", "celu", "hardtanh")
+    },
+    **{
+        f"F.{name}(inplace=True)": (
+            lambda a, b, n=name: getattr(F, n)(a, inplace=True),
+            lambda a, b, n=name: getattr(F, n)(a),
+        )
+        for name in (
+            *("relu", "silu", "elu", "leaky_relu", "selu", "celu", "hardtanh"),
+            *("relu6", "hardswish", "hardsigmoid", "mish"),
+        )
+    },
+    **{
+        f"{name}_ of both": (lambda a, b, n=name: getattr(a, f"{n}_")(b), lambda a, b, n=name: getattr(torch, n)(a, b))
+        for name in ("mul", "div", "add", "sub")
+    },
+    "mul_ of itself": (lambda a, b: a.mul_(a.sigmoid()), lambda a, b: a * a.sigmoid()),
+    "mul_ of a number": (lambda a, b: a.mul_(3), lambda a, b: 3 * a),
+    "div_ of its sum": (lambda a, b: a.div_(a.sum(-1, keepdim=True)), lambda a, b: a / a.sum(-1, keepdim=True)),
+    "pow_": (lambda a, b: a.pow_(3), lambda a, b: a.pow(3)),
+    "clamp_": (lambda a, b: a.clamp_(-0.3, 0.4), lambda a, b: a.clamp(-0.3, 0.4)),
+    "sqrt_": (lambda a, b: a.square_().add_(1).sqrt_(), lambda a, b: (a.square() + 1).sqrt()),
+    "operators": (in_place_operators, lambda a, b: ((a * b + b) / 2 - b) / (2 + b.tanh())),
+    "a view": (
+        lambda a, b: (a[:, 2:].relu_(), a)[1],
+        lambda a, b: torch.cat([a[:, :2], a[:, 2:].relu()], 1),
+    ),
+    "an item": (
+        lambda a, b: a.__setitem__((slice(None), 0), b[:, 1]),
+        lambda a, b: torch.cat([b[:, 1:2], a[:, 1:]], 1),
+    ),
+}
+
+
+@pytest.mark.parametrize("form", ["statement", "expression"])
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_in_place_is_the_same_as_out_of_place(name: str, form: str) -> None:
+    """Forward too: what an in-place function writes is in the tensor that its caller has."""
+    in_place, out_of_place = IN_PLACE[name]
+
+    def written(a: Tensor, b: Tensor) -> Tensor:
+        a = a.clone()
+        result = in_place(a, b)
+        return a if form == "statement" or result is None else result
+
+    x = torch.randn(3, 12, dtype=torch.float64)
+    model = Between(written)
+    with lxt.attnlrp(model):
+        assert torch.equal(model(x), Between(out_of_place)(x))
+    assert relative(relevance(lxt.attnlrp, model, x), relevance(lxt.attnlrp, Between(out_of_place), x)) < 1e-12
+
+
+def test_a_buffer_filled_in_place_carries_relevance() -> None:
+    def filled(a: Tensor, b: Tensor) -> Tensor:
+        buffer = torch.zeros(3, 6, dtype=a.dtype)
+        buffer[:, :4] = a[:, :4]
+        buffer[:, 4:].copy_(b[:, 4:])
+        return buffer.tanh() * b
+
+    x = torch.randn(3, 12, dtype=torch.float64)
+    expected = relevance(lxt.attnlrp, Between(lambda a, b: torch.cat([a[:, :4], b[:, 4:]], 1).tanh() * b), x)
+    assert relative(relevance(lxt.attnlrp, Between(filled), x), expected) < 1e-12
+
+
+REFUSED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "'glu'": lambda a, b: F.glu(torch.cat([a, b], -1)),
+    "'prelu'": lambda a, b: F.prelu(a, torch.tensor([0.2], dtype=a.dtype)),
+    "'maximum'": torch.maximum,
+    "'max'": torch.max,
+    "'lerp'": lambda a, b: torch.lerp(a, b, a.sigmoid()),
+    "'addcmul'": lambda a, b: torch.addcmul(a, b, a),
+    "'exp2'": lambda a, b: torch.exp2(a),
+    "'log_softmax'": lambda a, b: a.log_softmax(-1),
+    "'cosine_similarity'": lambda a, b: a * F.cosine_similarity(a, b)[:, None],
+    "'div' of a non-linearity that is computed twice": lambda a, b: a.exp() / a.exp().sum(-1, keepdim=True),
+    "'rpow'": lambda a, b: 2**a,
+    "'pow' of more than one": lambda a, b: (a * a) ** b,
+    "'expand' of a variance, deviation or norm": lambda a, b: a.std(-1, keepdim=True).expand(3, 6).tanh(),
+    "'mul' of a variance, deviation or norm": lambda a, b: b * a.std(-1, keepdim=True),
+    "'norm' without its axis kept": lambda a, b: a / a.norm(dim=-1)[:, None],
+    "'batch_norm' in training": lambda a, b: F.batch_norm(a, None, None, training=True),
+}
+
+
+@pytest.mark.parametrize("words", REFUSED)
+def test_what_has_no_rule_is_refused(words: str) -> None:
+    function, x = Between(REFUSED[words]), torch.randn(3, 12, dtype=torch.float64)
+    with pytest.raises(UnsupportedOpError, match=f"expected operations with a rule, got torch function {words}"):
+        relevance(lxt.attnlrp, function, x)
+
+
 def test_the_same_as_lxt_on_torchvision() -> None:
     pytest.importorskip("lxt")
     pytest.importorskip("zennit")
@@ -172,17 +338,19 @@ def test_the_same_as_lxt_on_llama() -> None:
 def test_reversible() -> None:
     model, x = vit(), torch.randn(1, 3, 32, 32)
     classes = {type(module): type(module).forward for module in model.modules()}
-    own = [dict(module.__dict__) for module in model.modules()]
+    own = [set(module.__dict__) for module in model.modules()]
     plain = relevance(contextlib.nullcontext, model, x)
     with pytest.raises(ZeroDivisionError), lxt.attnlrp(model), lxt.cp_lrp(model):
-        assert "forward" in model.__dict__
+        assert len(model._forward_hooks) == 2
         raise ZeroDivisionError
     assert {type(module): type(module).forward for module in model.modules()} == classes
-    assert [set(module.__dict__) for module in model.modules()] == [set(found) for found in own]
+    assert [set(module.__dict__) for module in model.modules()] == own
+    assert not model._forward_hooks
+    assert not model._forward_pre_hooks
     assert torch.equal(relevance(contextlib.nullcontext, model, x), plain)
 
 
-def test_a_forward_of_its_own_is_put_back() -> None:
+def test_a_forward_of_its_own_is_kept() -> None:
     model, x = vit(), torch.randn(1, 3, 32, 32)
     original = model.forward
     model.forward = lambda x: 2 * original(x)  # type: ignore[method-assign]
@@ -201,6 +369,115 @@ def test_one_model_alone() -> None:
         again = relevance(contextlib.nullcontext, model, x)
     assert relative(inner, relevance(lxt.cp_lrp, model, x)) < 1e-6
     assert relative(again, relevance(lxt.attnlrp, model, x)) < 1e-6
+
+
+def test_blocks_that_end_out_of_order() -> None:
+    models, x = [vit(0), vit(1)], torch.randn(1, 3, 32, 32)
+    expected = [relevance(lxt.attnlrp, model, x) for model in models]
+    plain = [relevance(contextlib.nullcontext, model, x) for model in models]
+    blocks = [lxt.attnlrp(model) for model in models]
+    for block, model in zip(blocks, models, strict=True):
+        block.__enter__()
+        model(x)
+    blocks[0].__exit__(None, None, None)
+    assert torch.equal(relevance(contextlib.nullcontext, models[0], x), plain[0])
+    assert torch.equal(relevance(contextlib.nullcontext, models[1], x), expected[1])
+    blocks[1].__exit__(None, None, None)
+    assert torch.equal(relevance(contextlib.nullcontext, models[1], x), plain[1])
+    assert not lxt._ACTIVE.get()
+
+
+def test_a_copy_made_inside_stands_alone() -> None:
+    model, x = vit(), torch.randn(1, 3, 32, 32)
+    plain, expected = (relevance(block, model, x) for block in (contextlib.nullcontext, lxt.attnlrp))
+    with lxt.attnlrp(model):
+        twin, stored = copy.deepcopy(model), io.BytesIO()
+        torch.save(model, stored)
+        model(x)
+        assert torch.equal(relevance(contextlib.nullcontext, twin, x), plain)
+    stored.seek(0)
+    loaded = torch.load(stored, weights_only=False)
+    for found in (twin, loaded):
+        assert torch.equal(relevance(contextlib.nullcontext, found, x), plain)
+        assert torch.equal(relevance(lxt.attnlrp, found, x), expected)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_()
+    assert float(twin(x).abs().max()) == 0.0
+
+
+def test_a_forward_assigned_inside_stays() -> None:
+    model, x = vit(), torch.randn(1, 3, 32, 32)
+    expected = relevance(lxt.attnlrp, model, x)
+    original = model.forward
+
+    def doubled(x: Tensor) -> Tensor:
+        return 2 * original(x)
+
+    with lxt.attnlrp(model):
+        model.forward = doubled  # type: ignore[method-assign]
+        assert relative(relevance(contextlib.nullcontext, model, x), 2 * expected) < 1e-6
+    assert model.forward is doubled
+
+
+def test_blocks_on_a_model_and_a_part_of_it() -> None:
+    """The part's rules hold inside it, the model's around it."""
+    model, x = vit(), torch.randn(1, 3, 32, 32)
+    expected = [relevance(block, model, x) for block in (lxt.attnlrp, lxt.cp_lrp)]
+    with contextlib.ExitStack() as parts:
+        for block in model.get_submodule("blocks"):  # type: ignore[attr-defined]
+            parts.enter_context(lxt.cp_lrp(block))
+        assert relative(relevance(lxt.attnlrp, model, x), expected[1]) < 1e-5
+    assert relative(relevance(lxt.attnlrp, model, x), expected[0]) < 1e-5
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_an_error_inside_the_model_leaves_no_mode_behind(error: type[BaseException]) -> None:
+    def fail(module: nn.Module, args: Any) -> None:
+        raise error
+
+    model, x = vit(), torch.randn(1, 3, 32, 32)
+    plain = relevance(contextlib.nullcontext, model, x)
+    handle = model.get_submodule("blocks.1").register_forward_pre_hook(fail)
+    with pytest.raises(error), lxt.attnlrp(model):
+        model(x)
+    handle.remove()
+    assert not torch.overrides._get_current_function_mode_stack()
+    assert torch.equal(relevance(contextlib.nullcontext, model, x), plain)
+
+
+def test_a_leaf_that_a_hook_puts_in() -> None:
+    model, x = vit(), torch.randn(1, 3, 32, 32)
+    leaves: list[Tensor] = []
+
+    def cut(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        leaves.append(output.detach().requires_grad_())
+        return leaves[-1]
+
+    handle = model.get_submodule("blocks.0").register_forward_hook(cut)
+    with lxt.attnlrp(model), torch.enable_grad():
+        model(x)[:, 3].sum().backward()
+    handle.remove()
+    options = {"method": "attnlrp", "method_options": {"rows": "all"}, "latents": ["blocks.0"]}
+    expected = relprop.explain(model, x, target=3, **options).at("blocks.0").relevance
+    assert relative((leaves[0] * leaves[0].grad).detach(), expected) < 1e-4
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_block_without_a_call_warns() -> None:
+    model, x = vit(), torch.randn(1, 3, 32, 32)
+    words = "expected a call of this VisionTransformer in the block and its thread, got none"
+    with pytest.warns(RuntimeWarning, match=words), lxt.attnlrp(model):
+        model.forward_head(model.forward_features(x))  # type: ignore[operator]
+    with pytest.warns(RuntimeWarning, match=words), lxt.attnlrp(model):
+        worker = threading.Thread(target=model, args=(x,))
+        worker.start()
+        worker.join()
+    compiled = torch.compile(model, backend="eager")
+    with pytest.warns(RuntimeWarning, match=words), lxt.attnlrp(model):
+        compiled(x)
+    with pytest.raises(ModelStateError, match="expected a module that torch.compile has not wrapped"):
+        lxt.attnlrp(compiled).__enter__()
 
 
 def test_threads() -> None:
@@ -225,7 +502,7 @@ def test_threads() -> None:
     for thread in threads:
         thread.join()
     assert not wrong
-    assert "forward" not in model.__dict__
+    assert not model._forward_hooks
 
 
 def test_hooks_see_relevance() -> None:
@@ -300,14 +577,11 @@ def test_bad_input() -> None:
         lxt.modified_gradients(vit(), "chefer"),
     ):
         pass
-    checkpointed = vit().train()
-    checkpointed.gradient_checkpointing = True  # type: ignore[assignment]
+    checkpointed = vit()
+    checkpointed.set_grad_checkpointing(True)  # type: ignore[operator]
     with pytest.raises(ModelStateError, match="expected no gradient checkpointing"), lxt.attnlrp(checkpointed):
         pass
-
-    class Gated(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return nn.functional.glu(x)
-
-    with pytest.raises(UnsupportedOpError, match="got torch function 'glu'"):
-        relevance(lxt.attnlrp, Gated(), torch.randn(1, 8))
+    bert = text("bert").model.train()  # type: ignore[union-attr]
+    bert.gradient_checkpointing_enable()  # type: ignore[operator, union-attr]
+    with pytest.raises(ModelStateError, match="expected no gradient checkpointing"), lxt.attnlrp(bert):  # type: ignore
+        pass

@@ -201,6 +201,19 @@ def test_zero_shot(tokenizer: Any) -> None:
         assert len(result.relevances["input_ids"]) == len(result.tokens)
         assert result.tokens[1:-1] == (*["this", "is", "a", "photo", "of"], *result.label.split(), ".")
     assert not torch.equal(found[0].relevance, found[1].relevance)
+    asked = {
+        "hypothesis_template": "this {}",
+        "timeout": 1.0,
+        "tokenizer_kwargs": {"max_length": 4, "truncation": True},
+    }
+    assert {one.tokens[1:-1] for one in why(image(0), labels, **asked)} == {
+        ("this", first) for first in ("a", "two", "dog")
+    }
+    with pytest.raises(OptionError, match="expected hypothesis_template, timeout, tokenizer_kwargs, got top_k, foo"):
+        why(image(0), labels, top_k=2, foo=1)
+    for bad in ("a cat", [], None, 3):
+        with pytest.raises(OptionError, match="candidate_labels: expected a list of labels"):
+            why(image(0), candidate_labels=bad)
     assert len(why([image(0), image(1)], candidate_labels=labels)) == 2
     both = found[1].html()
     assert "data:image/png;base64," in both and "photo</span>" in both
@@ -234,12 +247,22 @@ def test_results_show_themselves(tokenizer: Any, tmp_path: Path) -> None:
 def test_bad_input(tokenizer: Any) -> None:
     with pytest.raises(UnknownNameError, match="unknown task.*got 'image-clasification'; did you mean 'image-class"):
         relprop.pipeline("image-clasification")
+    for task, options, wrong in (
+        (["text-classification"], {}, "unknown task"),
+        ("text-classification", {"method": "foo"}, "unknown method: expected one of .*, got 'foo'"),
+        ("text-classification", {"composite": "chefr"}, "unknown composite: .*; did you mean 'chefer'"),
+    ):
+        with pytest.raises(UnknownNameError, match=wrong):
+            relprop.pipeline(task, model="/not/there", **options)  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="method_options of attnlrp: expected .*, got start_layer"):
+        relprop.pipeline("text-classification", "/not/there", method="attnlrp", method_options={"start_layer": 1})
     why = relprop.pipeline("text-classification", model=classifier(), tokenizer=tokenizer)
     for bad in ([], 3, None, ["a", 3], [PAIR, "a film"], {"text": "a", "pair": "b"}, [["a", "film"], ["b", "c"]]):
         with pytest.raises(OptionError, match="inputs: expected a text or several, or pairs"):
             why(bad)
-    with pytest.raises(OptionError, match="batch_size: expected None or a positive int, got -2"):
-        why("a film", batch_size=-2)
+    for size in (-2, 0, False, 1.5):
+        with pytest.raises(OptionError, match=f"batch_size: expected None or a positive int, got {size}"):
+            why("a film", batch_size=size)  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="top_k: expected None or a positive int, got 0"):
         why("a film", top_k=0)
     with pytest.raises(UnknownNameError, match="unknown entry"):

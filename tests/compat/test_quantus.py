@@ -43,6 +43,8 @@ def test_token_ids() -> None:
         (np.array([1, 2]), "expected an int or 3 of them, got \\[2\\]"),
         (np.ones(3), "got \\[3\\], torch.float64"),
         (None, "expected an int or 3 of them, got None"),
+        ("a", "expected an int or 3 of them, got 'a'"),
+        (["a", "b", "c"], "expected an int or 3 of them, got \\['a'"),
     ],
 )
 def test_bad_targets(targets: Any, text: str) -> None:
@@ -50,6 +52,8 @@ def test_bad_targets(targets: Any, text: str) -> None:
         explain(vit(), np.zeros((3, 3, 32, 32)), targets)
     with pytest.raises(OptionError, match="model: expected a torch.nn.Module, got str"):
         explain("vit", np.zeros((3, 3, 32, 32)), 1)  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="inputs: expected an array or a tensor, got str"):
+        explain(vit(), "image", 1)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="xai_lib"):
         explain(vit(), np.zeros((3, 3, 32, 32)), 1, xai_lib="captum")  # type: ignore[call-arg]
 

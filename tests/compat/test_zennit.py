@@ -278,7 +278,7 @@ def test_unmapped_rules_are_named() -> None:
     from zennit.composites import EpsilonPlus as Theirs
     from zennit.composites import GuidedBackprop, NameMapComposite
     from zennit.core import Stabilizer
-    from zennit.rules import Epsilon, WSquare
+    from zennit.rules import Epsilon, Pass, WSquare
 
     model, data = network(), images()
     with pytest.raises(UnsupportedOpError, match="got ReLUGuidedBackprop for 1"):
@@ -287,7 +287,9 @@ def test_unmapped_rules_are_named() -> None:
         Gradient(model, NameMapComposite([(["0"], WSquare())]))(data)
     with pytest.raises(UnsupportedOpError, match="expected stabilizers that add epsilon.*for 7"):
         Gradient(model, NameMapComposite([(["7"], Epsilon(Stabilizer(clip=True)))]))(data)
-    with pytest.raises(UnsupportedOpError, match="got rule 'epsilon' for 6 \\(Flatten\\)"):
+    with pytest.raises(UnsupportedOpError, match="got rule 'Epsilon' for 6 \\(Flatten\\)"):
         Gradient(model, NameMapComposite([(["6"], Epsilon())]))(data)
+    with pytest.raises(UnsupportedOpError, match="that linear operations have .*, got rule 'Pass' for 7 \\(Linear\\)"):
+        Gradient(model, NameMapComposite([(["7"], Pass())]))(data)
     with pytest.raises(OptionError, match="expected no canonizers, which change the model, got SequentialMergeBatch"):
         Gradient(model, Theirs(canonizers=[SequentialMergeBatchNorm()]))(data)

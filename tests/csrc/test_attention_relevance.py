@@ -84,6 +84,32 @@ def test_equals_the_rules(isa: str, name: str, qk: str, dtype: torch.dtype) -> N
     assert_same(got, want, TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("compute", TOLERANCE)
+@pytest.mark.parametrize("half", native.HALF)
+@pytest.mark.parametrize("name", CASES)
+def test_half_precisions_are_read_as_they_are(
+    isa: str, name: str, half: torch.dtype, compute: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The layer's tensors in a half precision, alone or with the streams: the bits of converted ones, and no copies."""
+    qk = "positive" if len(name) % 2 else "half"
+    case, rule = CASES[name], RULES[qk](ROUGH)
+    tensors = case_tensors(case, compute)
+    options = options_of(case, rule, compute, qk) | {"exact_output": False, "edge": "gradient_x_relevance"}
+    if options.get("mask") is not None and options["mask"].dtype != torch.bool:
+        options["mask"] = options["mask"].to(half)
+    layer = {n: t.to(half) if n in ("q", "k", "v", "output") else t for n, t in tensors.items()}
+    both = layer | {n: tensors[n].to(half) for n in ("gradient", "relevance")}
+    for given in (layer, both)[: 1 if compute is torch.float64 else 2]:
+        want = run({n: t.to(compute) for n, t in given.items()}, **options)
+        dtypes = {n: t.dtype for n, t in given.items()}
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "contiguous", None)
+            got = run(given, **options)
+        for part, ours in got.items():
+            assert ours.dtype is dtypes.get(part.split("_")[0], compute), part
+            assert torch.equal(ours, want[part].to(ours.dtype)), part
+
+
 @pytest.mark.parametrize("edge", EDGES)
 @pytest.mark.parametrize("name", ["plain", "grouped", "causal", "seen"])
 def test_edges(isa: str, name: str, edge: str) -> None:
@@ -308,7 +334,7 @@ def test_errors() -> None:
     assert message(ShapeError, changed(k=k[..., :2])) == "k: expected shape [2, 3, 7, 4], got [2, 3, 7, 2]"
     assert message(ShapeError, changed(v=v[:, :, 1:])) == "v: expected shape [2, 3, 7, 6], got [2, 3, 6, 6]"
     assert message(DTypeError, changed(v=v.float())) == (
-        "v: expected torch.float64 as the other tensors, got torch.float32"
+        "v: expected torch.float64, torch.bfloat16 or torch.float16, got torch.float32"
     )
     assert message(ShapeError, changed(k=k[:, :2], v=v[:, :2])) == (
         "k: expected a number of heads that divides 3, got 2"
@@ -320,7 +346,7 @@ def test_errors() -> None:
         "mask: expected a shape that broadcasts to [2, 3, 5, 7], got [4, 7]"
     )
     assert message(DTypeError, changed(mask=torch.ones(5, 7))) == (
-        "mask: expected torch.bool or torch.float64 as the other tensors, got torch.float32"
+        "mask: expected torch.bool, torch.float64, torch.bfloat16 or torch.float16, got torch.float32"
     )
     assert message(OptionError, changed(output=None)) == (
         "output: expected a tensor, which the relevance stream needs, got None"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from relprop import native_cuda
 from relprop.errors import OptionError, ShapeError
-from tests.csrc.cuda_checks import BF16, DTYPES, FLOAT, STABILISERS, TOLERANCE, assert_near, random, share, surrounded
+from tests.csrc.cuda_checks import DTYPES, STABILISERS, TOLERANCE, assert_near, random, share, surrounded
 
 SIZES = [1, 63, 1028]
 
@@ -204,19 +204,6 @@ def test_activation_gradient_of_large_inputs(activation: str) -> None:
     assert out[0].tolist() == pytest.approx([0, 0, 0, 1, 1, 1])
 
 
-@pytest.mark.parametrize("with_gradient", [True, False])
-@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (1, 65), (9, 9), (40, 33)])
-@pytest.mark.parametrize("streams", [FLOAT, BF16])
-def test_rollout_row(streams: torch.dtype, queries: int, keys: int, with_gradient: bool, order: str) -> None:
-    shape = (2, 3, 2, queries, keys)
-    gradient, relevance = random(*shape, dtype=streams, seed=1), random(*shape, dtype=streams, seed=2)
-    row, queried = random(2, 3, keys, seed=3), random(2, 3, queries, seed=4)
-    out = native_cuda.rollout_row(row, queried, gradient if with_gradient else None, relevance)
-    edges = relevance.double() * (gradient.double() if with_gradient else 1.0)
-    e = edges.clamp(min=0).mean(2)
-    assert_near(out, row.double() + (queried.double().unsqueeze(-2) @ e).squeeze(-2), 1e-5)
-
-
 def test_empty() -> None:
     x, r = torch.empty(0, 4), torch.empty(2, 0, 4)
     kept: dict[str, Any] = {"stabiliser": (0, 0.0)}
@@ -246,7 +233,6 @@ def test_bad_relevance_is_never_hidden(stabiliser: tuple[int, float], value: flo
         native_cuda.share(r, x, stabiliser=stabiliser),
         native_cuda.softmax_taylor(r, x, x),
         native_cuda.activation_gradient(r, x, activation="silu"),
-        native_cuda.rollout_row(torch.ones(1, 1, 40), torch.ones(1, 1, 1), None, r.view(1, 1, 1, 1, 40)),
     ]
     for got in results:
         assert not got.flatten()[20].isfinite()

@@ -131,7 +131,7 @@ def test_the_model_is_left_as_it_was() -> None:
     handle = model.norm.register_forward_hook(lambda *_: calls.append(1))
     before, logits = _state(model), model(x)
     for method in ("transformer_attribution", "full", "attention_gradcam"):
-        relprop.explain(model, x, method=method, ledger=True, check=True)
+        relprop.explain(model, x, method=method, ledger=method != "attention_gradcam", check=True)
     after = _state(model)
     for key in ("tensors", "grads"):
         assert all(torch.equal(before[key][k], after[key][k]) for k in before[key])

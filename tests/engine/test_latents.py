@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import relprop
-from relprop.errors import OptionError, ShapeError, TargetError, UnknownNameError, UnsupportedTopologyError
+from relprop.errors import OptionError, ShapeError, UnknownNameError, UnsupportedTopologyError
 from tests.engine.models import Spelled, relative, vit
 
 IMAGES = torch.randn(2, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -147,14 +147,114 @@ def test_inputs_and_outputs_meet() -> None:
     assert torch.equal(found.at("blocks.1:input").relevance, found.at("blocks.0").relevance)
 
 
+def test_every_call_of_a_module() -> None:
+    """A layer that is called twice has two outputs and two inputs, against autograd."""
+    model, x = Blocks().double().eval(), torch.randn(3, 5, 12, dtype=torch.float64)
+    asked = ["shared", "sha*:input", "shared@1:input", "head"]
+    found = relprop.explain(model, x, target=2, method="gradient_x_input", latents=asked)
+    assert set(found.latents) == {"shared@0", "shared@1", "shared@0:input", "shared@1:input", "head"}
+    kept: list[tuple[Tensor, Tensor]] = []
+
+    def keep(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        output.retain_grad()
+        args[0].retain_grad()
+        kept.append((args[0], output))
+
+    # What goes into the first call goes past it, too: a clone of its own.
+    handles = [
+        model.shared.register_forward_pre_hook(lambda module, args: (args[0].clone(),)),
+        model.shared.register_forward_hook(keep),
+    ]
+    model(x.clone().requires_grad_())[:, 2].sum().backward()
+    for handle in handles:
+        handle.remove()
+    for call, pair in enumerate(kept):
+        for end, value in zip((":input", ""), pair, strict=True):
+            assert value.grad is not None
+            expected = value.detach() * value.grad
+            assert relative(found.at(f"shared@{call}{end}").relevance, expected) < 1e-10, (call, end)
+    with pytest.raises(UnknownNameError, match="did you mean 'shared@"):
+        found.at("shared")
+
+
+class Twice(nn.Module):
+    """The same attention layer, two times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(4)
+        self.attn, self.head = Attention(), nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.attn(torch.tanh(self.attn(x)[:, 1:])).mean(1))
+
+
+def test_every_call_of_an_attention_layer() -> None:
+    """Heads and whole maps of both, told apart by their numbers of tokens."""
+    model, x = Twice().double().eval(), torch.randn(2, 7, 12, dtype=torch.float64)
+    found = relprop.explain(model, x, target=2, method="attnlrp", latents="*:heads")
+    shapes = {path: tuple(latent.per_token().shape) for path, latent in found.latents.items()}
+    assert shapes == {"attn@0:heads": (2, 3, 7), "attn@1:heads": (2, 3, 6)}
+    maps = relprop.compile(model, (x,), method="generic_attention").trace(x, target=2).maps
+    assert maps["attn@0", "attention"].shape[1:] == (2, 3, 7, 7)
+    assert maps["attn@1", "attention"].shape[1:] == (2, 3, 6, 6)
+
+
+def test_one_name_and_what_is_none() -> None:
+    model = vit().double()
+    one = relprop.explain(model, IMAGES, target=1, method="attnlrp", latents="blocks.0.mlp")
+    assert set(one.latents) == {"blocks.0.mlp"}
+    for wrong in (None, 5, [3]):
+        with pytest.raises(OptionError, match="latents: expected module paths, got"):
+            relprop.explain(model, IMAGES, target=1, latents=wrong)  # type: ignore[arg-type]
+
+
+class Mixed(nn.Module):
+    """Attention whose heads are mixed after the softmax, with samples and heads on one axis or on two."""
+
+    def __init__(self, joined: bool) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.q, self.k, self.v, self.proj = (nn.Linear(12, 12) for _ in range(4))
+        self.mix, self.head, self.joined = nn.Linear(3, 3), nn.Linear(12, 5), joined
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (part(x).unflatten(-1, (3, 4)).transpose(1, 2) for part in (self.q, self.k, self.v))
+        weights = (q @ k.transpose(-2, -1)).softmax(-1)
+        weights = self.mix(weights.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        if self.joined:
+            heads = torch.bmm(weights.flatten(0, 1), v.flatten(0, 1)).unflatten(0, (-1, 3))
+        else:
+            heads = weights @ v
+        return self.head(self.proj(heads.transpose(1, 2).flatten(2)).mean(1))
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_heads_of_a_softmax_and_a_product(joined: bool) -> None:
+    """After the mixing: what goes into the projection, head by head."""
+    model = nn.Sequential(nn.Linear(12, 12), Mixed(joined)).double().eval()
+    x = torch.randn(2, 7, 12, dtype=torch.float64)
+    asked = ["*:heads", "1.proj:input"]
+    for method in ("attnlrp", "gradient_x_input"):
+        found = relprop.explain(model, x, target=[[1, 3]] * 2, method=method, latents=asked)
+        (name,) = (path for path in found.latents if path.endswith(":heads"))
+        heads, entering = found.at(name), found.at("1.proj:input")
+        assert heads.per_token().shape == (2, 2, 3, 7)
+        expected = entering.relevance.unflatten(-1, (3, 4)).sum(-1).transpose(2, 3)
+        assert relative(heads.per_token(), expected) < 1e-10
+
+
+def test_heads_where_there_are_none() -> None:
+    model = nn.Sequential(nn.Linear(6, 6), nn.Softmax(-1), nn.Linear(6, 2)).eval()
+    with pytest.raises(UnsupportedTopologyError, match=r"attention heads for '\*:heads', got a model .* softmax in 1"):
+        relprop.explain(model, torch.randn(2, 6), target=1, method="attnlrp", latents=["*:heads"])
+
+
 def test_inputs_that_are_not_one() -> None:
     model, x = Blocks().eval(), torch.randn(2, 7, 12)
-    for path, message in (
-        ("pair:input", "a module with one input that carries relevance, got pair:input with 2"),
-        ("shared:input", "a module that is called once, got shared, called several times"),
-    ):
-        with pytest.raises(UnsupportedTopologyError, match=f"latents: expected {message}"):
-            relprop.explain(model, x, target=1, method="gradient_x_input", latents=[path])
+    message = "latents: expected a module with one input that carries relevance, got pair:input with 2"
+    with pytest.raises(UnsupportedTopologyError, match=message):
+        relprop.explain(model, x, target=1, method="gradient_x_input", latents=["pair:input"])
     with pytest.raises(UnknownNameError, match=r"did you mean 'blocks\.1\.mlp:input'\?"):
         relprop.explain(model, x, target=1, method="gradient_x_input", latents=["blocks.1.mpl:input"])
 
@@ -230,14 +330,3 @@ def test_unknown_paths() -> None:
     found = relprop.explain(vit(), IMAGES.float(), latents=["blocks.1.mlp"])
     with pytest.raises(UnknownNameError, match=r"name it in `latents` when compiling"):
         found.at("blocks.0.mlp")
-
-
-def test_contrast() -> None:
-    model = vit().double()
-    engine = relprop.compile(model, (IMAGES,), method="attnlrp")
-    first, second = (engine(IMAGES, target=t).relevance for t in (1, 4))
-    assert relative(engine(IMAGES, target=relprop.contrast(1, 4)).relevance, first - second) < 1e-10
-    mean = torch.stack([engine(IMAGES, target=t).relevance for t in range(10)]).mean(0)
-    assert relative(engine(IMAGES, target=relprop.contrast([1, 4])).relevance[0], (first - mean)[0]) < 1e-10
-    with pytest.raises(TargetError, match="contrast: expected a class"):
-        engine(IMAGES, target=relprop.contrast(None))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import relprop
-from relprop.errors import UnsupportedTopologyError
+from relprop.errors import OptionError, UnsupportedTopologyError
 from tests.engine.models import vit
 
 COMPOSITES = ["chefer", "chefer_stable", "chefer_original", "gradient"]
@@ -27,6 +27,33 @@ def test_it_closes(method: str, composite: str) -> None:
     for entry in books.entries:
         assert float(entry.rounding.abs().max()) < 1e-10 * scale, entry.step
         assert (entry.amplification >= 0).all()
+
+
+# None of these propagates relevance: their books would say that all of the seed is missing.
+NO_RELEVANCE = [
+    "generic_attention",
+    "gradient_x_input",
+    "attention_rollout",
+    "raw_attention",
+    "last_layer_attention",
+    "attention_gradcam",
+]
+
+
+def test_methods_with_and_without_books() -> None:
+    """Every method keeps books that close, or says that it has none."""
+    model, x = vit().double(), torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    for method in relprop.methods():
+        engine = relprop.compile(model, (x,), method=method)
+        if method in (*NO_RELEVANCE, "integrated_gradients", "smoothgrad"):
+            kind = "that propagates relevance" if method in NO_RELEVANCE else "of one pass"
+            with pytest.raises(OptionError, match=f"ledger: expected a method {kind}, got {method}"):
+                engine(x, target=1, ledger=True)
+            continue
+        books = engine(x, target=1, ledger=True).ledger
+        assert books is not None and books.entries
+        scale = max(1.0, *(float(e.arriving.abs().max()) for e in books.entries))
+        assert float(books.imbalance.abs().max()) < 1e-10 * scale, method
 
 
 LRP = ["attnlrp", "cp_lrp", "reslrp", "libragrad", "pa_lrp", "epsilon", "gamma", "epsilon_plus", "alpha2_beta1"]

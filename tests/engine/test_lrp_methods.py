@@ -233,6 +233,23 @@ def test_position_embeddings_of_an_image_model() -> None:
     assert relative(alone, share.repeat_interleave(8, 1).repeat_interleave(8, 2)) < 1e-9
 
 
+@pytest.mark.parametrize("positions", ["added", "alone", "left out"])
+def test_positions_of_kept_channels(positions: str) -> None:
+    """Each channel has its own relevance and an even part of its position's."""
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    for model, given, axis, channels in ((vit().double(), images, 1, 3), (decoder(), IDS, -1, None)):
+        summed, kept = (
+            relprop.explain(
+                model, given, method="pa_lrp", target=None if axis == 1 else (6, 3), method_options=options
+            ).relevance
+            for options in ({"positions": positions}, {"positions": positions, "channels": "kept"})
+        )
+        assert kept.ndim == summed.ndim + 1
+        assert channels is None or kept.shape[axis] == channels
+        assert relative(kept.sum(axis), summed) < 1e-10
+        assert (float((kept - kept.mean(axis, keepdim=True)).abs().max()) < 1e-12) == (positions == "alone")
+
+
 def test_wrong_option() -> None:
     with pytest.raises(OptionError, match=r"positions: expected one of added, alone, left out, got 'both'"):
         relprop.explain(vit(), torch.randn(2, 3, 32, 32), method="pa_lrp", method_options={"positions": "both"})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -137,3 +138,12 @@ def test_a_ledger_wants_one_piece() -> None:
     engine = relprop.compile(vit(), (images(2),))
     with pytest.raises(OptionError, match="ledger: expected a batch in one piece, got batch_size 1 for 2 samples"):
         engine(images(2), batch_size=1, ledger=True)
+
+
+@pytest.mark.parametrize("count", [0, -3, 1.5, "a", True, None], ids=str)
+def test_counts_that_are_none(count: Any) -> None:
+    engine = relprop.compile(vit(), (images(2),), tape=False)
+    for name, call in (("batch", lambda: engine.memory(count)), ("targets", lambda: engine.memory(2, targets=count))):
+        with pytest.raises(OptionError) as raised:
+            call()
+        assert str(raised.value) == f"{name}: expected a positive int, got {count!r}"

@@ -89,9 +89,8 @@ def test_smoothgrad_is_a_mean_over_noise() -> None:
     model = vit(depth=2).double()
     options: dict[str, Any] = {"samples": 5, "noise": 0.1, "batch": 2, "seed": 7}
     found = relprop.explain(model, IMAGES, method="smoothgrad", target=3, method_options=options).relevance
-    generator = torch.Generator().manual_seed(7)
     spread = 0.1 * (IMAGES.flatten(1).max(1)[0] - IMAGES.flatten(1).min(1)[0])
-    draws = [torch.randn(3, 32, 32, generator=generator).double() for _ in range(5)]
+    draws = [torch.tensor(np.random.default_rng([7, i, 0]).standard_normal((3, 32, 32), np.float32)) for i in range(5)]
     expected = sum(gradient(model, IMAGES + spread[:, None, None, None] * draw, 3) for draw in draws) / 5
     assert relative(found, expected.sum(1)) < 1e-9  # type: ignore[union-attr]
     times = relprop.explain(
@@ -117,9 +116,92 @@ def test_token_embeddings_are_the_input() -> None:
     assert relative(found.relevance, expected.detach()) < 1e-8
 
 
+class Pair(nn.Module):
+    """Two sequences, and a score that depends on both at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.other, self.head = nn.Embedding(9, 4), nn.Linear(6, 4), nn.Linear(4, 3)
+
+    def score(self, words: Tensor, regions: Tensor) -> Tensor:
+        return self.head(words.tanh().mean(1) * self.other(regions).sin().mean(1))
+
+    def forward(self, ids: Tensor, regions: Tensor) -> Tensor:
+        return self.score(self.embed(ids), regions)
+
+    def gradients(self, words: Tensor, regions: Tensor) -> tuple[Tensor, ...]:
+        leaves = [t.detach().requires_grad_() for t in (words, regions)]
+        return torch.autograd.grad(self.score(*leaves)[:, 1].sum(), leaves)
+
+
+def pair() -> tuple[Pair, Tensor, Tensor]:
+    return Pair().double().eval(), torch.randint(9, (3, 5)), torch.randn(3, 2, 6, dtype=torch.float64)
+
+
+def test_several_inputs_share_a_path() -> None:
+    """One straight line through all of them, as one loop over it; together they are complete."""
+    model, ids, regions = pair()
+    words, options = model.embed(ids).detach(), {"steps": 20, "batch": 3}
+    found = relprop.explain(model, ids, regions, method="integrated_gradients", target=1, method_options=options)
+    nodes, weights = np.polynomial.legendre.leggauss(20)
+    totals = [torch.zeros_like(words), torch.zeros_like(regions)]
+    for node, weight in zip(nodes, weights, strict=True):
+        share = (1 + node) / 2
+        for total, gradient in zip(totals, model.gradients(share * words, share * regions), strict=True):
+            total += weight / 2 * gradient
+    assert relative(found.relevances["ids"], (totals[0] * words).sum(-1)) < 1e-10
+    assert relative(found.relevances["regions"], (totals[1] * regions).sum(-1)) < 1e-10
+    black = model.score(torch.zeros_like(words), torch.zeros_like(regions))
+    whole = found.relevances["ids"].sum(1) + found.relevances["regions"].sum(1)
+    assert torch.allclose(whole, (found.logits - black)[:, 1].detach(), atol=1e-6)
+
+
+def test_several_inputs_are_noisy_at_once() -> None:
+    """Each with noise of its own, in a sequence of the size of its own token's range."""
+    model, ids, regions = pair()
+    words, options = model.embed(ids).detach(), {"samples": 4, "batch": 3, "noise": 0.2, "seed": 5}
+    found = relprop.explain(model, ids, regions, method="smoothgrad", target=1, method_options=options)
+    totals = [torch.zeros_like(words), torch.zeros_like(regions)]
+    for i in range(4):
+        moved = []
+        for number, x in enumerate((words, regions)):
+            draw = np.random.default_rng([5, i, number]).standard_normal(tuple(x.shape[1:]), np.float32)
+            moved.append(x + 0.2 * (x.max(-1)[0] - x.min(-1)[0]).unsqueeze(-1) * torch.tensor(draw))
+        for total, gradient in zip(totals, model.gradients(*moved), strict=True):
+            total += gradient / 4
+    assert relative(found.relevances["ids"], totals[0].sum(-1)) < 1e-10
+    assert relative(found.relevances["regions"], totals[1].sum(-1)) < 1e-10
+
+
+@pytest.mark.parametrize("method", ["integrated_gradients", "smoothgrad"])
+def test_scores_between_samples(method: str) -> None:
+    """Points of several samples share a pass, and no score between them counts."""
+
+    class Similar(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.text, self.image = nn.Linear(4, 6), nn.Linear(7, 6)
+
+        def forward(self, text: Tensor, image: Tensor) -> Tensor:
+            return self.text(text).tanh() @ self.image(image).sin().T
+
+    torch.manual_seed(0)
+    model = Similar().double().eval()
+    given = torch.randn(3, 4, dtype=torch.float64), torch.randn(3, 7, dtype=torch.float64)
+    engine = relprop.compile(model, given, method=method, method_options={"batch": 5})
+    together = engine(*given)
+    for i in range(3):
+        alone = engine(*(t[i : i + 1] for t in given))
+        for name, found in alone.relevances.items():
+            assert relative(together.relevances[name][i : i + 1], found) < 1e-10
+
+
 def test_wrong_options() -> None:
     for options, text in (({"steps": 0}, "steps: expected an int from 1, got 0"), ({"batch": 1.5}, "batch: expected")):
         with pytest.raises(OptionError, match=text):
             relprop.explain(vit(), IMAGES.float(), method="integrated_gradients", method_options=options)
+    with pytest.raises(OptionError, match="seed: expected an int from 0, got -1"):
+        relprop.explain(vit(), IMAGES.float(), method="smoothgrad", method_options={"seed": -1})
     with pytest.raises(OptionError, match="ledger: expected a method of one pass, got smoothgrad"):
         relprop.explain(vit(), IMAGES.float(), method="smoothgrad", ledger=True)

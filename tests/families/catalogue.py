@@ -10,11 +10,34 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import relprop
 from benchmarks.tables import README, table
 
 Inputs = dict[str, Any]  # keyword arguments of the model's forward
 
-EVERY = "all"
+# Methods that walk one row of tokens through the attention layers, or read one layer's map.
+OF_ONE_SEQUENCE = frozenset(
+    {
+        "transformer_attribution",
+        "relevance_rollout",
+        "last_layer",
+        "second_layer",
+        "last_layer_attention",
+        "raw_attention",
+        "attention_rollout",
+        "attention_gradcam",
+    }
+)
+
+
+def methods_cell(refuses: frozenset[str], why: str = "") -> str:
+    """A row's last cell: which methods answer, and why others do not."""
+    answering = [f"`{name}`" for name in relprop.methods() if name not in refuses]
+    refused = [f"`{name}`" for name in relprop.methods() if name in refuses]
+    if not refused:
+        return "all"
+    found = f"all but {', '.join(refused)}" if len(refused) < len(answering) else ", ".join(answering)
+    return f"{found}; {why}" if why else found
 
 
 @dataclass(frozen=True)
@@ -37,7 +60,8 @@ class Family:
         small: the model of the tests, random weights, in evaluation mode.
         inputs: a batch of inputs of that model.
         refusal: where methods that walk through attention layers do not apply, words of the refusal.
-        methods: the row's last cell.
+        refuses: the methods that do not apply, each by an error that says so.
+        why: words of that for the README.
         quick: whether it is among the few of `make test`.
         full: the model at its published size with its inputs, for benchmarks/families.py.
         output: which output is explained, as `relprop.compile` takes it.
@@ -50,7 +74,8 @@ class Family:
     small: Callable[[], nn.Module]
     inputs: Callable[[int], Inputs]
     refusal: str = ""
-    methods: str = EVERY
+    refuses: frozenset[str] = frozenset()
+    why: str = ""
     quick: bool = False
     full: Callable[[], tuple[nn.Module, Callable[[int], Inputs]]] | None = None
     output: str | int | Callable[..., Any] | None = None
@@ -59,7 +84,7 @@ class Family:
     @property
     def row(self) -> Row:
         """Of the README's table."""
-        return Row(self.title, self.stock, self.methods)
+        return Row(self.title, self.stock, methods_cell(self.refuses, self.why))
 
 
 def randomised(model: nn.Module, seed: int = 0) -> nn.Module:

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 import relprop
 from relprop import memory
-from relprop.errors import OptionError, ShapeError
+from relprop.errors import DTypeError, OptionError, ShapeError, TargetError
 from relprop.native.tensors import fresh_results
 from tests.engine.models import relative
 from tests.families.test_text import leaves_at_embeddings
-from tests.families.text_models import FAMILIES, build, ids
+from tests.families.text_models import FAMILIES, IMAGE_TOKEN, VOCABULARY, build, ids, inputs, refused
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 
@@ -96,6 +96,31 @@ def test_gradients_are_autograds(name: str) -> None:
                 assert rows is not None
                 row = rows[:, place - start]
                 assert relative(row, expected) < max(1e-9, FAMILIES[name].tolerance)
+
+
+@pytest.mark.parametrize("name", models())
+def test_why_this_token_and_not_that_one(name: str) -> None:
+    """The difference of two explanations of each token; one rival for all, or one for each."""
+    model, given, found = written(name)
+    start = 1 if name not in DECODERS else given.shape[1]
+    rivals = (found[:, start:] + torch.arange(1, NEW + 1)) % VOCABULARY
+    instead = torch.cat([found[:, :start], rivals], 1)
+    for against, size in ((rivals, 4), (7, "auto")):
+        rows = relprop.explain_generation(model, given, found, against=against, targets_at_a_time=size)
+        for place in range(start, found.shape[1]):
+            other = instead[:, place] if against is rivals else torch.full((2,), 7)
+            tokens = torch.stack([found[:, place], other], 1)
+            target = torch.stack([torch.full_like(tokens, place - 1), tokens], -1)
+            both = relprop.explain(model, method="attnlrp", target=target, **call(name, given, found[:, :place]))
+            relevance = both.relevances.get("input_ids" if name in DECODERS else "decoder_input_ids", both.relevance)
+            expected = relevance[:, 0] - relevance[:, 1]
+            got = rows.relevance[:, place - start, :place]
+            assert relative(got, expected) < max(1e-8, 10 * FAMILIES[name].tolerance), (place, size)
+            if rows.source is not None:
+                source = both.relevances["input_ids"]
+                assert relative(rows.source[:, place - start], source[:, 0] - source[:, 1]) < 1e-8
+            score = both.logits[torch.arange(2)[:, None], place - 1, tokens]
+            assert relative(rows.logits[:, place - start], score[:, 0] - score[:, 1]) < 1e-8
 
 
 @pytest.mark.parametrize("name", models(DECODERS))
@@ -178,3 +203,69 @@ def test_bad_input() -> None:
     for wrong in (0, "all", 1.5, True):
         with pytest.raises(OptionError, match="targets_at_a_time: expected 'auto' or a positive int, got"):
             relprop.explain_generation(model, given, found, targets_at_a_time=wrong)  # type: ignore[arg-type]
+
+
+def test_bad_arguments() -> None:
+    """What a caller would try, and what to do instead."""
+    model, given, found = written("gpt2")
+    mask = torch.ones_like(given)
+
+    def refused(error: type[Exception], message: str, *ids: Any, **options: Any) -> None:
+        with pytest.raises(error, match=message):
+            relprop.explain_generation(model, *(ids or (given, found)), **options)
+
+    refused(DTypeError, "input_ids: expected a tensor of integers", given.tolist(), found)
+    refused(DTypeError, "generated_ids: expected a tensor of integers", given, found.tolist())
+    refused(DTypeError, r"attention_mask: expected integers \[B, N\], got torch.float32", attention_mask=mask.float())
+    refused(ShapeError, r"input_ids.repeat_interleave\(2, 0\)", given, found.repeat_interleave(2, 0))
+    refused(ShapeError, r"\[2, 5\], got \[2, 11\]; what was generated", attention_mask=torch.ones_like(found))
+    mask[1, 3:] = 0
+    refused(ShapeError, "padded on the left, got one that ends in padding in sample 1", attention_mask=mask)
+    for rivals in (True, "seven", torch.zeros(2, 5, dtype=torch.int64), torch.zeros(2, 6)):
+        refused(
+            TargetError, r"against: expected a token id, or a tensor of integers \[B, G\] = \[2, 6\]", against=rivals
+        )
+    refused(TargetError, "contrast: against: expected indices within", against=VOCABULARY)
+    for limit in ("1GB", 0, True, 1.5):
+        refused(OptionError, "memory_limit: expected None or a positive int, bytes", memory_limit=limit)
+
+
+def test_a_source_may_be_padded_on_either_side() -> None:
+    model, given, found = written("bart")
+    mask = torch.ones_like(given)
+    mask[0, 3:], mask[1, :1] = 0, 0
+    generation = relprop.explain_generation(model, given, found, attention_mask=mask.bool())
+    assert generation.source is not None
+    assert not (generation.source * (1 - mask).unsqueeze(1)).any()
+    assert generation.source.abs().amax((1, 2)).min() > 0
+
+
+@pytest.mark.parametrize("name", ["paligemma", pytest.param("vipllava", marks=pytest.mark.full)])
+@pytest.mark.skipif(bool(refused("paligemma")), reason="not captured under this transformers")
+def test_images_have_their_part(name: str) -> None:
+    """Relevance of the pixels for each generated token is that of `explain` for it alone; ended rows are empty."""
+    model = build(name)
+    made = inputs(name, 2, 9)
+    given = made.pop("input_ids")
+    call = {entry: made[entry] for entry in ("pixel_values", "token_type_ids") if entry in made}
+    with torch.no_grad():
+        options = dict(max_new_tokens=3, min_new_tokens=3, do_sample=False, suppress_tokens=[IMAGE_TOKEN])
+        found = model.generate(given, **options, **call)
+    generation = relprop.explain_generation(model, given, found, targets_at_a_time=2, **call)
+    assert set(generation.others) == {"pixel_values"}
+    assert generation.others["pixel_values"].shape == (2, 3, 16, 16)
+    for place in range(3):
+        target = torch.stack([torch.tensor([8 + place, int(token)]) for token in found[:, 9 + place]])[:, None]
+        read = {"input_ids": found[:, : 9 + place], "use_cache": False, **call}
+        if "token_type_ids" in call:  # what was written is no prefix
+            read["token_type_ids"] = nn.functional.pad(call["token_type_ids"], (0, place), value=1)
+        alone = relprop.explain(model, method="attnlrp", target=target, **read)
+        for rows, entry in ((generation.others["pixel_values"], "pixel_values"), (generation.relevance, "input_ids")):
+            expected = alone.relevances[entry][:, 0]
+            got = rows[:, place][..., : 9 + place] if entry == "input_ids" else rows[:, place]
+            assert expected.any()
+            assert relative(got, expected) < FAMILIES[name].tolerance, (place, entry)
+    ended = found.clone()
+    ended[0, 10:] = model.generation_config.eos_token_id
+    rows = relprop.explain_generation(model, given, ended, **call).others["pixel_values"]
+    assert rows[0, 1].any() and not rows[0, 2:].any() and rows[1, 2].any()

@@ -12,7 +12,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from tests.families.catalogue import EVERY, Row
+from tests.families.catalogue import OF_ONE_SEQUENCE, Row, methods_cell
 
 VOCABULARY = 100
 IMAGE_TOKEN = VOCABULARY - 1
@@ -32,7 +32,8 @@ class Family:
         output: which output is explained, None for the logits.
         entries: explained inputs by their names in the explanation.
         refusal: where methods that walk through attention layers do not apply, words of the refusal.
-        why: the same for the README.
+        also_refuses: other methods that do not apply.
+        why: words of the refusals for the README.
         apart: where methods that walk do not apply, whether its sequences stay apart, for generic_attention.
         fixed: the captured length is the only one.
         pads: whether text may be padded and masked.
@@ -56,6 +57,7 @@ class Family:
     output: str | None = None
     entries: tuple[str, ...] = ("input_ids",)
     refusal: str = ""
+    also_refuses: frozenset[str] = frozenset()
     why: str = "two sequences of tokens"
     apart: bool = True
     fixed: bool = False
@@ -73,12 +75,15 @@ class Family:
     @property
     def row(self) -> Row:
         """Of the README's table."""
-        between = "`generic_attention`, " if self.apart else ""
-        at_input = "`full`, `attnlrp`, `gradient_x_input`"
-        methods = f"{between}{at_input}; {self.why}" if self.refusal else EVERY
-        if self.uncaptured:
-            methods = f"refused: {self.why}"
+        methods = f"refused: {self.why}" if self.uncaptured else methods_cell(self.refuses, self.why)
         return Row(self.title, f"transformers.{self.model}", methods)
+
+    @property
+    def refuses(self) -> frozenset[str]:
+        """The methods that do not apply, each by an error that says so."""
+        several = frozenset({"pa_lrp"} if len(self.entries) > 1 else ())
+        walks = OF_ONE_SEQUENCE if self.refusal else frozenset()
+        return several | walks | self.also_refuses | (frozenset() if self.apart else {"generic_attention"})
 
 
 def ids(batch: int, length: int, generator: torch.Generator) -> Tensor:
@@ -434,6 +439,7 @@ FAMILIES: dict[str, Family] = {
         first_class,
         kept_after_text=6,
         entries=("input_ids", "visual_embeds"),
+        why="positions of two inputs",
         full={"visual_embedding_dim": 2048, "num_labels": 3129},
         full_inputs=partial(visual_bert, regions=36, features=2048),
     ),
@@ -531,6 +537,8 @@ FAMILIES: dict[str, Family] = {
         detection,
         lambda length: (1, 2),
         entries=("pixel_values",),
+        also_refuses=frozenset({"second_layer"}),
+        why="queries that are read join later",
         fixed=True,
         pads=False,
         full={"use_pretrained_backbone": False},

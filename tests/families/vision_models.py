@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import timm
@@ -11,7 +12,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from tests.families.catalogue import EVERY, Family, Inputs, images, randomised
+from tests.families.catalogue import OF_ONE_SEQUENCE, Family, Inputs, images, randomised
 
 SMALL: dict[str, Any] = {"img_size": 32, "num_classes": 7, "embed_dim": 48, "depth": 3, "num_heads": 4}
 
@@ -112,40 +113,48 @@ def torchvision_full(name: str) -> tuple[nn.Module, Callable[[int], Inputs]]:
 
 
 WINDOWS = "windows of each sample"
-AT_INPUT = "`full`, `gradient_x_input`; no common tokens across windows"
+ACROSS_WINDOWS: dict[str, Any] = {
+    "refusal": WINDOWS,
+    "refuses": OF_ONE_SEQUENCE | {"generic_attention"},
+    "why": "no common tokens across windows",
+}
+# The output reads a token that joins after the second layer.
+READ_LATER: dict[str, Any] = {"refuses": frozenset({"second_layer"}), "why": "a token that is read joins later"}
 PIXELS = images(32, "images")
 SWIN = "timm.models.swin_transformer"
 HYBRID = "timm.models.vision_transformer_hybrid"
 VIT = "timm.models.vision_transformer.VisionTransformer"
 DEIT = "timm.models.deit.VisionTransformerDistilled"
 EVA = "timm.models.eva.Eva"
+CAIT = "timm.models.cait.Cait"
 
 
-def _timm(name: str, title: str, stock: str, arch: str, *, quick: bool = False, **options: Any) -> Family:
+def _timm(
+    name: str,
+    title: str,
+    stock: str,
+    arch: str,
+    *,
+    quick: bool = False,
+    refusal: Mapping[str, Any] = MappingProxyType({}),
+    **options: Any,
+) -> Family:
     small = partial(timm_small, arch, **options)
     structure = {key: value for key, value in options.items() if key != "ref_feat_shape"}  # that is a size
-    return Family(name, title, stock, small, images(32), quick=quick, full=partial(timm_full, arch, **structure))
+    full = partial(timm_full, arch, **structure)
+    return Family(name, title, stock, small, images(32), quick=quick, full=full, **refusal)
 
 
 def _swin(name: str, title: str, stock: str, arch: str, *, quick: bool = False) -> Family:
     full = partial(timm_full, arch)
-    return Family(name, title, stock, partial(swin, arch), images(32), WINDOWS, AT_INPUT, quick=quick, full=full)
+    return Family(name, title, stock, partial(swin, arch), images(32), quick=quick, full=full, **ACROSS_WINDOWS)
 
 
 def _torchvision(
-    name: str, title: str, stock: str, small: Callable[[], nn.Module], arch: str, refusal: str = ""
+    name: str, title: str, stock: str, small: Callable[[], nn.Module], arch: str, **refusal: Any
 ) -> Family:
-    methods = AT_INPUT if refusal else EVERY
-    return Family(
-        name,
-        title,
-        f"torchvision.models.{stock}",
-        small,
-        images(32),
-        refusal,
-        methods,
-        full=partial(torchvision_full, arch),
-    )
+    full = partial(torchvision_full, arch)
+    return Family(name, title, f"torchvision.models.{stock}", small, images(32), full=full, **refusal)
 
 
 VISION: list[Family] = [
@@ -161,13 +170,20 @@ VISION: list[Family] = [
     _timm("dinov2", "DINOv2", VIT, "vit_small_patch14_dinov2"),
     _timm("dinov2_reg", "DINOv2, registers", VIT, "vit_small_patch14_reg4_dinov2"),
     _timm("dinov3", "DINOv3", EVA, "vit_small_patch16_dinov3"),
-    _timm("siglip", "SigLIP (attention pooling)", VIT, "vit_base_patch16_siglip_224", quick=True),
-    _timm("cait", "CaiT (talking heads, class attention)", "timm.models.cait.Cait", "cait_xxs24_224", quick=True),
+    _timm("siglip", "SigLIP (attention pooling)", VIT, "vit_base_patch16_siglip_224", quick=True, refusal=READ_LATER),
+    _timm(
+        "cait",
+        "CaiT (talking heads, class attention)",
+        "timm.models.cait.Cait",
+        "cait_xxs24_224",
+        quick=True,
+        refusal=READ_LATER,
+    ),
     _swin("swin", "Swin (windows, shifts)", SWIN + ".SwinTransformer", "swin_tiny_patch4_window7_224", quick=True),
     _swin("swin_v2", "Swin v2 (cosine attention)", SWIN + "_v2.SwinTransformerV2", "swinv2_tiny_window8_256"),
     Family("hybrid", "ResNet-ViT hybrid", HYBRID, hybrid, images(32), full=partial(timm_full, "vit_tiny_r_s16_p8_224")),
     _torchvision("tv_vit", "torchvision `vit_b_16`", "VisionTransformer", torchvision_vit, "vit_b_16"),
-    _torchvision("tv_swin", "torchvision `swin_t`", "SwinTransformer", torchvision_swin, "swin_t", refusal=WINDOWS),
+    _torchvision("tv_swin", "torchvision `swin_t`", "SwinTransformer", torchvision_swin, "swin_t", **ACROSS_WINDOWS),
     Family(
         "hand_written",
         "hand-written, 60 lines",

@@ -47,11 +47,11 @@ def arguments(name: str, dtype: torch.dtype = torch.float32, half: torch.dtype |
         ),
         "attention_relevance": (
             *(
-                random(2, heads, rows, 8, dtype=dtype, seed=i)
+                random(2, heads, rows, 8, dtype=other, seed=i)
                 for i, (heads, rows) in enumerate(((4, 5), (2, 6), (2, 6)))
             ),
-            random(2, 4, 5, 8, dtype=dtype, seed=7).abs() + 1,
-            random(5, 6, dtype=dtype, seed=8),
+            random(2, 4, 5, 8, dtype=other, seed=7).abs() + 1,
+            random(5, 6, dtype=other, seed=8),
             *(random(3, 2, 4, 5, 8, dtype=dtype, seed=i) for i in (9, 10)),
             random(3, 2, 5, dtype=dtype, seed=11),
             *(0.3, False, False),

@@ -37,8 +37,8 @@ def test_every_kernel_has_its_op() -> None:
 @pytest.mark.parametrize("name", SPECS)
 def test_opcheck(name: str) -> None:
     torch.library.opcheck(OPS[name], arguments(name))
-    other = torch.float64 if name == "attention_relevance" else torch.bfloat16
-    torch.library.opcheck(OPS[name], arguments(name, other))
+    torch.library.opcheck(OPS[name], arguments(name, torch.bfloat16))
+    torch.library.opcheck(OPS[name], arguments(name, half=torch.float16))
 
 
 @pytest.mark.parametrize("name", sorted(set(SPECS) - WITHOUT_OUT))
@@ -85,19 +85,21 @@ ATTENTION = [
 ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("half", [None, *HALF])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALF])
 @pytest.mark.parametrize("changes", [{}, *ATTENTION], ids=str)
-def test_attention(changes: dict[str, Any], dtype: torch.dtype) -> None:
-    """The kernel, the fake kernel and the reference agree on what comes back, and in which layout."""
+def test_attention(changes: dict[str, Any], dtype: torch.dtype, half: torch.dtype | None) -> None:
+    """The kernel, the fake kernel and the reference agree on what comes back, in which dtype and layout."""
     name = "attention_relevance"
     names = [argument.split()[-1] for argument in SPECS[name].arguments.split(", ")]
-    changed = dict(zip(names, arguments(name, dtype), strict=True)) | changes
-    given = [t.to(dtype) if isinstance(t, Tensor) and t.dtype != torch.bool else t for t in changed.values()]
+    changes = {key: item.to(dtype) if key == "row" and item is not None else item for key, item in changes.items()}
+    given = list((dict(zip(names, arguments(name, dtype, half), strict=True)) | changes).values())
     got, want = overload(name)(*given), SPECS[name].reference(*given)
     torch.library.opcheck(OPS[name], tuple(given), test_utils=("test_schema", "test_faketensor"))
     for one, other in zip(got, want, strict=True):
-        assert one.stride() == other.stride()
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+        assert one.dtype is other.dtype and one.stride() == other.stride()
+        tolerance = max(1e-4, 8 * torch.finfo(one.dtype).eps)
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

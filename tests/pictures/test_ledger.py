@@ -101,3 +101,7 @@ def test_nothing_absorbed_and_bad_input() -> None:
         ledger_picture(books(), sample=2)
     with pytest.raises(OptionError, match="target: expected None or 0 to 0, got -1"):
         ledger_picture(books(), target=-1)
+    with pytest.raises(OptionError, match="ledger: expected the ledger of a run with ledger=True, .*got NoneType"):
+        ledger_picture(None)  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match=r"ledgers\['vit'\]: expected the ledger of a run .*got NoneType"):
+        drawing.conditioning_picture({"vit": None})  # type: ignore[dict-item]

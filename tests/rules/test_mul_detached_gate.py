@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from relprop.rules import MulDetachedGate
+from relprop.rules.stabiliser import Stabiliser
 from tests.rules.rule_checks import SIZES, Op, Parts, check_ledger, check_rule, module_of, random
 from tests.rules.test_mul_half import CASES, handed_out, mul_op, operands
 
@@ -54,3 +55,16 @@ def test_ledger(name: str) -> None:
     op, inputs = mul_op(name), operands(name, 4)
     entry = check_ledger(op, MulDetachedGate(), inputs, op.relevance(inputs, 3), [])
     torch.testing.assert_close(entry.passed, entry.arriving, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("stabiliser", [Stabiliser(0.1), Stabiliser(0.1, "reference")])
+def test_stabiliser(stabiliser: Stabiliser) -> None:
+    """With an epsilon the value gets y / (y + epsilon) of all, and the ledger has the rest."""
+    rule = MulDetachedGate(stabiliser)
+    op = Op(module_of(lambda a, b: F.silu(a) * b, 2), random(2, 3, 7), random(2, 3, 7), kind="mul")
+    inputs = [random(4, 3, 7, seed=i) for i in (1, 2)]
+    relevance = op.relevance(inputs, 3)
+    y = F.silu(inputs[0]) * inputs[1]
+    sign = y.sign() if stabiliser.kind == "signed" else 1.0
+    check_rule(op, rule, inputs, relevance, lambda r, *_: (0 * r, r * y / (y + 0.1 * sign)))
+    check_ledger(op, rule, inputs, relevance, ["epsilon"])
