@@ -116,7 +116,7 @@ TABLE: dict[tuple[str, str, str], Rows] = {
     ("norm", "", "large"): {80: Configuration({}, 16, 1)},
     # Sides of attention, by the larger head size: tiles of queries and of keys.
     ("attention_statistics", "half", "d64"): {
-        80: _tiles(64, 64, 4, 2),
+        80: _tiles(64, 64, 8, 2),
         90: _tiles(64, 64, 4, 2),
         100: _tiles(64, 64, 4, 2),
     },
@@ -133,7 +133,7 @@ TABLE: dict[tuple[str, str, str], Rows] = {
     ("attention_queries", "half", "d64"): {
         80: _tiles(32, 32, 4, 2),
         90: _tiles(64, 64, 8, 3),
-        100: _tiles(64, 64, 4, 2),
+        100: _tiles(64, 64, 8, 2),
     },
     ("attention_queries", "half", "d128"): {
         80: _tiles(64, 32, 8, 2),
@@ -162,10 +162,10 @@ TABLE: dict[tuple[str, str, str], Rows] = {
     ("attention_keys_values", "half", "d64"): {
         80: _tiles(32, 32, 4, 2),
         90: _tiles(32, 64, 8, 2),
-        100: _tiles(64, 64, 8, 3),
+        100: _tiles(64, 64, 8, 2),
     },
     ("attention_keys", "half", "d64"): {80: _tiles(32, 32, 8, 2), 90: _tiles(32, 64, 8, 2), 100: _tiles(32, 64, 8, 2)},
-    ("attention_keys", "half", "d128"): {80: _tiles(32, 32, 8, 2), 90: _tiles(16, 64, 8, 2), 100: _tiles(64, 64, 8, 2)},
+    ("attention_keys", "half", "d128"): {80: _tiles(32, 32, 8, 1), 90: _tiles(16, 64, 8, 2), 100: _tiles(64, 64, 8, 2)},
     ("attention_keys", "half", "d256"): {
         80: _tiles(32, 64, 8, 2),
         86: _tiles(16, 32, 8, 2),
@@ -188,7 +188,7 @@ TABLE: dict[tuple[str, str, str], Rows] = {
         100: _tiles(16, 32, 8, 1),
     },
     ("attention_values", "half", "d64"): {
-        80: _tiles(64, 64, 4, 2),
+        80: _tiles(64, 32, 4, 2),
         90: _tiles(64, 64, 4, 2),
         100: _tiles(64, 64, 4, 2),
     },
@@ -226,7 +226,7 @@ _FLOAT32_TILES = {
     "ieee": {
         "queries": {64: _tiles(32, 32, 8, 1), 128: _tiles(32, 32, 8, 2), 256: _tiles(32, 32, 8, 1)},
         "queries_signed": {64: _tiles(32, 32, 8, 1), 128: _tiles(32, 32, 8, 1), 256: _tiles(32, 16, 8, 1)},
-        "keys_values": {64: _tiles(16, 16, 4, 1)},
+        "keys_values": {64: _tiles(16, 16, 8, 1)},
         "keys": {64: _tiles(16, 16, 8, 1), 128: _tiles(32, 32, 8, 2), 256: _tiles(32, 32, 8, 1)},
         "keys_signed": {64: _tiles(16, 16, 8, 1), 128: _tiles(32, 32, 8, 1), 256: _tiles(16, 32, 8, 1)},
         "values": {64: _tiles(32, 32, 8, 1), 128: _tiles(16, 32, 8, 1), 256: _tiles(32, 16, 8, 1)},
