@@ -37,6 +37,11 @@ def toolchain(architecture: int) -> dict[str, str]:
     return {"triton": triton.__version__, "ptxas": get_ptxas(architecture).version}
 
 
+def tiles_of(found: dict[str, Any]) -> str:
+    """As the table has them."""
+    return " ".join(f"{name}={size}" for name, size in found["tiles"].items())
+
+
 def row_of(found: dict[str, Any]) -> dict[str, Any]:
     """A line as a row."""
     architecture = found["architecture"]
@@ -46,7 +51,7 @@ def row_of(found: dict[str, Any]) -> dict[str, Any]:
         "case": found["case"],
         "kernel": found["kernel"].strip("_").removesuffix("_kernel"),
         "architecture": f"sm_{architecture}",
-        "tiles": " ".join(f"{name}={size}" for name, size in found["tiles"].items()),
+        "tiles": tiles_of(found),
         "warps": found["warps"],
         "stages": found["stages"],
         "registers": found["registers"],

@@ -6,11 +6,14 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from benchmarks.gpu.ahead_of_time import tiles_of
+from benchmarks.numerics.rows import RESULTS, read_rows
 from relprop.kernels.configurations import SHARED_MEMORY, tabled_architecture
 
 ROOT = Path(__file__).parents[2]
@@ -76,6 +79,18 @@ def test_every_case_has_tiles() -> None:
 def test_every_configuration_is_compiled() -> None:
     """No row of the table that no case reaches."""
     assert compiled("80,90,100", "*", "unreached") == [[]]
+
+
+def test_rows_are_those_of_the_tables() -> None:
+    """Every launch of every case has a committed row with its tiles, and no row is of anything else."""
+    asked = Counter(
+        (f"sm_{row['architecture']}", row["case"], tiles_of(row), str(row["warps"]), str(row["stages"]))
+        for row in compiled("80,90,100", "*", "launches")
+    )
+    rows = read_rows(RESULTS / "ahead_of_time.csv")
+    columns = ("architecture", "case", "tiles", "warps", "stages")
+    assert Counter(tuple(row[name] for name in columns) for row in rows) == asked
+    assert {row["spilled_bytes"] for row in rows} == {"0"}
 
 
 def test_masks_of_every_kind_are_compiled() -> None:
