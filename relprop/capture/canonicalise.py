@@ -20,7 +20,7 @@ from relprop.capture.einsum import expand_einsums
 from relprop.capture.export import Captured, module_path, source_line
 from relprop.capture.insertion import insert
 from relprop.capture.mutation import make_functional
-from relprop.errors import OptionError
+from relprop.errors import OptionError, UnsupportedOpError
 
 aten = torch.ops.aten
 
@@ -99,12 +99,27 @@ def canonicalise(captured: Captured) -> None:
     split_selects(graph)
     graph.eliminate_dead_code()
     mark_carrying(captured)
+    _check_real(graph)
     captured.output = output.args[0][0]
     if not captured.output.meta["carrying"]:
         raise OptionError(
             "expected an output that depends on a floating-point input or on embedded token ids, got"
             f" {captured.output.name}, which depends on neither"
         )
+
+
+def _check_real(graph: fx.Graph) -> None:
+    """Raises:
+    UnsupportedOpError: relevance would have to pass through complex numbers.
+    """
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, Tensor) and value.is_complex() and any(p.meta["carrying"] for p in node.all_input_nodes):
+            raise UnsupportedOpError(
+                f"{describe(node)} makes complex numbers of values that depend on the input: expected real"
+                " floating-point values, through which relevance is defined; write it with real ones (rotary embeddings"
+                " with sines and cosines, a Fourier transform as a product with its matrix)"
+            )
 
 
 def _is_noop(node: fx.Node) -> bool:
@@ -229,7 +244,7 @@ def _from_sdpa(graph: fx.Graph, node: fx.Node) -> None:
     if scale is None:
         scale = ops.default_scale(int(values["query"].meta["val"].shape[-1]))
     mask = values.get("attn_mask")
-    if is_tensor(mask) and mask.meta["carrying"]:
+    if mask is not None and mask.meta["carrying"]:
         _spell_out(graph, node, values, scale)
         return
     inputs = (values["query"], values["key"], values["value"], mask, scale)
