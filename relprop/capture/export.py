@@ -196,7 +196,7 @@ def capture(
             exported = torch.export.export(_Wrapped(model), (example,), dynamic_shapes=(dynamic,), strict=False)
         except Exception as error:
             check_own_call(model, args, kwargs)
-            raise CaptureError(export_failure(type(model).__name__, error)) from error
+            raise CaptureError(export_failure(model, error)) from error
     signature = exported.graph_signature
     for item in signature.output_specs:
         if item.kind in (OutputKind.BUFFER_MUTATION, OutputKind.USER_INPUT_MUTATION):

@@ -124,6 +124,8 @@ class _Lowering:
             outputs = (self.value(node.name, fake, carrying),)
             self.of[node] = outputs[0]
         kind = ops.kind_of(node.target) if carrying else "constant"  # type: ignore[arg-type]
+        if kind == "activation" and sum(bool(n.meta["carrying"]) for n in node.all_input_nodes) > 1:
+            kind = None  # a clamp between values of the input's
         made = Node(
             name=node.name,
             kind=kind or "unknown",

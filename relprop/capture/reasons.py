@@ -17,15 +17,19 @@ from relprop.errors import InputError
 _FOREIGN = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(os.path.dirname(__file__)) + os.sep, "<")
 _STANDARD = os.path.dirname(os.__file__) + os.sep  # site-packages may lie in it
 
+_BRANCH = "a branch or a size depends on the values of a tensor"
 
-def export_failure(model: str, error: BaseException) -> str:
+
+def export_failure(model: nn.Module, error: BaseException) -> str:
     """The message for an error that torch.export raised."""
     place = model_line(error)
     where = f" at {place}" if place else ""
     what, remedy = _kind(error)
+    if what == _BRANCH and any(t.dtype == torch.float16 for t in model.parameters()):
+        remedy += "; some models take such a branch in float16 alone, and can be captured in bfloat16"
     return (
-        f"torch.export could not capture {model}: {what}{where}: {_first_line(error)}. Expected {remedy}. The cause is"
-        " in this error's __cause__"
+        f"torch.export could not capture {type(model).__name__}: {what}{where}: {_first_line(error)}. Expected"
+        f" {remedy}. The cause is in this error's __cause__"
     )
 
 
@@ -38,7 +42,7 @@ def _kind(error: BaseException) -> tuple[str, str]:
     text = str(error)
     if isinstance(error, GuardOnDataDependentSymNode) or "data-dependent" in text:
         return (
-            "a branch or a size depends on the values of a tensor",
+            _BRANCH,
             "a forward without control flow that depends on them; choose with torch.where, keep sizes fixed with a"
             " mask, or explain the part of the model after that choice",
         )
