@@ -26,6 +26,7 @@ _POINTERS = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
     torch.bool: "*i1",
+    torch.uint8: "*u8",
 }
 _ALIGNED = [["tt.divisibility", 16]]
 

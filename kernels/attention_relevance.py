@@ -242,7 +242,7 @@ class _Attention:
     def _chosen(self, side: str, shares: bool = False) -> Configuration:
         size = max(*self.blocks.values(), 64)
         rule = "_signed" if self.qk == QK_RULES["alpha_beta"] and shares else ""
-        kind = self.streams.kind if self.dots.kind == "half" else self.dots.kind
+        kind = "fp16" if self.dots.operand == torch.float16 else self.dots.kind
         if interpreted:
             kind = "half"  # numpy takes larger tiles faster
         return configuration(f"attention_{side}{rule}", architecture_of(self.q.device), kind, f"d{size}")
@@ -403,6 +403,7 @@ class _Attention:
                 *(self.scale, float(stabiliser[1]), 1.0 if self.qk == QK_RULES["none"] else 0.5),
             ),
             chosen,
+            GROUPED=self.heads != self.key_heads,
             QK=self._rule(keys[1]),
             EDGE=0 if reached is None else self.edge,
             KEY_GRADIENT=keys[0] is not None,

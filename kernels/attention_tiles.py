@@ -431,6 +431,7 @@ def _attention_relevance_keys_kernel(
     KIND: tl.constexpr,
     CAUSAL: tl.constexpr,
     MASK: tl.constexpr,
+    GROUPED: tl.constexpr,
     QK: tl.constexpr,
     EDGE: tl.constexpr,
     KEY_GRADIENT: tl.constexpr,
@@ -479,7 +480,13 @@ def _attention_relevance_keys_kernel(
     first = 0
     if CAUSAL:
         first = block * BLOCK_K // BLOCK_Q * BLOCK_Q
-    for group in range(groups):
+    steps = tl.maximum((query_size - first + BLOCK_Q - 1) // BLOCK_Q, 0)
+    # One loop over heads and queries: around a second one, the sums of a tile spill.
+    for step in range(groups * steps):
+        group = 0
+        if GROUPED:
+            group = step // tl.maximum(steps, 1)
+        start = first + (step - group * steps) * BLOCK_Q
         head = key_head * groups + group
         rows_of_head = (sample * heads + head) * query_size
         rows_of_target = target * samples * heads * query_size + rows_of_head
@@ -487,70 +494,65 @@ def _attention_relevance_keys_kernel(
         g_ptr = gradient_ptr + target * stride_gt + sample * stride_gb + head * stride_gh
         q_plus_ptr = q_parts_ptr + rows_of_head * d_size
         q_minus_ptr = q_plus_ptr + samples * heads * tl.cast(query_size, tl.int64) * d_size
-        for start in range(first, query_size, BLOCK_Q):
-            queries = start + tl.arange(0, BLOCK_Q)
-            q_at = (q_ptr + sample * stride_qb + head * stride_qh, queries, stride_qn, query_size)
-            q = _rows(q_at, d, d_size)
-            lse = tl.load(lse_ptr + rows_of_head + queries, mask=queries < query_size, other=float("inf"))
-            zero = tl.full((BLOCK_K, BLOCK_Q), 0.0, tl.float32)
-            dots = _over_channels(k, q, k_at, q_at, d_size, zero, OPERAND, PRECISION, CHUNK)
-            logits = _logits(
-                dots,
-                scale,
-                mask_at,
-                queries[None, :],
-                keys[:, None],
-                query_size,
-                key_size,
-                stride_mq,
-                stride_mk,
-                CAUSAL,
-                MASK,
-            )
-            attention = tl.exp(logits - lse[None, :])
-            map_gradient = zero
-            map_relevance = zero
-            if MAP_GRADIENT or VALUE_GRADIENT:
-                g_at = (g_ptr, queries, stride_gn, query_size)
-                g = _rows(g_at, dv, dv_size).to(STREAM)
-                if VALUE_GRADIENT:
-                    dvalue = product(attention.to(STREAM), g, dvalue, STREAM_PRECISION)
-                if MAP_GRADIENT:
-                    map_gradient = _over_channels(v, g, v_at, g_at, dv_size, zero, STREAM, STREAM_PRECISION, CHUNK)
-                if KEY_GRADIENT:
-                    delta = tl.load(delta_ptr + rows_of_target + queries, mask=queries < query_size, other=0.0)
-                    passed = attention * (map_gradient - delta[None, :])
-                    dk = product(passed.to(STREAM), q.to(STREAM), dk, STREAM_PRECISION)
-            if MAP_RELEVANCE or VALUE_RELEVANCE:
-                s_at = (s_ptr + rows_of_target * dv_size, queries, dv_size, query_size)
-                s = _rows(s_at, dv, dv_size).to(STREAM)
-                if VALUE_RELEVANCE:
-                    rv = product(attention.to(STREAM), s, rv, STREAM_PRECISION)
-                if MAP_RELEVANCE:
-                    map_relevance = _over_channels(v, s, v_at, s_at, dv_size, zero, STREAM, STREAM_PRECISION, CHUNK)
-                    map_relevance = 0.5 * attention * map_relevance
-                if KEY_RELEVANCE:
-                    if QK == HALF:
-                        shares = share(map_relevance, dots, epsilon, KIND).to(STREAM)
-                        rk = product(shares, q.to(STREAM), rk, STREAM_PRECISION)
-                    else:
-                        q_plus_at = (q_plus_ptr, queries, d_size, query_size)
-                        q_minus_at = (q_minus_ptr, queries, d_size, query_size)
-                        q_plus = _rows(q_plus_at, d, d_size)
-                        q_minus = _rows(q_minus_at, d, d_size)
-                        z = _over_channels(
-                            k_plus, q_plus, k_plus_at, q_plus_at, d_size, zero, OPERAND, PRECISION, CHUNK
-                        )
-                        z = _over_channels(
-                            k_minus, q_minus, k_minus_at, q_minus_at, d_size, z, OPERAND, PRECISION, CHUNK
-                        )
-                        shares = tl.where(z == 0, 0.0, share(map_relevance, z, epsilon, KIND)).to(STREAM)
-                        rk = product(shares, q_plus.to(STREAM), rk, STREAM_PRECISION)
-                        rk_minus = product(shares, q_minus.to(STREAM), rk_minus, STREAM_PRECISION)
-            if EDGE > 0:
-                row_at = row_ptr + target * stride_ct + sample * stride_cb + queries * stride_cn
-                row = tl.load(row_at, mask=queries < query_size, other=0.0).to(tl.float32)
-                reached += total(_edge(attention, map_gradient, map_relevance, EDGE) * row[None, :], 1)
+        queries = start + tl.arange(0, BLOCK_Q)
+        q_at = (q_ptr + sample * stride_qb + head * stride_qh, queries, stride_qn, query_size)
+        q = _rows(q_at, d, d_size)
+        lse = tl.load(lse_ptr + rows_of_head + queries, mask=queries < query_size, other=float("inf"))
+        zero = tl.full((BLOCK_K, BLOCK_Q), 0.0, tl.float32)
+        dots = _over_channels(k, q, k_at, q_at, d_size, zero, OPERAND, PRECISION, CHUNK)
+        logits = _logits(
+            dots,
+            scale,
+            mask_at,
+            queries[None, :],
+            keys[:, None],
+            query_size,
+            key_size,
+            stride_mq,
+            stride_mk,
+            CAUSAL,
+            MASK,
+        )
+        attention = tl.exp(logits - lse[None, :])
+        map_gradient = zero
+        map_relevance = zero
+        if MAP_GRADIENT or VALUE_GRADIENT:
+            g_at = (g_ptr, queries, stride_gn, query_size)
+            g = _rows(g_at, dv, dv_size).to(STREAM)
+            if VALUE_GRADIENT:
+                dvalue = product(attention.to(STREAM), g, dvalue, STREAM_PRECISION)
+            if MAP_GRADIENT:
+                map_gradient = _over_channels(v, g, v_at, g_at, dv_size, zero, STREAM, STREAM_PRECISION, CHUNK)
+            if KEY_GRADIENT:
+                delta = tl.load(delta_ptr + rows_of_target + queries, mask=queries < query_size, other=0.0)
+                passed = attention * (map_gradient - delta[None, :])
+                dk = product(passed.to(STREAM), q.to(STREAM), dk, STREAM_PRECISION)
+        if MAP_RELEVANCE or VALUE_RELEVANCE:
+            s_at = (s_ptr + rows_of_target * dv_size, queries, dv_size, query_size)
+            s = _rows(s_at, dv, dv_size).to(STREAM)
+            if VALUE_RELEVANCE:
+                rv = product(attention.to(STREAM), s, rv, STREAM_PRECISION)
+            if MAP_RELEVANCE:
+                map_relevance = _over_channels(v, s, v_at, s_at, dv_size, zero, STREAM, STREAM_PRECISION, CHUNK)
+                map_relevance = 0.5 * attention * map_relevance
+            if KEY_RELEVANCE:
+                if QK == HALF:
+                    shares = share(map_relevance, dots, epsilon, KIND).to(STREAM)
+                    rk = product(shares, q.to(STREAM), rk, STREAM_PRECISION)
+                else:
+                    q_plus_at = (q_plus_ptr, queries, d_size, query_size)
+                    q_minus_at = (q_minus_ptr, queries, d_size, query_size)
+                    q_plus = _rows(q_plus_at, d, d_size)
+                    q_minus = _rows(q_minus_at, d, d_size)
+                    z = _over_channels(k_plus, q_plus, k_plus_at, q_plus_at, d_size, zero, OPERAND, PRECISION, CHUNK)
+                    z = _over_channels(k_minus, q_minus, k_minus_at, q_minus_at, d_size, z, OPERAND, PRECISION, CHUNK)
+                    shares = tl.where(z == 0, 0.0, share(map_relevance, z, epsilon, KIND)).to(STREAM)
+                    rk = product(shares, q_plus.to(STREAM), rk, STREAM_PRECISION)
+                    rk_minus = product(shares, q_minus.to(STREAM), rk_minus, STREAM_PRECISION)
+        if EDGE > 0:
+            row_at = row_ptr + target * stride_ct + sample * stride_cb + queries * stride_cn
+            row = tl.load(row_at, mask=queries < query_size, other=0.0).to(tl.float32)
+            reached += total(_edge(attention, map_gradient, map_relevance, EDGE) * row[None, :], 1)
     row_out = (target * samples * key_heads + layer) * key_size + keys
     inside = (keys < key_size)[:, None]
     at = row_out[:, None] * d_size + d[None, :]

@@ -27,7 +27,8 @@ def configuration(kernel: str, architecture: int, kind: str = "", shape_class: s
     Args:
         kernel: name of the table, shared by kernels that do the same work.
         architecture: compute capability, as 90 for 9.0.
-        kind: of products: "half" (16-bit operands), "tf32", "tf32x3" or "ieee"; empty for kernels without any.
+        kind: of products: "half" (16-bit operands), "fp16" (attention with shares in tf32), "medium" (linear layers
+            alone), "tf32", "tf32x3" or "ieee"; empty for kernels without any.
         shape_class: the kernel's own.
     """
     rows = TABLE[kernel, kind, shape_class]
@@ -115,7 +116,7 @@ TABLE: dict[tuple[str, str, str], Rows] = {
     ("norm", "", "large"): {80: Configuration({}, 16, 1)},
     # Sides of attention, by the larger head size: tiles of queries and of keys.
     ("attention_statistics", "half", "d64"): {
-        80: _tiles(64, 64, 4, 2),
+        80: _tiles(64, 64, 8, 2),
         90: _tiles(64, 64, 4, 2),
         100: _tiles(64, 64, 4, 2),
     },
@@ -132,7 +133,7 @@ TABLE: dict[tuple[str, str, str], Rows] = {
     ("attention_queries", "half", "d64"): {
         80: _tiles(32, 32, 4, 2),
         90: _tiles(64, 64, 8, 3),
-        100: _tiles(64, 64, 4, 2),
+        100: _tiles(64, 64, 8, 2),
     },
     ("attention_queries", "half", "d128"): {
         80: _tiles(64, 32, 8, 2),
@@ -161,10 +162,10 @@ TABLE: dict[tuple[str, str, str], Rows] = {
     ("attention_keys_values", "half", "d64"): {
         80: _tiles(32, 32, 4, 2),
         90: _tiles(32, 64, 8, 2),
-        100: _tiles(64, 64, 8, 3),
+        100: _tiles(64, 64, 8, 2),
     },
     ("attention_keys", "half", "d64"): {80: _tiles(32, 32, 8, 2), 90: _tiles(32, 64, 8, 2), 100: _tiles(32, 64, 8, 2)},
-    ("attention_keys", "half", "d128"): {80: _tiles(32, 32, 8, 2), 90: _tiles(16, 64, 8, 2), 100: _tiles(64, 64, 8, 2)},
+    ("attention_keys", "half", "d128"): {80: _tiles(32, 32, 8, 1), 90: _tiles(16, 64, 8, 2), 100: _tiles(64, 64, 8, 2)},
     ("attention_keys", "half", "d256"): {
         80: _tiles(32, 64, 8, 2),
         86: _tiles(16, 32, 8, 2),
@@ -187,7 +188,7 @@ TABLE: dict[tuple[str, str, str], Rows] = {
         100: _tiles(16, 32, 8, 1),
     },
     ("attention_values", "half", "d64"): {
-        80: _tiles(64, 64, 4, 2),
+        80: _tiles(64, 32, 4, 2),
         90: _tiles(64, 64, 4, 2),
         100: _tiles(64, 64, 4, 2),
     },
@@ -208,10 +209,10 @@ TABLE: dict[tuple[str, str, str], Rows] = {
 _FLOAT32_TILES = {
     "tf32": {
         "queries": {64: _tiles(32, 32, 8, 1), 128: _tiles(16, 32, 8, 1), 256: _tiles(32, 16, 8, 1)},
-        "queries_signed": {64: _tiles(32, 32, 8, 1), 128: _tiles(32, 32, 8, 1), 256: _tiles(32, 32, 8, 1)},
+        "queries_signed": {64: _tiles(32, 32, 8, 1), 128: _tiles(32, 16, 8, 1), 256: _tiles(32, 32, 8, 1)},
         "keys_values": {64: _tiles(16, 32, 8, 1)},
         "keys": {64: _tiles(16, 16, 8, 1), 128: _tiles(16, 16, 8, 1), 256: _tiles(32, 32, 8, 1)},
-        "keys_signed": {64: _tiles(16, 16, 8, 1), 128: _tiles(32, 32, 8, 1), 256: _tiles(32, 32, 8, 1)},
+        "keys_signed": {64: _tiles(32, 16, 8, 1), 128: _tiles(32, 32, 8, 1), 256: _tiles(32, 32, 8, 1)},
         "values": {64: _tiles(32, 32, 8, 1), 128: _tiles(16, 32, 8, 1), 256: _tiles(32, 32, 8, 1)},
     },
     "tf32x3": {
@@ -225,7 +226,7 @@ _FLOAT32_TILES = {
     "ieee": {
         "queries": {64: _tiles(32, 32, 8, 1), 128: _tiles(32, 32, 8, 2), 256: _tiles(32, 32, 8, 1)},
         "queries_signed": {64: _tiles(32, 32, 8, 1), 128: _tiles(32, 32, 8, 1), 256: _tiles(32, 16, 8, 1)},
-        "keys_values": {64: _tiles(16, 16, 4, 1)},
+        "keys_values": {64: _tiles(16, 16, 8, 1)},
         "keys": {64: _tiles(16, 16, 8, 1), 128: _tiles(32, 32, 8, 2), 256: _tiles(32, 32, 8, 1)},
         "keys_signed": {64: _tiles(16, 16, 8, 1), 128: _tiles(32, 32, 8, 1), 256: _tiles(16, 32, 8, 1)},
         "values": {64: _tiles(32, 32, 8, 1), 128: _tiles(16, 32, 8, 1), 256: _tiles(32, 16, 8, 1)},
@@ -246,3 +247,21 @@ for _size in (64, 128, 256):
     TABLE["attention_statistics", "tf32", f"d{_size}"] = {80: _tiles(32, 32, 8, 1), 90: _large}
     TABLE["attention_statistics", "tf32x3", f"d{_size}"] = {80: _tiles(64, 32, 8, 2), 90: _large}
     TABLE["attention_statistics", "ieee", f"d{_size}"] = {80: _large, 100: _tiles(64, 32, 8, 2)}
+# float16 operands with shares in tf32: as tf32, but where 64 rows, which the large instructions take, fit.
+_FLOAT16_LARGE: dict[tuple[str, int], Rows] = {
+    ("queries", 64): {90: _tiles(64, 32, 8, 1)},
+    ("queries", 128): {100: _tiles(64, 32, 8, 1)},
+    ("queries_signed", 64): {90: _tiles(64, 16, 8, 1)},
+    ("queries_signed", 128): {100: _tiles(64, 16, 8, 1)},
+    ("keys_values", 64): {90: _tiles(16, 64, 8, 1)},
+    ("keys", 64): {90: _tiles(16, 64, 8, 1)},
+    ("keys", 128): {100: _tiles(16, 64, 8, 1)},
+    ("keys_signed", 64): {90: _tiles(16, 64, 8, 1)},
+    ("keys_signed", 128): {100: _tiles(16, 64, 8, 1)},
+    ("values", 64): {90: _tiles(32, 64, 8, 1)},
+    ("values", 128): {90: _tiles(32, 64, 8, 1)},
+}
+for _table, _class in [(key[0], key[2]) for key in TABLE if key[0].startswith("attention_") and key[1] == "tf32"]:
+    TABLE[_table, "fp16", _class] = dict(TABLE[_table, "tf32", _class])
+for (_side, _size), _rows in _FLOAT16_LARGE.items():
+    TABLE[f"attention_{_side}", "fp16", f"d{_size}"] |= _rows

@@ -19,6 +19,7 @@ from typing import Any
 
 from benchmarks.numerics.rows import RESULTS, write_rows
 from relprop.kernels.configurations import SHARED_MEMORY, tabled_architecture
+from relprop.kernels.launch import triton
 
 ROOT = Path(__file__).parents[2]
 
@@ -27,6 +28,13 @@ def compiled(architectures: str) -> list[str]:
     """One line of JSON per kernel, from a process that has no interpreter."""
     command = [sys.executable, "-m", "tests.kernels.compile_cases", architectures]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+
+
+def toolchain(architecture: int) -> dict[str, str]:
+    """Versions of the compiler and of its assembler for an architecture."""
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    return {"triton": triton.__version__, "ptxas": get_ptxas(architecture).version}
 
 
 def row_of(found: dict[str, Any]) -> dict[str, Any]:
@@ -40,11 +48,13 @@ def row_of(found: dict[str, Any]) -> dict[str, Any]:
         "architecture": f"sm_{architecture}",
         "tiles": " ".join(f"{name}={size}" for name, size in found["tiles"].items()),
         "warps": found["warps"],
+        "stages": found["stages"],
         "registers": found["registers"],
         "spilled_bytes": found["stack"],
         "shared_bytes": found["shared"],
         "shared_limit": limit,
         "instruction": instruction,
+        **toolchain(architecture),
     }
 
 

@@ -1,9 +1,10 @@
 """Every kernel compiled ahead of time at its tabled configurations; run in a process of its own.
 
-    python -m tests.kernels.compile_cases ARCHITECTURE,... [PATTERN] [launches]
+    python -m tests.kernels.compile_cases ARCHITECTURE,... [PATTERN] [launches|unreached]
 
-writes one line of JSON per compiled kernel; with `launches` nothing is compiled, and each has its tiles alone. Cases
-are calls of the public functions on tensors of the meta device, so that what is compiled is what would be launched.
+writes one line of JSON per compiled kernel; with `launches` nothing is compiled, and each has its tiles alone; with
+`unreached` the keys of the table of configurations that no case asks for. Cases are calls of the public functions on
+tensors of the meta device, so that what is compiled is what would be launched.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from relprop.kernels import configurations
 from relprop.kernels.activation_gradient import activation_gradient
 from relprop.kernels.add_epsilon import add_epsilon
 from relprop.kernels.add_gamma import add_gamma
@@ -91,17 +94,35 @@ def linear_cases() -> Iterator[Case]:
         yield case("linear_gamma/back", linear_gamma_back, s, separate, x, w, precision=precision)
 
 
+def attention_case(
+    at: str, q: Tensor, label: str, k: Tensor, streams: tuple[Tensor | None, Tensor | None], **options: object
+) -> Case:
+    return f"attention_relevance/{label}/{at}", lambda: attention_relevance(q, k, k, q, *streams, **options)
+
+
 def attention_cases() -> Iterator[Case]:
     for (name, (dtype, precision)), d, qk in itertools.product(
         PRODUCTS.items(), (64, 128, 256), ("half", "alpha_beta")
     ):
-        q, stream, row = empty(2, 12, 1000, d, dtype=dtype), empty(2, 2, 12, 1000, d), empty(2, 2, 1000)
-        options = {"qk": qk, "row": row, "edge": "gradient_x_relevance", "precision": precision}
-        masked = {"mask": empty(2, 1, 1000, 1000), "causal": True, **options}
-        for label, given in (("plain", options), ("masked", masked)):
-            if label == "plain" or name in ("bf16", "tf32x3"):
-                run = functools.partial(attention_relevance, q, q, q, q, stream, stream, **given)
-                yield f"attention_relevance/{label}/{name}/{qk}/d{d}", run
+        q, k, stream = empty(2, 12, 1000, d, dtype=dtype), empty(2, 4, 1000, d, dtype=dtype), empty(2, 2, 12, 1000, d)
+        row = {"row": empty(2, 2, 1000), "edge": "gradient_x_relevance"}
+        boolean, both = empty(2, 1, 1000, 1000, dtype=torch.bool), (stream, stream)
+        case = functools.partial(attention_case, f"{name}/{qk}/d{d}", q, qk=qk, precision=precision)
+        yield case("plain", q, both, **row)
+        if name == "bf16":
+            yield case("bias_causal", q, both, mask=empty(2, 1, 1000, 1000), causal=True, **row)
+        if name in ("bf16", "fp16", "tf32x3"):
+            yield case("masked_causal_grouped", k, both, mask=boolean, causal=True, **row)
+        if name in ("bf16", "fp16") and qk == "half" and d == 64:
+            yield case("causal", q, both, causal=True, **row)
+            yield case("padding", q, both, mask=boolean[:, :, :1], **row)
+            yield case("gradient", q, (stream, None))
+            yield case("relevance", q, (None, stream), row=row["row"], edge="relevance")
+        if (name, qk, d) in (("bf16", "half", 256), ("fp16", "half", 64)):
+            yield case("grouped", k, both, **row)
+        if d == 64 and qk == "alpha_beta":
+            # Without relevance at k the key side sums no shares by their sign.
+            yield case("no_relevance_at_keys", q, both, relevances_wanted=(True, False, True), **row)
 
 
 def other_cases() -> Iterator[Case]:
@@ -114,6 +135,8 @@ def other_cases() -> Iterator[Case]:
         yield f"add_gamma/few/{name}", functools.partial(add_gamma, r, x, y, stabiliser=REFERENCE)
         yield f"fanout_epsilon/few/{name}", functools.partial(fanout_epsilon, [r] * 5, x, stabiliser=REFERENCE)
         yield f"softmax_taylor/few/{name}", functools.partial(softmax_taylor, r, x, y)
+        long = empty(2, 8, 197, 4096), *(empty(8, 197, 4096, dtype=dtype) for _ in range(2))
+        yield f"softmax_taylor/few/{name}/4096", functools.partial(softmax_taylor, *long)
         for activation in ("gelu", "gelu_tanh", "silu"):
             yield f"activation/few/{name}/{activation}", functools.partial(activation_gradient, r, x, activation)
         for kind, n in itertools.product(("layer", "rms"), (768, 4096, 8000)):
@@ -136,33 +159,56 @@ def signed_shares(launch: Launch) -> bool:
     return given.get("QK") == QK_RULES["alpha_beta"] and bool(given.get("RELEVANCE") or given.get("KEY_RELEVANCE"))
 
 
+class Watched(dict[tuple[str, str, str], configurations.Rows]):
+    """A table that knows what was asked for."""
+
+    def __init__(self, table: dict[tuple[str, str, str], configurations.Rows]) -> None:
+        super().__init__(table)
+        self.asked: set[tuple[str, str, str]] = set()
+
+    def __getitem__(self, key: tuple[str, str, str]) -> configurations.Rows:
+        self.asked.add(key)
+        return super().__getitem__(key)
+
+
+def described(launch: Launch, name: str, architecture: int) -> dict[str, Any]:
+    """What a launch is compiled with."""
+    chosen = launch.configuration
+    return {
+        "case": name,
+        "kernel": launch.kernel.__name__,
+        "architecture": architecture,
+        "tiles": dict(chosen.tiles),
+        "warps": chosen.warps,
+        "stages": chosen.stages,
+    }
+
+
 def main(architectures: str, pattern: str = "*", what: str = "compiled") -> None:
     """Compile what matches on each architecture, or say what would be."""
     warnings.simplefilter("ignore")
+    table = configurations.TABLE = Watched(configurations.TABLE)
     for architecture, (name, run) in itertools.product([int(a) for a in architectures.split(",")], cases()):
         if not fnmatch(name, pattern):
             continue
         with recording(architecture) as launches:
             run()
         for launch in launches:
-            if what == "launches":
-                print(json.dumps({"case": name, "architecture": architecture, "tiles": launch.configuration.tiles}))
-                continue
-            built = compile_launch(launch, architecture)
-            row = {
-                "case": name,
-                "kernel": built.name,
-                "architecture": architecture,
-                "registers": built.registers,
-                "stack": built.stack,
-                "shared": built.shared,
-                "wgmma": "wgmma.mma_async" in built.ptx,
-                "tcgen05": "tcgen05.mma" in built.ptx,
-                "tiles": dict(launch.configuration.tiles),
-                "warps": launch.configuration.warps,
-                "signed": signed_shares(launch),
-            }
-            print(json.dumps(row), flush=True)
+            row = described(launch, name, architecture)
+            if what == "compiled":
+                built = compile_launch(launch, architecture)
+                row |= {
+                    "registers": built.registers,
+                    "stack": built.stack,
+                    "shared": built.shared,
+                    "wgmma": "wgmma.mma_async" in built.ptx,
+                    "tcgen05": "tcgen05.mma" in built.ptx,
+                    "signed": signed_shares(launch),
+                }
+            if what != "unreached":
+                print(json.dumps(row), flush=True)
+    if what == "unreached":
+        print(json.dumps(sorted(set(table) - table.asked)))
 
 
 if __name__ == "__main__":

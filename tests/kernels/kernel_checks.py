@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from relprop.kernels.configurations import TABLE, configuration
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 STABILISERS = {"signed": (0, 1e-6), "exact": (0, 0.0), "reference": (1, 1e-9)}
 
@@ -43,3 +45,16 @@ def assert_near(got: Tensor, want: Tensor, tolerance: float) -> None:
     error = ((got - want).abs() / torch.maximum(want.abs(), size)).max()
     assert bool(error <= tolerance), f"relative error {float(error):.3g}, tolerance {tolerance:g}"
     assert bool((got - want).mean().abs() <= tolerance * size / want.numel() ** 0.5 * 4 + 1e-30)
+
+
+def distinct_architectures(tables: str, kind: str, shape_class: str = "") -> list[int]:
+    """Architectures whose tiles are not those of one before: what the interpreter has to run at.
+
+    Args:
+        tables: how their names begin.
+        kind: of products.
+        shape_class: the one of interest, or all.
+    """
+    keys = [k for k in TABLE if k[0].startswith(tables) and k[1] == kind and shape_class in ("", k[2])]
+    found = {a: [configuration(name, a, *rest).tiles for name, *rest in keys] for a in (80, 90, 100)}
+    return [a for a in found if found[a] not in [found[before] for before in found if before < a]]

@@ -49,17 +49,20 @@ def check_fit(rows: list[dict[str, Any]]) -> None:
 def large_products(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Kernels shaped like a matrix product, with 16-bit operands and tiles that the large instructions take.
 
-    Left out are layers of few rows, and z+ shares of q k in heads of 256 channels, which cannot have large tiles
-    (docs/design.md).
+    Left out are layers of few rows, and heads that cannot have large tiles (docs/design.md): z+ shares of q k with 256
+    channels; float16 with 256 channels, and with 128 on sm_90.
     """
     multiplied = [row for row in rows if "scales" not in row["kernel"]]  # which only adds up
-    return [row for row in multiplied if {"bf16", "medium"} & set(row["case"].split("/")) and not small_tiles(row)]
+    narrow = {"bf16", "fp16", "medium"}
+    return [row for row in multiplied if narrow & set(row["case"].split("/")) and not small_tiles(row)]
 
 
 def small_tiles(row: dict[str, Any]) -> bool:
     parts = row["case"].split("/")
     if parts[0] != "attention_relevance":
         return "few" in parts
+    if "fp16" in parts and "statistics" not in row["kernel"]:
+        return int(parts[-1][1:]) > (64 if row["architecture"] == 90 else 128)
     return parts[-1] == "d256" and row["signed"]
 
 
@@ -70,10 +73,28 @@ def test_every_case_has_tiles() -> None:
     assert cases[80] == cases[100] and len(cases[80]) > 200
 
 
+def test_every_configuration_is_compiled() -> None:
+    """No row of the table that no case reaches."""
+    assert compiled("80,90,100", "*", "unreached") == [[]]
+
+
+def test_masks_of_every_kind_are_compiled() -> None:
+    """Heads that share keys, boolean masks and one stream alone, each with and without the others."""
+    labels = {row["case"].split("/")[1] for row in compiled("90", "attention_relevance/*", "launches")}
+    assert labels >= {"plain", "bias_causal", "masked_causal_grouped", "causal", "padding", "grouped", "gradient"}
+
+
 def test_a_few_on_hopper() -> None:
     rows = compiled("90", "linear_alpha_beta/*/bf16/many/even")
     check(rows)
     assert len(large_products(rows)) == 8 and all(row["wgmma"] for row in large_products(rows))
+
+
+def test_boolean_mask_and_shared_keys_on_hopper() -> None:
+    """float16, whose shares are tf32: the tiles with least registers to spare."""
+    rows = compiled("90", "attention_relevance/masked_causal_grouped/fp16/half/d64")
+    check(rows)
+    assert len(large_products(rows)) == 3 and all(row["wgmma"] for row in large_products(rows))
 
 
 def test_a_second_process_compiles_nothing(tmp_path: Path) -> None:

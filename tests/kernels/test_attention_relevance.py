@@ -11,6 +11,8 @@ from torch import Tensor
 
 from relprop.errors import DTypeError, OptionError, ShapeError
 from relprop.kernels.attention_relevance import AttentionStreams, attention_relevance
+from relprop.kernels.configurations import configuration
+from relprop.kernels.launch import Configuration
 from relprop.rules import (
     AttentionComposed,
     MatmulAlphaBeta,
@@ -20,7 +22,14 @@ from relprop.rules import (
     Stabiliser,
 )
 from relprop.rules.attention_composed import Heads, attention_gradient
-from tests.kernels.kernel_checks import DTYPES, STABILISERS, assert_near, random
+from tests.kernels.kernel_checks import (
+    DTYPES,
+    STABILISERS,
+    assert_near,
+    distinct_architectures,
+    random,
+    spread_out,
+)
 from tests.rules.rule_checks import call_by_hand
 
 # Shares of q k products near 0 amplify the rounding of those products; `settled` keeps them away.
@@ -185,6 +194,48 @@ def test_large_heads_on_other_architectures(architecture: int, monkeypatch: pyte
     assert_same(*run(case(torch.bfloat16, **sizes)), TOLERANCE[torch.bfloat16])
 
 
+TABLED = {
+    "half": (torch.bfloat16, "highest"),
+    "fp16": (torch.float16, "highest"),
+    "tf32": (torch.float32, "high"),
+    "tf32x3": (torch.float32, "highest"),
+    "ieee": (torch.float32, "ieee"),
+}
+TABLED_CASES = [
+    (k, a, d) for k in TABLED for d in (64, 128, 256) for a in distinct_architectures("attention", k, f"d{d}")
+]
+FEW = (("fp16", 90, 64), ("tf32x3", 80, 64))
+
+
+def at_tabled_tiles(kind: str, architecture: int, d: int, qk: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("relprop.kernels.attention_relevance.interpreted", False)
+    monkeypatch.setattr("relprop.kernels.attention_relevance.architecture_of", lambda device: architecture)
+    asked = []
+
+    def recorded(table: str, *key: Any) -> Configuration:
+        asked.append((table, *key))
+        return configuration(table, *key)
+
+    monkeypatch.setattr("relprop.kernels.attention_relevance.configuration", recorded)
+    dtype, precision = TABLED[kind]
+    given = case(dtype, targets=1, batch=1, heads=2, key_heads=1, nq=70, nk=130, d=d, dv=d)
+    assert_same(*run(given, qk=qk, precision=precision), TOLERANCE[dtype])
+    assert {key[1:] for key in asked} == {(architecture, kind, f"d{d}")}
+
+
+@pytest.mark.parametrize(("kind", "architecture", "d"), FEW)
+def test_some_tabled_tiles(kind: str, architecture: int, d: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    at_tabled_tiles(kind, architecture, d, "half", monkeypatch)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("qk", ["half", "alpha_beta"])
+@pytest.mark.parametrize(("kind", "architecture", "d"), TABLED_CASES)
+def test_tabled_tiles(kind: str, architecture: int, d: int, qk: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the interpreter runs by itself are the tiles of 16-bit operands on sm_80."""
+    at_tabled_tiles(kind, architecture, d, qk, monkeypatch)
+
+
 @pytest.mark.parametrize("qk", ["half", "alpha_beta"])
 @pytest.mark.parametrize("nq", [37, 80])
 def test_causal(nq: int, qk: str) -> None:
@@ -245,18 +296,18 @@ def test_scale() -> None:
 
 
 def test_views_as_models_make_them() -> None:
-    """q, k, v as slices of one projection: strided, not copied."""
+    """q, k, v as slices of one projection and gradients as they leave a transpose: strided, not copied."""
     given = case()
     packed = torch.stack([given[name].transpose(1, 2) for name in "qkv"], 2)  # [B, N, 3, H, d]
     q, k, v = packed.permute(2, 0, 3, 1, 4).unbind(0)
-    assert not q.is_contiguous()
+    rows = given["gradient"].transpose(2, 3).contiguous().transpose(2, 3)  # [T, B, H, N, dv], as [T, B, N, H, dv] lies
+    columns = given["gradient"].mT.contiguous().mT  # channels are not next to each other
+    relevance = given["relevance"].transpose(2, 3).contiguous().transpose(2, 3)
+    assert not any(t.is_contiguous() for t in (q, k, v, rows, columns, relevance))
     want, _ = run(given)
-    got, _ = (
-        run({**given, "q": q, "k": k, "v": v, "gradient": given["gradient"].transpose(2, 3).contiguous().mT.mT})
-        if False
-        else run({**given, "q": q, "k": k, "v": v})
-    )
-    assert_same(got, want, 1e-7)
+    for gradient in (rows, columns, spread_out(given["gradient"])):
+        views = {"q": q, "k": k, "v": v, "gradient": gradient, "relevance": relevance}
+        assert_same(run({**given, **views})[0], want, 1e-7)
 
 
 def test_only_what_is_wanted() -> None:
