@@ -208,9 +208,7 @@ def test_wrapped_models_are_unwrapped() -> None:
 def test_torchscript_is_refused() -> None:
     plain, x = nn.Linear(5, 5).eval(), torch.randn(3, 5)
     for model in (torch.jit.trace(plain, x), torch.jit.script(plain)):
-        with pytest.raises(
-            OptionError, match="got TorchScript .*; give the module that it was traced"
-        ):
+        with pytest.raises(OptionError, match="got TorchScript .*; give the module that it was traced"):
             relprop.explain(model, x, target=1, method="full")
 
 
