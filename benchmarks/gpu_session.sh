@@ -6,8 +6,9 @@
 # CSV rows and logs go to $OUT (benchmarks/results/gpu by default), every row as soon as it is there; with PACK=1 they go
 # to $OUT/session.tar.gz alone. --dry-run takes tiny sizes on the CPU, under Triton's interpreter, and builds nothing.
 # Python is $PYTHON (python3 by default); no network is used. The authors' code is timed where $REFERENCE is a checkout
-# of it, LXT where it is installed or $LXT is a checkout. A part that fails does not stop the next one, and each has a
-# limit (ten minutes together); the exit status then is 1. PARTS="vit llama" runs only those.
+# of it, LXT where it is installed or $LXT is a checkout. Parts run in the order of what they are worth; each has a
+# limit, and no part starts or runs past $TOTAL seconds (585 by default). A part that fails, is late or is left out for
+# lack of time does not stop the next one; budget.csv says so, and the exit status is 1. PARTS="vit llama" runs those.
 set -u
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
@@ -17,20 +18,64 @@ if [ "${PACK:-}" = 1 ]; then OUT=$(mktemp -d); fi
 export OUT
 status=0
 
-run() { # name, seconds, command...
-  local name=$1 seconds=$((10#$2 * ${SLOWER:-1})) start=$SECONDS
-  shift 2
-  if [ -n "${PARTS:-}" ] && [[ " $PARTS " != *" $name "* ]]; then return; fi
-  echo "== $name"
-  if ! timeout -k 5 "$seconds" "$@" 2>&1 | tee "$OUT/$name.log"; then
-    echo "== $name failed" >&2
+# Seconds that a part should take on an H200 with 16 cores, and its limit: estimates until they are measured.
+budget='build 75 110
+compiled 0 120
+info 6 20
+ceilings 12 30
+checks 25 70
+parity 45 80
+vit 95 150
+latency 25 45
+llama 60 100
+tokens 25 50
+several 20 40
+kernels 30 60
+steps 25 50
+sanitizer 90 130
+peers 40 60'
+if [ "${1:-}" = "--dry-run" ]; then # an interpreter's times say nothing of a GPU's
+  budget=$(awk '$1 != "build" { print $1, $2, 3600 }' <<<"$budget")
+  TOTAL=${TOTAL:-3600}
+fi
+TOTAL=${TOTAL:-585}
+of_budget() { awk -v name="$1" -v column="$2" '$1 == name { print $column }' <<<"$budget"; }
+
+echo "part expected limit, in seconds; $TOTAL in all"
+awk '{ sum += $2; print } END { print "all", sum }' <<<"$budget"
+echo "part,expected_s,limit_s,took_s,state" >"$OUT/budget.csv"
+
+wanted() { [ -z "${PARTS:-}" ] || [[ " $PARTS " == *" $1 "* ]]; }
+
+part() { # name, command...: within the smaller of the part's own limit and what is left
+  local name=$1 start=$SECONDS left=$((TOTAL - SECONDS)) state=done
+  local limit
+  limit=$(of_budget "$name" 3)
+  shift
+  if ((limit > left)); then limit=$left; fi
+  if ((limit < 5)); then
+    state="no time left"
+  else
+    echo "== $name"
+    LIMIT=$limit timeout -k 5 "$limit" "$@" 2>&1 | tee "$OUT/$name.log"
+    local ended=${PIPESTATUS[0]}
+    case $ended in
+      0) ;;
+      124 | 137) state="late" ;;
+      *) state="failed" ;;
+    esac
+  fi
+  if [ "$state" != done ]; then
+    echo "== $name $state" >&2
     status=1
   fi
   echo "== $name took $((SECONDS - start)) s" | tee -a "$OUT/$name.log"
+  echo "$name,$(of_budget "$name" 2),$limit,$((SECONDS - start)),$state" >>"$OUT/budget.csv"
   if [ "${PACK:-}" = 1 ]; then tar -czf "$packed/session.tar.gz" -C "$OUT" .; fi
 }
 
-set -o pipefail
+run() { if wanted "$1"; then part "$@"; fi; }
+
 if [ "${1:-}" = "--dry-run" ]; then
   export TRITON_INTERPRET=1 CUDA_VISIBLE_DEVICES=
 else
@@ -41,27 +86,38 @@ if ! "$PYTHON" -c "import relprop.kernels" 2>/dev/null && [ ! -e relprop/kernels
   ln -s ../kernels relprop/kernels
   trap 'rm -f relprop/kernels' EXIT
 fi
+# Triton's kernels are compiled while the CUDA kernels are built: they do not need each other, and there are many cores.
+if wanted compiled; then
+  (timeout -k 5 "$(of_budget compiled 3)" "$PYTHON" -m benchmarks.gpu.compiled_first "$@") >"$OUT/compiled.log" 2>&1 &
+  compiler=$!
+fi
 if [ "${1:-}" != "--dry-run" ]; then
   export RELPROP_BUILD_JOBS=${RELPROP_BUILD_JOBS:-$(nproc)}
-  run build 85 "$PYTHON" setup.py --quiet build_ext --inplace
+  run build "$PYTHON" setup.py --quiet build_ext --inplace
 fi
-run info 10 "$PYTHON" -m relprop info
-run ceilings 15 "$PYTHON" -m benchmarks.gpu.ceilings "$@"
-run checks 60 "$PYTHON" -m benchmarks.gpu.kernels check "$@"
-run parity 30 "$PYTHON" -m benchmarks.gpu.end_to_end parity "$@"
-run vit 90 "$PYTHON" -m benchmarks.gpu.end_to_end vit "$@"
-run latency 20 "$PYTHON" -m benchmarks.gpu.end_to_end latency "$@"
-run tokens 35 "$PYTHON" -m benchmarks.gpu.end_to_end tokens "$@"
-run llama 75 "$PYTHON" -m benchmarks.gpu.end_to_end llama "$@"
-run several 30 "$PYTHON" -m benchmarks.gpu.end_to_end several "$@"
-run steps 25 "$PYTHON" -m benchmarks.gpu.steps "$@"
-run kernels 30 "$PYTHON" -m benchmarks.gpu.kernels measure "$@"
+if wanted compiled; then
+  wait "$compiler"
+  run compiled bash -c "cat '$OUT/compiled.log'; exit $?"
+fi
+run info "$PYTHON" -m relprop info
+run ceilings "$PYTHON" -m benchmarks.gpu.ceilings "$@"
+run checks "$PYTHON" -m benchmarks.gpu.kernels check "$@"
+run parity "$PYTHON" -m benchmarks.gpu.end_to_end parity "$@"
+run vit "$PYTHON" -m benchmarks.gpu.end_to_end vit "$@"
+run latency "$PYTHON" -m benchmarks.gpu.end_to_end latency "$@"
+run llama "$PYTHON" -m benchmarks.gpu.end_to_end llama "$@"
+run tokens "$PYTHON" -m benchmarks.gpu.end_to_end tokens "$@"
+run several "$PYTHON" -m benchmarks.gpu.end_to_end several "$@"
+run kernels "$PYTHON" -m benchmarks.gpu.kernels measure "$@"
+run steps "$PYTHON" -m benchmarks.gpu.steps "$@"
+run sanitizer "$PYTHON" -m benchmarks.gpu.sanitized "$@"
 if [ "${1:-}" = "--dry-run" ]; then
   race=(--quick --contenders forward forward_backward relprop_stable)
 else
   race=(--device cuda --models vit_base_patch16_224 --batches 8 --dtypes bfloat16 --budget 5 --memory 40
     --contenders forward forward_backward relprop_stable relprop_attnlrp captum_gradient_shap zennit)
 fi
-run peers 50 "$PYTHON" -m benchmarks.peers "${race[@]}" ${REFERENCE:+--reference "$REFERENCE"} --out "$OUT/peers.csv"
-run sanitizer 45 "$PYTHON" -m benchmarks.gpu.sanitized "$@"
+run peers "$PYTHON" -m benchmarks.peers "${race[@]}" ${REFERENCE:+--reference "$REFERENCE"} --out "$OUT/peers.csv"
+echo "== all took $SECONDS s"
+column -s, -t "$OUT/budget.csv" 2>/dev/null || cat "$OUT/budget.csv"
 exit $status

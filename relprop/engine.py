@@ -21,7 +21,7 @@ from relprop.execute import Forward, PassResult, Trace, run_pass, run_sampled
 from relprop.explanation import Explanation, TokenKinds
 from relprop.export import example_batch, export_program, save
 from relprop.graph import Value
-from relprop.inputs import bind_inputs, check_mode, check_weights, placement
+from relprop.inputs import bind_inputs, check_mode, check_weights, placement, telling_own_errors, unwrapped
 from relprop.latents import module_patterns
 from relprop.lowering import PassFunction, output_shape
 from relprop.methods import Reading, find_method
@@ -68,7 +68,8 @@ def compile(
     """Capture a model and plan a method on it.
 
     Args:
-        model: a module in evaluation mode, on one device. It is not modified and may be used elsewhere meanwhile.
+        model: a module in evaluation mode, on one device. It is not modified and may be used elsewhere meanwhile. Of
+            one that torch.compile or DataParallel wraps, what is inside.
         args, kwargs: an example call, as torch.export takes it. The batch size stays free, and the length of token
             inputs; other sizes are as in the example.
         method: a name of `relprop.methods()`.
@@ -91,8 +92,8 @@ def compile(
     Returns:
         An engine. A second call for the same model, method and kind of input is served from a cache.
     Raises:
-        ModelStateError, CaptureError, UnsupportedOpError, UnsupportedTopologyError, UnknownNameError, OptionError,
-        BackendError.
+        InputError, ModelStateError, CaptureError, UnsupportedOpError, UnsupportedTopologyError, UnknownNameError,
+        OptionError, BackendError.
 
     Example:
         >>> from relprop.demo import bundled_scenes, load_model, preprocess
@@ -103,6 +104,7 @@ def compile(
     """
     if not isinstance(model, nn.Module):
         raise OptionError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    model = unwrapped(model)
     if precision not in PRECISIONS:
         raise OptionError(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
     chosen = find_method(method)
@@ -271,7 +273,8 @@ class Engine:
             Each sample's explanation is what it would be alone.
         Raises:
             ShapeError, DTypeError, DeviceError, NonFiniteError: the inputs. TargetError: the target.
-            ModelStateError: the model is in training mode. OptionError: the batch size; the ledger.
+            InputError: the model itself does not take them. ModelStateError: the model is in training mode.
+            OptionError: the batch size; the ledger.
 
         Example:
             >>> from relprop.demo import bundled_scenes, load_model, preprocess
@@ -282,7 +285,7 @@ class Engine:
             (torch.Size([1, 2, 65]), tensor([[True, True]]))
         """
         check_batch_size(batch_size)
-        with torch.no_grad():
+        with torch.no_grad(), telling_own_errors(self._model, args, kwargs):
             inputs = self._bind(args, kwargs)
             batched = frozenset(i for i, is_batch in self._batched.items() if is_batch)
             batch = next((len(inputs[i]) for i in inputs if i in batched), 1)

@@ -25,6 +25,10 @@ class DeviceError(RelpropError, ValueError):
     """Tensors or modules lie on devices that do not fit together."""
 
 
+class InputError(RelpropError, ValueError):
+    """The model itself does not take the inputs that it is given."""
+
+
 class TargetError(RelpropError, ValueError):
     """A target is out of range, of the wrong shape or of the wrong type."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import textwrap
@@ -14,6 +15,7 @@ from relprop import native, native_cuda
 from relprop.backends import backends
 from relprop.composites import COMPOSITES
 from relprop.methods import METHODS
+from relprop.ops import on_gpu
 
 __all__ = ["describe_installation", "describe_methods", "installation"]
 
@@ -60,6 +62,7 @@ def installation() -> dict[str, dict[str, str]]:
             "OpenMP": str(built["openmp"]) or "none",
         }
     kernels["CUDA kernels"] = _cuda_kernels(built)
+    kernels["custom ops on a GPU"] = _ops_on_gpu()
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
@@ -80,6 +83,13 @@ def _cuda_kernels(built: dict[str, Any]) -> str:
     found = native_cuda.info()
     made = f"built by {found['compiler']}" if "compiler" in found else "built"
     return made if found["available"] else f"{made}; unavailable: {found['reason']}"
+
+
+def _ops_on_gpu() -> str:
+    kernels = {"CUDA": sorted(on_gpu.CUDA) if native_cuda.available()[0] else []}
+    kernels["Triton"] = sorted(on_gpu.TRITON) if importlib.util.find_spec("triton") else []
+    found = "; ".join(f"{name}: {', '.join(ops)}" for name, ops in kernels.items() if ops)
+    return f"{found or 'no kernels'}; the other ops run as plain PyTorch"
 
 
 def describe_installation() -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,8 +12,54 @@ from torch.utils import _pytree as pytree
 
 from relprop.capture import Captured
 from relprop.capture.export import InputSpec, bind_arguments
-from relprop.errors import DeviceError, DTypeError, ModelStateError, NonFiniteError, OptionError, ShapeError
+from relprop.capture.reasons import check_own_call
+from relprop.errors import (
+    DeviceError,
+    DTypeError,
+    ModelStateError,
+    NonFiniteError,
+    OptionError,
+    RelpropError,
+    ShapeError,
+)
 from relprop.graph import Graph
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module that torch.compile, DataParallel or DistributedDataParallel wraps.
+
+    Raises:
+        OptionError: TorchScript, whose code torch.export does not see.
+    """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise OptionError(
+            f"model: expected a torch.nn.Module with its Python code, got TorchScript ({type(model).__name__}); give"
+            " the module that it was traced or scripted from"
+        )
+    inner = _inside(model)
+    return model if inner is None else unwrapped(inner)
+
+
+def _inside(model: nn.Module) -> nn.Module | None:
+    parallel = isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
+    return model._modules.get("module" if parallel else "_orig_mod")  # the latter is torch.compile's
+
+
+@contextlib.contextmanager
+def telling_own_errors(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[None]:
+    """Where a pass fails because the model itself does not take these inputs, say so: ids beyond its vocabulary, say.
+
+    Raises:
+        InputError: instead of the pass's error, where the model raises one of its own.
+    """
+    try:
+        yield
+    except (RelpropError, torch.OutOfMemoryError):
+        raise
+    except (RuntimeError, IndexError, ValueError) as error:
+        if "memory" not in str(error):
+            check_own_call(model, args, kwargs)
+        raise
 
 
 def check_mode(model: nn.Module) -> None:

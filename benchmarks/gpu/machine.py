@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -30,6 +30,7 @@ class Machine:
         seconds: budget of one measurement.
         points: what to measure; everything where empty.
         tiny: sizes of a dry run also on a device.
+        backends: whose kernels to run; all where empty.
     """
 
     dry: bool
@@ -37,8 +38,11 @@ class Machine:
     seconds: float = 0.4
     points: tuple[str, ...] = ()
     tiny: bool = False
+    backends: tuple[str, ...] = ()
     table: str = ""
     rows: list[dict[str, Any]] = field(default_factory=list)
+    # Columns of the rows of `parity` that say what was checked.
+    KEY: ClassVar[tuple[str, ...]] = ("family", "method", "composite", "backend", "graph", "dtype")
 
     @property
     def device(self) -> torch.device:
@@ -54,8 +58,10 @@ class Machine:
         return torch.randn(shape, generator=generator).to(self.device, dtype)
 
     def time(self, run: Callable[[], Any]) -> dict[str, float]:
-        """Median, 20th and 80th percentile in milliseconds, and the peak of memory in MB."""
-        run()
+        """Median, 20th and 80th percentile in milliseconds, and the peak of memory in MB.
+
+        The first run counts for the peak: a CUDA graph takes its memory in it.
+        """
         if self.dry:
             start = time.perf_counter()
             run()
@@ -63,9 +69,13 @@ class Machine:
             return {"ms": once, "ms_p20": once, "ms_p80": once, "peak_mb": 0.0}
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
+        run()
+        torch.cuda.synchronize()
+        first = torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
         # Larger than the second-level cache: a kernel finds its inputs in memory, as in a pass.
         flush = torch.empty(256 * 2**20, dtype=torch.int8, device="cuda")
-        peak = torch.cuda.max_memory_allocated() - flush.numel()
+        peak = max(first, torch.cuda.max_memory_allocated() - flush.numel())
         times: list[float] = []
         end = time.perf_counter() + self.seconds
         while len(times) < 10 or (time.perf_counter() < end and len(times) < 200):
@@ -79,6 +89,11 @@ class Machine:
             peak = max(peak, torch.cuda.max_memory_allocated() - flush.numel())
         low, *_, high = statistics.quantiles(times, n=5)
         return {"ms": statistics.median(times), "ms_p20": low, "ms_p80": high, "peak_mb": peak / 2**20}
+
+    def wait(self) -> None:
+        """Until the device has done what it was given."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
 
     def begin(self, table: str) -> None:
         """What is added from now on belongs to another table."""
@@ -95,6 +110,17 @@ class Machine:
         row = self.rows[-1]
         print(" ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()), flush=True)
         self._write()
+
+    def relate(self, columns: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+        """Columns that compare rows with others, added to every row there is."""
+        for row in self.rows:
+            row.update(columns(row))
+        self._write()
+
+    def column(self, name: str, **where: Any) -> float:
+        """A number of the first row of this table that has these columns; NaN where there is none."""
+        found = (row for row in self.rows if all(row.get(column) == value for column, value in where.items()))
+        return float(next(found, {}).get(name, float("nan")))
 
     def _write(self) -> None:
         """All rows so far as a CSV file, with where they come from."""
@@ -125,6 +151,11 @@ class Machine:
         """What `benchmarks.gpu.ceilings` measured: by name, in GB/s or TFLOP/s."""
         return {row["ceiling"]: float(row["value"]) for row in self.read("ceilings")}
 
+    def passed(self) -> set[tuple[str, ...]]:
+        """What `benchmarks.gpu.parity` found right, by the columns of `KEY`."""
+        rows = self.read("end_to_end_parity")
+        return {tuple(row[name] for name in self.KEY) for row in rows if row["right"] == "True"}
+
     def read(self, table: str) -> list[dict[str, str]]:
         """Rows that an earlier part wrote; none where it did not run."""
         path = self.out / f"{table}.csv"
@@ -132,6 +163,11 @@ class Machine:
             return []
         with path.open() as file:
             return list(csv.DictReader(file))
+
+
+def told(problem: Exception) -> str:
+    """A failure as a row has it."""
+    return f"{type(problem).__name__}: {problem}"[:300]
 
 
 def _version(package: str) -> str:
@@ -150,7 +186,10 @@ def machine_of(arguments: Iterable[str] | None = None) -> Machine:
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU, under Triton's interpreter")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT") or RESULTS))
     parser.add_argument("--tiny", action="store_true", help="tiny sizes on the device")
+    parser.add_argument(
+        "--backend", nargs="*", default=[], choices=("triton", "cuda"), help="whose kernels; all if none"
+    )
     given = parser.parse_args(None if arguments is None else list(arguments))
     if not given.dry_run and not torch.cuda.is_available():
         raise SystemExit("expected a CUDA device, got none; --dry-run needs none")
-    return Machine(given.dry_run, given.out, points=tuple(given.points), tiny=given.tiny)
+    return Machine(given.dry_run, given.out, 0.4, tuple(given.points), given.tiny, tuple(given.backend))

@@ -2,7 +2,9 @@
 
     python -m benchmarks.gpu.sanitized [--dry-run] [--out FOLDER]
 
-Writes sanitizer.csv. A tool that is missing or refuses the device is a row that says so.
+Writes sanitizer.csv, a row per tool and backend: the CUDA kernels, which need no compiler, then Triton's, which
+`benchmarks.gpu.compiled_first` has compiled. A tool that is missing, that refuses the device or that is not done within
+its share of $LIMIT seconds (the part's limit) is a row that failed, and the exit status is 1.
 """
 
 from __future__ import annotations
@@ -13,54 +15,72 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from benchmarks.gpu.machine import Machine, machine_of
 
-TOOLS = ("memcheck", "racecheck")
-SECONDS = 20
+RUNS = [("memcheck", "cuda"), ("racecheck", "cuda"), ("memcheck", "triton"), ("racecheck", "triton")]
+SECONDS = 120  # all of them, where $LIMIT says nothing
+SPARE = 3  # to write the rows
 
 
-def examine(machine: Machine, tool: str) -> bool:
-    """One row; whether no error was found."""
-    sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
-    if machine.dry or sanitizer is None:
-        machine.add(tool=tool, errors="-", failed="a dry run" if machine.dry else "compute-sanitizer is not installed")
+def found_tool() -> str | None:
+    """compute-sanitizer."""
+    return shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+
+
+def examine(machine: Machine, sanitizer: str | None, tool: str, backend: str, seconds: float) -> bool:
+    """One row; whether it ran to its end and no error was found."""
+    row = {"tool": tool, "backend": backend}
+    if machine.dry:
+        machine.add(**row, errors="-", kernels=0, failed="a dry run")
         return True
-    with tempfile.TemporaryDirectory() as scratch:
-        kernels = [sys.executable, "-m", "benchmarks.gpu.kernels", "check", "--tiny", "--out", scratch]
-        # Without torch's pool a tensor ends where its memory does.
-        environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        try:
-            done = subprocess.run(
-                [sanitizer, "--tool", tool, "--error-exitcode", "9", *kernels],
-                env=environment,
-                capture_output=True,
-                text=True,
-                timeout=SECONDS,
-            )
-        except subprocess.TimeoutExpired as late:
-            ended = late.stdout or b""
-            machine.add(tool=tool, errors="-", failed=f"not done in {SECONDS} s")
-            print((ended.decode() if isinstance(ended, bytes) else ended)[-2000:])
-            return True
-        checks = Path(scratch) / "checks.csv"
-        run = len(checks.read_text().splitlines()) - 1 if checks.is_file() else 0
-    told = re.search(r"ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard", done.stdout)
-    if told is None:
-        machine.add(tool=tool, errors="-", kernels=run, failed=(done.stdout + done.stderr)[-300:])
+    if sanitizer is None:
+        machine.add(**row, errors="-", kernels=0, failed="compute-sanitizer is not installed")
         return False
-    errors = int(told[1] or told[2])
-    if errors:
-        print(done.stdout[:8000])
-    machine.add(tool=tool, errors=errors, kernels=run, failed="")
-    return errors == 0
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as scratch:
+        said, failed = _watched([sanitizer, "--tool", tool, "--error-exitcode", "9"], backend, scratch, seconds)
+        runs = Path(scratch) / "runs.csv"
+        run = len(runs.read_text().splitlines()) - 1 if runs.is_file() else 0
+    summary = re.search(r"ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard", said)
+    errors = int(summary[1] or summary[2]) if summary else None
+    if not failed and errors is None:
+        failed = said[-300:]
+    if not failed and not run:
+        failed = "no kernel ran"
+    if failed or errors:
+        print(said[:8000])
+    spent = time.monotonic() - start
+    machine.add(**row, errors="-" if errors is None else errors, kernels=run, seconds=spent, failed=failed)
+    return not failed and errors == 0
+
+
+def _watched(tool: list[str], backend: str, scratch: str, seconds: float) -> tuple[str, str]:
+    """What was said under a tool, and why it did not come to its end."""
+    kernels = ["-m", "benchmarks.gpu.kernels", "run", "--tiny", "--backend", backend, "--out", scratch]
+    # Without torch's pool a tensor ends where its memory does.
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    try:
+        done = subprocess.run(
+            [*tool, sys.executable, *kernels], env=environment, capture_output=True, text=True, timeout=seconds
+        )
+    except subprocess.TimeoutExpired as late:
+        ended = late.stdout or b""
+        return ended.decode() if isinstance(ended, bytes) else ended, f"not done in {seconds:.0f} s"
+    return done.stdout + done.stderr, "" if done.returncode in (0, 9) else f"exit status {done.returncode}"
 
 
 def main(machine: Machine) -> int:
-    """All tools."""
+    """All of them; one that is done early leaves its time to the next."""
     machine.begin("sanitizer")
-    return 0 if all([examine(machine, tool) for tool in TOOLS]) else 1
+    sanitizer, right = found_tool(), True
+    end = time.monotonic() + float(os.environ.get("LIMIT") or SECONDS) - SPARE
+    for number, (tool, backend) in enumerate(RUNS):
+        share = max(1.0, (end - time.monotonic()) / (len(RUNS) - number))
+        right &= examine(machine, sanitizer, tool, backend, share)
+    return 0 if right else 1
 
 
 if __name__ == "__main__":

@@ -8,19 +8,19 @@ gather and a `row_select`. Nothing here looks at module names or classes.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
-from torch.utils import _pytree as pytree
 
 from relprop.capture import ops
+from relprop.capture.einsum import expand_einsums
 from relprop.capture.export import Captured, module_path, source_line
+from relprop.capture.insertion import insert
 from relprop.capture.mutation import make_functional
-from relprop.errors import OptionError
+from relprop.errors import OptionError, UnsupportedOpError
 
 aten = torch.ops.aten
 
@@ -87,6 +87,7 @@ def canonicalise(captured: Captured) -> None:
     mark_carrying(captured)
     make_functional(captured)
     remove_identities(captured)
+    expand_einsums(graph)
     drop_expands(graph)
     mark_carrying(captured)
     fold_products(graph)
@@ -98,12 +99,27 @@ def canonicalise(captured: Captured) -> None:
     split_selects(graph)
     graph.eliminate_dead_code()
     mark_carrying(captured)
+    _check_real(graph)
     captured.output = output.args[0][0]
     if not captured.output.meta["carrying"]:
         raise OptionError(
             "expected an output that depends on a floating-point input or on embedded token ids, got"
             f" {captured.output.name}, which depends on neither"
         )
+
+
+def _check_real(graph: fx.Graph) -> None:
+    """Raises:
+    UnsupportedOpError: relevance would have to pass through complex numbers.
+    """
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, Tensor) and value.is_complex() and any(p.meta["carrying"] for p in node.all_input_nodes):
+            raise UnsupportedOpError(
+                f"{describe(node)} makes complex numbers of values that depend on the input: expected real"
+                " floating-point values, through which relevance is defined; write it with real ones (rotary embeddings"
+                " with sines and cosines, a Fourier transform as a product with its matrix)"
+            )
 
 
 def _is_noop(node: fx.Node) -> bool:
@@ -185,39 +201,6 @@ def unfold_rows(graph: fx.Graph) -> None:
     graph.eliminate_dead_code()
 
 
-def insert(
-    graph: fx.Graph,
-    before: fx.Node,
-    target: Callable[..., Any],
-    args: tuple[Any, ...],
-    like: fx.Node,
-    value: Tensor | None = None,
-) -> fx.Node:
-    """A new node before another, with its shape and the provenance of `like`.
-
-    Args:
-        value: a fake tensor of the new node's shape, where one is at hand; tracing an operation on fake tensors can tie
-            free sizes to the example's.
-    """
-    with graph.inserting_before(before):
-        node = graph.call_function(target, args)
-    node.meta = {k: like.meta[k] for k in ("nn_module_stack", "stack_trace") if k in like.meta}
-    if value is None:
-        infer(node)
-    else:
-        node.meta["val"] = value
-    node.meta["carrying"] = any(p.meta.get("carrying", False) for p in node.all_input_nodes)
-    return node
-
-
-def infer(node: fx.Node) -> None:
-    """Recompute a node's shape from its inputs' shapes."""
-    values = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-    given = [v for n in node.all_input_nodes for v in pytree.tree_leaves(n.meta["val"])]
-    with next(v.fake_mode for v in given if isinstance(v, Tensor)), torch.no_grad():
-        node.meta["val"] = node.target(*values[0], **values[1])  # type: ignore[operator]
-
-
 def fold_products(graph: fx.Graph) -> None:
     """addmm, mm and matmul with a constant right operand become linear."""
     for node in list(graph.nodes):
@@ -260,9 +243,30 @@ def _from_sdpa(graph: fx.Graph, node: fx.Node) -> None:
     scale = values.get("scale")
     if scale is None:
         scale = ops.default_scale(int(values["query"].meta["val"].shape[-1]))
-    inputs = (values["query"], values["key"], values["value"], values.get("attn_mask"), scale)
+    mask = values.get("attn_mask")
+    if mask is not None and mask.meta["carrying"]:
+        _spell_out(graph, node, values, scale)
+        return
+    inputs = (values["query"], values["key"], values["value"], mask, scale)
     args = (*inputs, bool(values.get("is_causal", False)), bool(values.get("enable_gqa", False)))
     node.target, node.args, node.kwargs = ops.attention, args, {}
+
+
+def _spell_out(graph: fx.Graph, node: fx.Node, values: dict[str, Any], scale: float) -> None:
+    """softmax(scale q k^T + mask) v op by op: relevance goes through a mask that depends on the input, too."""
+    q, k, v, mask = (values[name] for name in ("query", "key", "value", "attn_mask"))
+    heads = q.meta["val"].shape[-3] if q.meta["val"].ndim > 2 else 1
+    for_all = k.meta["val"].shape[-3] if k.meta["val"].ndim > 2 else heads
+    if values.get("enable_gqa", False) and heads != for_all:
+        k, v = (insert(graph, node, aten.repeat_interleave.self_int, (t, heads // for_all, -3), node) for t in (k, v))
+    shape = [*node.meta["val"].shape[:-1], k.meta["val"].shape[-2]]
+    scaled = insert(graph, node, aten.mul.Tensor, (q, scale), node, q.meta["val"])
+    keys = insert(graph, node, aten.transpose.int, (k, -2, -1), node)
+    scores = node.meta["val"].new_empty(shape)
+    found = insert(graph, node, aten.matmul.default, (scaled, keys), node, scores)
+    found = insert(graph, node, aten.add.Tensor, (found, mask), node, scores)
+    found = insert(graph, node, aten.softmax.int, (found, -1), node, scores)
+    node.target, node.args, node.kwargs = aten.matmul.default, (found, v), {}
 
 
 def _from_softmax(graph: fx.Graph, softmax: fx.Node) -> None:

@@ -16,7 +16,7 @@ from torch.export import Dim
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
-from relprop.capture.reasons import export_failure, first_fixed
+from relprop.capture.reasons import check_own_call, export_failure, first_fixed
 from relprop.errors import CaptureError, OptionError, ShapeError
 
 _EXPORT_LOCK = threading.RLock()
@@ -182,6 +182,7 @@ def capture(
         output: which output to explain, by key, index or attribute; None where there is one or it is `logits`.
     Raises:
         CaptureError: the model cannot be exported, fixes its batch size, or writes to a buffer.
+        InputError: the model itself does not take the example call.
         OptionError: `output` does not name an output.
     """
     named = bind_arguments(model, args, kwargs)
@@ -194,7 +195,8 @@ def capture(
         try:
             exported = torch.export.export(_Wrapped(model), (example,), dynamic_shapes=(dynamic,), strict=False)
         except Exception as error:
-            raise CaptureError(export_failure(type(model).__name__, error)) from error
+            check_own_call(model, args, kwargs)
+            raise CaptureError(export_failure(model, error)) from error
     signature = exported.graph_signature
     for item in signature.output_specs:
         if item.kind in (OutputKind.BUFFER_MUTATION, OutputKind.USER_INPUT_MUTATION):

@@ -14,7 +14,8 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from relprop.capture import ops
-from relprop.capture.canonicalise import insert, is_tensor
+from relprop.capture.canonicalise import is_tensor
+from relprop.capture.insertion import insert
 
 aten = torch.ops.aten
 

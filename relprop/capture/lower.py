@@ -16,7 +16,9 @@ from relprop.capture import ops
 from relprop.capture.canonicalise import canonicalise, explained_inputs, token_source
 from relprop.capture.export import Captured, later_calls, module_path, source_line
 from relprop.capture.hoist import hoist_rows
+from relprop.capture.reasons import sized_by_values
 from relprop.capture.tokens import find_tokens
+from relprop.errors import CaptureError
 from relprop.graph import Graph, Node, SampleAxis, Value, depends_on_input, leaves
 
 aten = torch.ops.aten
@@ -122,6 +124,8 @@ class _Lowering:
             outputs = (self.value(node.name, fake, carrying),)
             self.of[node] = outputs[0]
         kind = ops.kind_of(node.target) if carrying else "constant"  # type: ignore[arg-type]
+        if kind == "activation" and sum(bool(n.meta["carrying"]) for n in node.all_input_nodes) > 1:
+            kind = None  # a clamp between values of the input's
         made = Node(
             name=node.name,
             kind=kind or "unknown",
@@ -142,6 +146,13 @@ class _Lowering:
         for i, out in enumerate(outputs):
             out.producer, out.output = made, i
         made.operands = _operands(made)
+        if carrying and sized_by_values(fake):
+            raise CaptureError(
+                f"the size of what {made.describe()} gives depends on the values of a tensor: expected sizes that"
+                " follow from the shapes of the inputs; keep every row and mask those that do not count (torch.where,"
+                " an attention mask), let a mixture compute all its experts, or explain the part of the model after"
+                " that choice"
+            )
         _check_samples(made)
         self.nodes.append(made)
 

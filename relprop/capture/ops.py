@@ -108,8 +108,8 @@ def _overload(name: str) -> Any:
 
 POINTWISE = overloads(
     "relu relu_ gelu silu silu_ tanh sigmoid mish softplus elu leaky_relu hardtanh relu6 hardswish hardsigmoid exp log"
-    " log1p erf rsqrt sqrt reciprocal abs square pow.Tensor_Scalar clamp clamp_min clamp_max sin cos log_sigmoid selu"
-    " celu"
+    " log1p erf rsqrt sqrt reciprocal abs square pow.Tensor_Scalar clamp clamp.Tensor clamp_min clamp_max sin cos"
+    " log_sigmoid selu celu"
 )
 
 REDUCTIONS = overloads(

@@ -82,6 +82,9 @@ def attention_relevance(
     walked = None
     if edge is not None:
         code_of("edge", edge, EDGES)
+        for name, (stream, _) in streams.items():
+            if stream is None and name in edge:
+                raise OptionError(f"{name}: expected a tensor, which the edge {edge!r} needs, got None")
         ready["row"] = _row(call, edge, row, targets, (sizes[0], sizes[3]))
         walked = results["row_out"] = empty((len(ready["row"]), sizes[0], sizes[4]), torch.float32, call.device)
     streamless = gradient is None and relevance is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,9 +11,9 @@ import torch
 from torch import Tensor
 
 from relprop import native
-from relprop.errors import DeviceError, OptionError, ShapeError
+from relprop.errors import DeviceError, DTypeError, OptionError, ShapeError
 from relprop.native.tensors import text_of
-from relprop.ops import attention, reference
+from relprop.ops import attention, on_gpu, reference
 
 
 @dataclass(frozen=True)
@@ -292,20 +293,52 @@ def _fake(name: str, spec: Spec) -> Callable[..., Any]:
     return fake
 
 
-def _on_cpu(spec: Spec) -> Callable[..., Any]:
-    def on_cpu(*arguments: Any) -> Any:
-        run = spec.kernel if native.available()[0] else spec.reference
-        return run(*arguments)
+def _check(spec: Spec, arguments: tuple[Any, ...]) -> None:
+    """Numbers must be finite, and tensors dense: what no kernel's own checks look at."""
+    for argument, item in zip(spec.arguments.split(", "), arguments, strict=True):
+        name = argument.split()[-1]
+        if isinstance(item, float) and not math.isfinite(item):
+            raise OptionError(f"{name}: expected a finite number{' >= 0' * ('epsilon' in name)}, got {item}")
+        for tensor in item if isinstance(item, (list, tuple)) else (item,):
+            if isinstance(tensor, Tensor) and (tensor.layout is not torch.strided or tensor.is_nested):
+                kind = "a nested one" if tensor.is_nested else tensor.layout
+                raise OptionError(f"{name}: expected a dense tensor (torch.strided), got {kind}")
 
-    return on_cpu
+
+def run_reference(name: str, arguments: tuple[Any, ...]) -> Any:
+    """Plain PyTorch, on any device."""
+    _check(SPECS[name], arguments)
+    return SPECS[name].reference(*arguments)
+
+
+def run_on_cpu(name: str, arguments: tuple[Any, ...]) -> Any:
+    """The C++ kernel where it was built."""
+    if not native.available()[0]:
+        return run_reference(name, arguments)
+    _check(SPECS[name], arguments)
+    return SPECS[name].kernel(*arguments)
+
+
+def run_on_gpu(name: str, arguments: tuple[Any, ...]) -> Any:
+    """The CUDA or Triton kernel where one takes the call; see `relprop.ops.on_gpu`."""
+    launch = on_gpu.launcher(name, dict(zip(_names(SPECS[name]), arguments, strict=True)))
+    if launch is None:
+        return run_reference(name, arguments)
+    _check(SPECS[name], arguments)
+    return launch(*arguments)
 
 
 def _define(name: str, spec: Spec) -> Any:
     returns = {0: "Tensor[]", 1: "Tensor", 2: "(Tensor, Tensor)"}[spec.results]
     op = torch.library.custom_op(
-        f"relprop::{name}", spec.reference, mutates_args=(), schema=f"({spec.arguments}) -> {returns}"
+        f"relprop::{name}",
+        lambda *arguments: run_reference(name, arguments),
+        mutates_args=(),
+        schema=f"({spec.arguments}) -> {returns}",
     )
-    op.register_kernel("cpu")(_on_cpu(spec))
+    op.register_kernel("cpu")(lambda *arguments: run_on_cpu(name, arguments))
+    if name in on_gpu.CUDA or name in on_gpu.TRITON:
+        op.register_kernel("cuda")(lambda *arguments: run_on_gpu(name, arguments))
     op.register_fake(spec.fake or _fake(name, spec))
     return op
 
@@ -313,28 +346,51 @@ def _define(name: str, spec: Spec) -> Any:
 def _define_out(name: str, spec: Spec) -> Any:
     """The variant that writes its results to the tensors after the kernel's own arguments."""
     places = ["out"] if spec.results == 1 else ["out_a", "out_b"]
+    count = len(places)
     written = ", ".join(f"Tensor({chr(97 + i)}!) {place}" for i, place in enumerate(places))
+    fake = spec.fake or _fake(name, spec)
 
-    def copied(*arguments: Any) -> None:
-        out = arguments[-len(places) :]
-        made = spec.reference(*arguments[: -len(places)])
-        for place, result in zip(out, (made,) if len(places) == 1 else made, strict=True):
-            if place.shape != result.shape:
-                raise ShapeError(f"out: expected shape {text_of(result.shape)}, got {text_of(place.shape)}")
+    def copied(run: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+        out, made = arguments[-count:], run(name, arguments[:-count])
+        results = (made,) if count == 1 else made
+        for place, result in zip(out, results, strict=True):
+            _check_place(place, result)
+        for place, result in zip(out, results, strict=True):
             place.copy_(result)
 
-    def written_to(*arguments: Any) -> None:
+    def on_cpu(*arguments: Any) -> None:
         if not native.available()[0]:
-            return copied(*arguments)
-        out = arguments[-len(places) :]
-        spec.kernel(*arguments[: -len(places)], out=out[0] if len(places) == 1 else out)
+            return copied(run_reference, arguments)
+        _check(spec, arguments[:-count])
+        out = arguments[-count:]
+        spec.kernel(*arguments[:-count], out=out[0] if count == 1 else out)
+
+    def checked(*arguments: Any) -> None:
+        made = fake(*arguments[:-count])
+        for place, result in zip(arguments[-count:], (made,) if count == 1 else made, strict=True):
+            _check_place(place, result)
 
     op = torch.library.custom_op(
-        f"relprop::{name}_out", copied, mutates_args=places, schema=f"({spec.arguments}, {written}) -> ()"
+        f"relprop::{name}_out",
+        lambda *arguments: copied(run_reference, arguments),
+        mutates_args=places,
+        schema=f"({spec.arguments}, {written}) -> ()",
     )
-    op.register_kernel("cpu")(written_to)
-    op.register_fake(lambda *arguments: None)
+    op.register_kernel("cpu")(on_cpu)
+    if name in on_gpu.CUDA or name in on_gpu.TRITON:
+        op.register_kernel("cuda")(lambda *arguments: copied(run_on_gpu, arguments))
+    op.register_fake(checked)
     return op
+
+
+def _check_place(place: Tensor, result: Tensor) -> None:
+    """Whether a result can be written there."""
+    if place.device != result.device:
+        raise DeviceError(f"out: expected a tensor on {result.device}, got one on {place.device}")
+    if place.shape != result.shape:
+        raise ShapeError(f"out: expected shape {text_of(result.shape)}, got {text_of(place.shape)}")
+    if not place.is_floating_point():
+        raise DTypeError(f"out: expected {result.dtype}, got {place.dtype}")
 
 
 OPS: dict[str, Any] = {}

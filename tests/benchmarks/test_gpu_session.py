@@ -1,4 +1,4 @@
-"""The GPU session's dry run: the whole script on the CPU, under Triton's interpreter."""
+"""The GPU session's dry run: the whole script on the CPU, under Triton's interpreter; and its clock."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from benchmarks.gpu.machine import Machine
 ROOT = Path(__file__).parents[2]
 # What every point of the measurement has a row for.
 POINTS = {
-    "parity": {"error_torch", "error_torch_own_streams", "error_triton"},
+    "parity": {"error"},
     "vit": {
         "reference",
         "forward_compiled",
@@ -40,11 +41,11 @@ POINTS = {
 }
 # Columns that hold what a point asks for.
 COLUMNS = {
-    "parity": {"error"},
+    "parity": {"error", "bound", "error_torch_own_streams", "replay_difference", "inputs_apart"},
     "vit": {"share_of_matrix_rate", "explanations_s", "over_forward", "over_reference"},
     "latency": {"ms", "ms_p99", "p99_over_p50"},
-    "tokens": {"peak_mb"},
-    "llama": {"over_forward", "over_relprop", "peak_mb"},
+    "tokens": {"beyond_weights_mb"},
+    "llama": {"over_forward", "over_relprop", "beyond_weights_mb"},
     "several": {"forwards_per_target"},
 }
 ELSEWHERE = {"reference", "lxt"}  # other people's code, which may not be at hand
@@ -59,7 +60,7 @@ def session(out: Path, **more: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         ["bash", "benchmarks/gpu_session.sh", "--dry-run"],
         cwd=ROOT,
-        env={**os.environ, "OUT": str(out), "PYTHON": sys.executable, "SLOWER": "20", **more},
+        env={**os.environ, "OUT": str(out), "PYTHON": sys.executable, **more},
         capture_output=True,
         text=True,
     )
@@ -72,9 +73,9 @@ def test_dry_run(tmp_path: Path) -> None:
     checks, kernels = rows_of(tmp_path / "checks.csv"), rows_of(tmp_path / "kernels.csv")
     assert all(row["right"] == "True" for row in checks)
     assert {row["op"] for row in checks} == {row["op"] for row in kernels}
-    assert len({row["op"] for row in checks}) == 15
+    assert all(float(row["ms"]) > 0 for row in kernels)
     dtypes = {row["dtype"] for row in checks if row["op"].startswith("linear")}
-    assert dtypes == {"bf16", "fp16", "highest", "high", "ieee"}
+    assert dtypes == {"bf16", "fp16", "highest", "high", "ieee", "medium"}
     assert {row["ceiling"] for row in rows_of(tmp_path / "ceilings.csv")} == {
         "copy_gb_s",
         "bf16_tflop_s",
@@ -91,7 +92,19 @@ def test_dry_run(tmp_path: Path) -> None:
     assert {("linear", "gradient + alpha_beta"), ("attention", "gradient + composed")} <= {
         (row["kind"], row["rules"]) for row in steps
     }
-    assert {row["tool"] for row in rows_of(tmp_path / "sanitizer.csv")} == {"memcheck", "racecheck"}
+    assert all(row["bound"] in ("rate", "bandwidth", "-") for row in steps)
+    assert {"predicted_ms", "tflop_s", "gb_s", "share_of_matrix_rate", "share_of_bandwidth"} <= set(steps[0])
+    ours = [row for row in rows_of(tmp_path / "end_to_end_parity.csv") if row["backend"] == "triton"]
+    ways = {(row["family"], row["method"], row["graph"]) for row in ours}
+    assert ways == {
+        (family, method, graph)
+        for family, method in (("vit", "transformer_attribution"), ("vit", "attnlrp"), ("llama", "attnlrp"))
+        for graph in ("False", "True")
+    }
+    examined = [(row["tool"], row["backend"]) for row in rows_of(tmp_path / "sanitizer.csv")]
+    assert examined[:2] == [("memcheck", "cuda"), ("racecheck", "cuda")] and len(examined) == 4
+    budget = rows_of(tmp_path / "budget.csv")
+    assert {row["state"] for row in budget} == {"done"} and budget[0]["part"] == "compiled"
     assert all(row["dry_run"] == "True" for row in kernels)
     assert all(float(row["ms_median"]) > 0 for row in rows_of(tmp_path / "peers.csv") if not row["error"])
 
@@ -119,7 +132,7 @@ def test_rows_are_written_as_they_come(tmp_path: Path) -> None:
 def test_a_kernel_that_fails_hides_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Not above: what imports the kernels first decides whether they run under the interpreter.
     from benchmarks.gpu import kernels
-    from benchmarks.gpu.cases import Case
+    from benchmarks.gpu.case import Case
 
     def broken() -> object:
         raise RuntimeError("no such instruction")
@@ -129,14 +142,90 @@ def test_a_kernel_that_fails_hides_no_other(tmp_path: Path, monkeypatch: pytest.
         Case("first", "bf16", "2", {"triton": broken}, lambda: (tensor,), 0.0, 8.0, 1e-3),
         Case("second", "bf16", "2", {"triton": lambda: (tensor,)}, lambda: (tensor,), 0.0, 8.0, 1e-3),
     ]
-    monkeypatch.setattr(kernels, "cases", lambda machine, large: made)
+    other = Case("second", "bf16", "2", {"triton": lambda: (tensor,)}, lambda: (tensor,), 0.0, 8.0, 1e-3, "unchecked")
+    monkeypatch.setattr(kernels, "cases", lambda machine, large: [*made, other] if large else made)
     assert kernels.main(Machine(dry=True, out=tmp_path)) == 1
     checks, timed = rows_of(tmp_path / "checks.csv"), rows_of(tmp_path / "kernels.csv")
     assert [row["right"] for row in checks] == ["False", "True"]
     assert checks[0]["failed"] == "RuntimeError: no such instruction"
-    assert timed[0]["failed"] == "its check did" and timed[1]["gb_s"]
+    assert [bool(row["gb_s"]) for row in timed] == [False, True, False]
+    assert timed[0]["failed"] == timed[2]["failed"] == "no check of it passed"
 
 
-def test_limits_add_up_to_ten_minutes() -> None:
+def test_what_no_check_passed_is_not_timed(tmp_path: Path) -> None:
+    pytest.importorskip("timm")
+    from benchmarks.gpu.contenders import attempt, key_of
+
+    machine = Machine(dry=True, out=tmp_path)
+    keys = [key_of("vit", "attnlrp", "attnlrp", "triton", graph, torch.bfloat16) for graph in (False, True)]
+    machine.begin("end_to_end_parity")
+    machine.add(**dict(zip(machine.KEY, keys[0], strict=True)), right=True)
+    machine.add(**dict(zip(machine.KEY, keys[1], strict=True)), right=False)
+    machine.begin("end_to_end_vit")
+    assert attempt(machine, "right", lambda: lambda: None, checked=keys[0]) >= 0.0
+    for name, key in (("wrong", keys[1]), ("unknown", ("vit", *keys[0][1:5], "float16"))):
+        ms = attempt(machine, name, lambda: lambda: None, checked=key)
+        assert ms != ms and "ms" not in machine.rows[-1] and machine.rows[-1]["failed"] == "no check of it passed"
+
+
+def test_patches_are_undone() -> None:
+    pytest.importorskip("timm")
+    from benchmarks.gpu.contenders import unpatched_after
+
+    module: Any = __import__("torch.nn.modules.activation", fromlist=["GELU"])
+    own, length = module.GELU.forward, len(vars(module))
+    with unpatched_after("torch.nn.modules.activation"):
+        module.GELU.forward = torch.nn.Dropout.forward = lambda *_: None  # type: ignore[method-assign]
+        module.torch, module.added = None, 1
+    assert module.GELU.forward is own and module.torch is torch and len(vars(module)) == length
+    assert torch.nn.Dropout(0.0)(torch.ones(1)) == 1
+
+
+@pytest.mark.parametrize(
+    ("tool", "failed"),
+    [
+        (None, "compute-sanitizer is not installed"),
+        ("sleep 9", "not done in 1 s"),
+        ("echo Device not supported; exit 3", "exit status 3"),
+        ("echo ERROR SUMMARY: 0 errors", "no kernel ran"),
+        ('echo "op,\nfirst," > "$LAST/runs.csv"; echo "ERROR SUMMARY: 2 errors"', ""),
+        ('echo "op,\nfirst," > "$LAST/runs.csv"; echo "ERROR SUMMARY: 0 errors"', ""),
+    ],
+    ids=["missing", "late", "refused", "nothing ran", "errors", "clean"],
+)
+def test_a_sanitizer_that_finds_nothing_out_has_failed(tmp_path: Path, tool: str | None, failed: str) -> None:
+    from benchmarks.gpu.sanitized import examine
+
+    machine = Machine(dry=False, out=tmp_path)
+    machine.__dict__["_known"] = {}  # there is no device to be named
+    machine.begin("sanitizer")
+    path = None
+    if tool is not None:
+        path = str(tmp_path / "tool")
+        Path(path).write_text(f"#!/bin/sh\nfor LAST; do :; done\n{tool}\n")
+        Path(path).chmod(0o755)
+    right = examine(machine, path, "memcheck", "cuda", 1.0)
+    assert right == bool(tool and tool.endswith('0 errors"')) and machine.rows[-1]["failed"] == failed
+
+
+def test_no_part_starts_when_the_time_is_over(tmp_path: Path) -> None:
+    done = session(tmp_path, PARTS="info ceilings", TOTAL="4", PYTHON="true")
+    assert done.returncode == 1
+    assert [row["state"] for row in rows_of(tmp_path / "budget.csv")] == ["no time left"] * 2
+
+
+def test_a_late_part_ends_with_the_total(tmp_path: Path) -> None:
+    slow = tmp_path / "slow"
+    slow.write_text('#!/bin/sh\ncase "$*" in *info*) sleep 30;; esac\n')
+    slow.chmod(0o755)
+    done = session(tmp_path, PARTS="info ceilings", TOTAL="7", PYTHON=str(slow))
+    assert done.returncode == 1
+    assert [row["state"] for row in rows_of(tmp_path / "budget.csv")] == ["late", "no time left"]
+
+
+def test_expected_times_add_up_to_less_than_the_total() -> None:
     script = (ROOT / "benchmarks" / "gpu_session.sh").read_text()
-    assert sum(int(seconds) for seconds in re.findall(r"^ *run \w+ (\d+) ", script, re.M)) <= 600
+    expected = [int(seconds) for seconds in re.findall(r"^(?:budget=')?\w+ (\d+) \d+'?$", script, re.M)]
+    total = int(re.findall(r"^TOTAL=.*:-(\d+)", script, re.M)[0])
+    assert len(expected) == len(re.findall(r"^ *run \w+ ", script, re.M)) == 15
+    assert sum(expected) <= total <= 590

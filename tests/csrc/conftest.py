@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from relprop.native_cuda import attention, call
+from relprop.native_cuda import call
 from tests.csrc import emulated
 
 GUARD = 64  # elements on both sides of every result
@@ -49,7 +50,7 @@ def results(monkeypatch: pytest.MonkeyPatch, cuda_module: Any) -> Iterator[Resul
     """native_cuda over the emulation; writes next to a result fail the test."""
     made = Results()
     monkeypatch.setattr(call, "_cuda", cuda_module)
-    for module in (call, attention):
+    for module in (call, importlib.import_module("relprop.native_cuda.attention_relevance")):
         monkeypatch.setattr(module, "empty", made.empty)
     yield made
     made.check()

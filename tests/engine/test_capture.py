@@ -37,6 +37,42 @@ def test_spellings_of_attention_are_one_op(spelling: str) -> None:
         assert relative(found, expected) < 1e-9
 
 
+class BiasedByQueries(nn.Module):
+    """Attention whose mask is made from the queries, as relative positions often are."""
+
+    def __init__(self, fused: bool, kv_heads: int) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.fused, self.kv_heads, self.head = fused, kv_heads, nn.Linear(24, 3)
+        self.q, self.kv = nn.Linear(24, 24), nn.Linear(24, 12 * kv_heads)
+        self.position = nn.Parameter(torch.randn(6, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, (k, v) = self.q(x).unflatten(-1, (4, 6)).transpose(1, 2), self.kv(x).chunk(2, -1)
+        k, v = (t.unflatten(-1, (self.kv_heads, 6)).transpose(1, 2) for t in (k, v))
+        bias = q @ self.position
+        if self.fused:
+            grouped = self.kv_heads != 4
+            out = nn.functional.scaled_dot_product_attention(q, k, v, bias, enable_gqa=grouped)
+        else:
+            k, v = (t.repeat_interleave(4 // self.kv_heads, 1) for t in (k, v))
+            out = (q @ k.mT / 6**0.5 + bias).softmax(-1) @ v
+        return self.head(out.transpose(1, 2).flatten(2).mean(1))
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_a_mask_made_from_the_input_has_its_relevance(kv_heads: int) -> None:
+    x = torch.randn(3, 5, 24, dtype=torch.float64)
+    fused, plain = (BiasedByQueries(kind, kv_heads).double().eval() for kind in (True, False))
+    for method in ("full", "attnlrp", "cp_lrp"):
+        expected = relprop.explain(plain, x, target=1, method=method).relevance
+        assert relative(relprop.explain(fused, x, target=1, method=method).relevance, expected) < 1e-9
+    leaf = x.clone().requires_grad_()
+    fused(leaf)[:, 1].sum().backward()
+    found = relprop.explain(fused, x, target=1, method="gradient_x_input").relevance
+    assert relative(found, (leaf.grad * x).sum(-1)) < 1e-12  # type: ignore[operator]
+
+
 def test_matmul_attention_without_hoisting_is_the_same() -> None:
     """The slice of the class token may sit anywhere: hoisting it changes no number."""
 

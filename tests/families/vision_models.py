@@ -36,6 +36,12 @@ def swin(name: str, **options: Any) -> nn.Module:
     return randomised(timm.create_model(name, **sizes, depths=(2, 2), num_heads=(2, 4), **options))
 
 
+def sam() -> nn.Module:
+    """4 x 4 tokens in padded windows of 3 x 3, then all together; relative positions by einsum."""
+    sizes: dict[str, Any] = {**SMALL, "patch_size": 8, "depth": 2, "window_size": 3, "global_attn_indexes": (1,)}
+    return randomised(timm.create_model("samvit_base_patch16", **sizes, neck_chans=16))
+
+
 def hybrid(name: str = "vit_tiny_r_s16_p8_224") -> nn.Module:
     """timm's hybrid of a ResNetV2 stem (weight-standardised convolutions, group norm, max pool) and a ViT."""
     return randomised(timm.create_model(name, **SMALL, patch_size=2))
@@ -120,11 +126,18 @@ ACROSS_WINDOWS: dict[str, Any] = {
 }
 # The output reads a token that joins after the second layer.
 READ_LATER: dict[str, Any] = {"refuses": frozenset({"second_layer"}), "why": "a token that is read joins later"}
+# Its masks are made from the queries, so its attention is spelled out, with heads and samples on one axis.
+NO_MAPS: dict[str, Any] = {
+    "refusal": "got none that torch.export shows as attention",
+    "refuses": OF_ONE_SEQUENCE | {"generic_attention"},
+    "why": "heads lie on the axis of the samples",
+}
 PIXELS = images(32, "images")
 SWIN = "timm.models.swin_transformer"
 HYBRID = "timm.models.vision_transformer_hybrid"
 VIT = "timm.models.vision_transformer.VisionTransformer"
 DEIT = "timm.models.deit.VisionTransformerDistilled"
+SAM = "timm.models.vision_transformer_sam.VisionTransformerSAM"
 EVA = "timm.models.eva.Eva"
 CAIT = "timm.models.cait.Cait"
 
@@ -181,6 +194,7 @@ VISION: list[Family] = [
     ),
     _swin("swin", "Swin (windows, shifts)", SWIN + ".SwinTransformer", "swin_tiny_patch4_window7_224", quick=True),
     _swin("swin_v2", "Swin v2 (cosine attention)", SWIN + "_v2.SwinTransformerV2", "swinv2_tiny_window8_256"),
+    Family("sam", "SAM's encoder (einsum)", SAM, sam, images(32), **NO_MAPS),
     Family("hybrid", "ResNet-ViT hybrid", HYBRID, hybrid, images(32), full=partial(timm_full, "vit_tiny_r_s16_p8_224")),
     _torchvision("tv_vit", "torchvision `vit_b_16`", "VisionTransformer", torchvision_vit, "vit_b_16"),
     _torchvision("tv_swin", "torchvision `swin_t`", "SwinTransformer", torchvision_swin, "swin_t", **ACROSS_WINDOWS),

@@ -17,13 +17,15 @@ from tests.ops.cases import arguments, misaligned, random, results
 # Kernels without a matrix product inside: any mix of dtypes.
 ELEMENTWISE = sorted(set(SPECS) - WHOLE_LAYERS)
 WITH_OUT = sorted(set(SPECS) - WITHOUT_OUT)
-IMPLEMENTATIONS = ["reference", *(["kernel"] if native.available()[0] else [])]
+IMPLEMENTATIONS = ["reference", "gpu", *(["kernel"] if native.available()[0] else [])]
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)
 def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     if request.param == "reference":
         monkeypatch.setattr(native, "available", lambda: (False, "left out"))
+    if request.param == "gpu":
+        request.getfixturevalue("ops_on_gpu")
     yield request.param
 
 
@@ -250,6 +252,58 @@ def test_bad_options_of_attention(implementation: str, changes: dict[str, Any], 
     with pytest.raises(ValueError) as raised:
         overload("attention_relevance")(*given.values())
     assert str(raised.value).startswith(text)
+
+
+@pytest.mark.parametrize("places", [(0, 1), (2, 3, 5, 6), (0, 1, 2, 3, 5, 6)], ids=["d", "dv", "both"])
+def test_heads_without_channels(implementation: str, places: tuple[int, ...]) -> None:
+    """What has no channels is empty; the rest is as the formulas with whole maps have it."""
+    given = arguments("attention_relevance")
+    for place in places:
+        given = replaced(given, place, given[place][..., :0])
+    made, want = overload("attention_relevance")(*given), SPECS["attention_relevance"].reference(*given)
+    assert [one.shape for one in made] == [one.shape for one in want]
+    assert 0 in made[0].shape or 0 in made[2].shape
+    assert_near(made, want)
+
+
+def test_attention_without_heads(implementation: str) -> None:
+    q, k, v, output, mask, gradient, relevance, *rest = arguments("attention_relevance")
+    with pytest.raises(ShapeError) as raised:
+        overload("attention_relevance")(
+            q[:, :0], k, v, output[:, :0], mask, gradient[:, :, :0], relevance[:, :, :0], *rest
+        )
+    assert str(raised.value) == "q: expected at least one head, got none"
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_numbers_that_are_not_finite(implementation: str, name: str) -> None:
+    given = arguments(name)
+    for place, argument in enumerate(SPECS[name].arguments.split(", ")):
+        if argument.split()[0] == "float":
+            for number in (float("nan"), float("inf")):
+                with pytest.raises(OptionError) as raised:
+                    overload(name)(*replaced(given, place, number))
+                assert str(raised.value).startswith(f"{argument.split()[-1]}: expected a finite number")
+                assert str(raised.value).endswith(f", got {number}")
+
+
+@pytest.mark.parametrize("name", ELEMENTWISE)
+def test_sparse_tensors(implementation: str, name: str) -> None:
+    given = arguments(name)
+    for place in tensors_of(given):
+        with pytest.raises(OptionError) as raised:
+            overload(name)(*replaced(given, place, given[place].to_sparse()))
+        assert str(raised.value).endswith(": expected a dense tensor (torch.strided), got torch.sparse_coo")
+
+
+@pytest.mark.parametrize("name", WITH_OUT)
+def test_places_on_another_device(implementation: str, name: str) -> None:
+    given = arguments(name)
+    made = results(name, overload(name)(*given))
+    for wrong in range(len(made)):
+        out = [one.to("meta") if i == wrong else one for i, one in enumerate(made)]
+        with pytest.raises(DeviceError, match="out: expected a tensor on (cpu|meta), got one on (cpu|meta)"):
+            overload(f"{name}_out")(*given, *out)
 
 
 def test_strides_beyond_an_int32() -> None:

@@ -1,0 +1,201 @@
+"""The custom ops on a GPU: a table from op to the launcher of its CUDA kernel, or of its Triton kernel.
+
+A launcher has the op's own signature. Ops without one, builds without the CUDA extension, and calls that a kernel does
+not take (float64, layer tensors of different dtypes, heads of more than 256 channels) run `relprop.ops.reference`.
+`relprop info` says which ops have a kernel. Left out are the elementwise halves of the linear rules, which on a GPU are
+inside the products' kernels, and what is a product and nothing else (`linear_apply`).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from relprop import native_cuda
+from relprop.native_cuda import Back
+from relprop.native_cuda.attention_relevance import LARGEST_HEAD
+
+_FACTORS = (torch.float32, torch.bfloat16)
+
+
+def _stabilised(kernel: Callable[..., Any], *names: str) -> Callable[..., Any]:
+    """A kernel whose last arguments are `names`, then the stabiliser's kind and epsilon."""
+
+    def call(*arguments: Any) -> Any:
+        count = len(arguments) - len(names) - 2
+        options = dict(zip(names, arguments[count:], strict=False))
+        return kernel(*arguments[:count], stabiliser=tuple(arguments[-2:]), **options)
+
+    return call
+
+
+def _add(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """One whose kernel wants b for every sample."""
+
+    def call(relevance: Tensor, a: Tensor, b: Tensor, *rest: Any) -> Any:
+        shared = a.dim() > 0 and b.shape == (1, *a.shape[1:])
+        return kernel(relevance, a, b.expand(a.shape) if shared else b, *rest)
+
+    return call
+
+
+def _attention_shares(attention: Tensor, sv: Tensor, dots: Tensor, kind: int, epsilon: float) -> Any:
+    return native_cuda.attention_shares(attention, sv, dots, stabiliser=(kind, epsilon), want_relevance=True)
+
+
+def _product(operands: torch.dtype) -> str:
+    return "float32" if operands is torch.float32 else "bfloat16"
+
+
+def _factors(operands: torch.dtype, *tensors: Tensor) -> list[Tensor]:
+    """In one dtype that the product takes: as they are, or in float32, from which it rounds."""
+    dtypes = {tensor.dtype for tensor in tensors}
+    takes = _FACTORS if operands is torch.bfloat16 else (*_FACTORS, torch.float16)
+    return list(tensors) if len(dtypes) == 1 and dtypes <= set(takes) else [tensor.float() for tensor in tensors]
+
+
+def _transpose(stream: Tensor, weight: Tensor, operands: torch.dtype) -> Tensor:
+    (weight,) = _factors(operands, weight)
+    return native_cuda.linear_back([Back(stream)], None, weight, product=_product(operands))[0]
+
+
+def _share_out_product(
+    relevance: Tensor, x: Tensor, weight: Tensor, y: Any, bias: Any, operands: torch.dtype, *rest: Any
+) -> Tensor:
+    """In float32 z+ is made of y; of bfloat16 factors it is summed by itself, from products of which none cancels."""
+    alpha, tolerance, kind, epsilon = rest
+    if operands is torch.float32:
+        x, weight = x.float(), weight.float()
+        y, bias = (torch.nn.functional.linear(x, weight), None) if y is None else (y, bias)
+    else:
+        x, weight = _factors(operands, x, weight)
+        y = bias = None
+    return native_cuda.linear_alpha_beta_share_out(
+        relevance,
+        x,
+        weight,
+        y,
+        bias,
+        product=_product(operands),
+        stabiliser=(kind, epsilon),
+        alpha=alpha,
+        tolerance=tolerance,
+    )[0]
+
+
+def _back_product(shares: Tensor, x: Tensor, weight: Tensor, operands: torch.dtype) -> Tensor:
+    x, weight = _factors(operands, x, weight)
+    return native_cuda.linear_back([Back(shares, shares, 0.5, 0.5)], x, weight, product=_product(operands))[0]
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> list[Tensor]:
+    output, mask, gradient, relevance, row, scale, causal, exact, gradients, relevances, qk = rest[:11]
+    found = native_cuda.attention_relevance(
+        q,
+        k,
+        v,
+        scale=scale,
+        output=output,
+        exact_output=exact,
+        mask=mask if mask is None or mask.dtype == torch.bool else mask.float(),
+        causal=causal,
+        gradient=gradient,
+        relevance=relevance,
+        gradients_wanted=tuple(gradients),
+        relevances_wanted=tuple(relevances),
+        qk=qk,
+        qk_stabiliser=rest[11:13],
+        av_stabiliser=rest[13:15],
+        edge=rest[15] or None,
+        row=None if row is None else row.float(),
+    )
+    return [part for part in (*found.gradients, *found.relevances, found.row) if part is not None]
+
+
+def _norm_sigma_constant(relevance: Tensor, x: Tensor, y: Tensor, weight: Tensor | None, *rest: Any) -> Tensor:
+    from relprop.kernels.norm_sigma_constant import norm_sigma_constant
+
+    norm, norm_epsilon, kind, epsilon = rest
+    return norm_sigma_constant(relevance, x, y, weight, kind=norm, eps=norm_epsilon, stabiliser=(kind, epsilon))
+
+
+CUDA: dict[str, Callable[..., Any]] = {
+    "linear_transpose": _transpose,
+    "linear_alpha_beta_share_out_product": _share_out_product,
+    "linear_alpha_beta_back_product": _back_product,
+    "add_normalised": _stabilised(native_cuda.add_normalised),
+    "add_epsilon": _add(_stabilised(native_cuda.add_epsilon)),
+    "add_gamma": _add(_stabilised(native_cuda.add_gamma, "gamma")),
+    "fanout_epsilon": _stabilised(native_cuda.fanout_epsilon),
+    "matmul_half_share": _stabilised(native_cuda.share),
+    "matmul_half_attention_shares": _attention_shares,
+    "attention_relevance": _attention,
+    "softmax_taylor": native_cuda.softmax_taylor,
+    "activation_gradient": lambda gradient, x, name: native_cuda.activation_gradient(gradient, x, activation=name),
+    "norm_gradient": lambda gradient, x, weight, norm, epsilon: native_cuda.norm_gradient(
+        gradient, x, weight, norm=norm, epsilon=epsilon
+    ),
+}
+TRITON: dict[str, Callable[..., Any]] = {"norm_sigma_constant": _norm_sigma_constant}
+LONGEST_ROW = 8192  # of the Triton kernel
+
+
+STREAMS = {"relevance", "relevances", "gradient", "sv", "shares", "stream"}
+
+
+def launcher(name: str, arguments: dict[str, Any]) -> Callable[..., Any] | None:
+    """The kernel that takes this call of an op with these arguments by name, None for the reference."""
+    if name in CUDA:
+        usable = native_cuda.available()[0] and _taken(name, arguments)
+        return CUDA[name] if usable else None
+    if name in TRITON:
+        short = arguments["x"].dim() > 0 and arguments["x"].shape[-1] <= LONGEST_ROW
+        fits = short and _taken(name, arguments)
+        return TRITON[name] if fits and importlib.util.find_spec("triton") is not None else None
+    return None
+
+
+def _taken(name: str, arguments: dict[str, Any]) -> bool:
+    """Whether the dtypes, numbers and sizes of a call are the kernel's; the reference names what no kernel takes."""
+    given: dict[str, list[Tensor]] = {
+        key: item if isinstance(item, list) else [item]
+        for key, item in arguments.items()
+        if isinstance(item, (Tensor, list)) and (isinstance(item, Tensor) or (item and isinstance(item[0], Tensor)))
+    }
+    flowing = [tensor for key, tensors in given.items() if key in STREAMS for tensor in tensors]
+    layer = [tensor for key, tensors in given.items() if key not in STREAMS | {"mask", "row"} for tensor in tensors]
+    if "operands" in arguments:
+        return _product_taken(arguments, flowing, layer)
+    values, moving = {tensor.dtype for tensor in layer}, {tensor.dtype for tensor in flowing}
+    if len(values) != 1 or not values <= set(native_cuda.DTYPES) or len(moving) > 1:
+        return False
+    if not moving <= {torch.float32, *values}:
+        return False
+    if "relevances" in arguments:
+        return 1 <= len(arguments["relevances"]) <= native_cuda.call.compiled().MAX_FANOUT
+    if name == "attention_relevance":
+        others = [tensor for key in ("mask", "row") for tensor in given.get(key, [])]
+        plain = all(tensor.dtype in (torch.bool, *native_cuda.DTYPES) for tensor in others)
+        return plain and all(given[key][0].dim() != 4 or given[key][0].shape[3] <= LARGEST_HEAD for key in "qv")
+    return True
+
+
+def _product_taken(arguments: dict[str, Any], streams: list[Tensor], layer: list[Tensor]) -> bool:
+    """Streams, y and the bias in float32, factors in what the kernels multiply, of shapes that fit."""
+    weight, x = arguments["weight"], arguments.get("x")
+    y, bias = arguments.get("y"), arguments.get("bias")
+    fits = weight.dim() == 2 and (x is None or (x.dim() > 0 and x.shape[-1] == weight.shape[1]))
+    if not fits or arguments["operands"] not in _FACTORS:
+        return False
+    single = [*streams, *(tensor for tensor in (y, bias) if tensor is not None)]
+    return (
+        (y is None or y.shape == (*arguments["x"].shape[:-1], weight.shape[0]))
+        and (bias is None or bias.shape == weight.shape[:1])
+        and all(tensor.dtype is torch.float32 for tensor in single)
+        and all(tensor.dtype in native_cuda.DTYPES for tensor in layer)
+        and all(tensor.device == weight.device for tensor in (*single, *layer))
+    )
