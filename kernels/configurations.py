@@ -249,11 +249,11 @@ for _size in (64, 128, 256):
     TABLE["attention_statistics", "ieee", f"d{_size}"] = {80: _large, 100: _tiles(64, 32, 8, 2)}
 # float16 operands with shares in tf32: as tf32, but where 64 rows, which the large instructions take, fit.
 _FLOAT16_LARGE: dict[tuple[str, int], Rows] = {
-    ("queries", 64): {90: _tiles(64, 32, 8, 1)},
+    ("queries", 64): {90: _tiles(64, 32, 8, 1), 100: _tiles(64, 32, 4, 1)},
     ("queries", 128): {100: _tiles(64, 32, 8, 1)},
     ("queries_signed", 64): {90: _tiles(64, 16, 8, 1)},
     ("queries_signed", 128): {100: _tiles(64, 16, 8, 1)},
-    ("keys_values", 64): {90: _tiles(16, 64, 8, 1)},
+    ("keys_values", 64): {90: _tiles(16, 64, 8, 1), 100: _tiles(16, 64, 4, 1)},
     ("keys", 64): {90: _tiles(16, 64, 8, 1)},
     ("keys", 128): {100: _tiles(16, 64, 8, 1)},
     ("keys_signed", 64): {90: _tiles(16, 64, 8, 1)},
