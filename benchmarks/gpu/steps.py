@@ -107,7 +107,8 @@ def main(machine: Machine) -> int:
         for backend in (*backends(machine), "torch"):
             head = {"capability": capability, "method": method, "composite": composite, "backend": backend}
             try:
-                engine = engine_of(machine, model, given, False, backend=backend, method=method, composite=composite)
+                options = {"method": method, "composite": composite, "tape": False}  # a tape has no steps
+                engine = engine_of(machine, model, given, False, backend=backend, **options)
                 for row in rows_of(machine, engine, given, ceilings):
                     machine.add(**head, **row)
             except Exception as problem:

@@ -92,7 +92,7 @@ def test_dry_run(tmp_path: Path) -> None:
     assert {("linear", "gradient + alpha_beta"), ("attention", "gradient + composed")} <= {
         (row["kind"], row["rules"]) for row in steps
     }
-    assert all(row["bound"] in ("rate", "bandwidth", "-") for row in steps)
+    assert all(row["bound"] in ("rate", "bandwidth", "-") and float(row["ms"]) > 0 for row in steps)
     assert {"predicted_ms", "tflop_s", "gb_s", "share_of_matrix_rate", "share_of_bandwidth"} <= set(steps[0])
     ours = [row for row in rows_of(tmp_path / "end_to_end_parity.csv") if row["backend"] == "triton"]
     ways = {(row["family"], row["method"], row["graph"]) for row in ours}
