@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.filterwarnings("ignore")]
 QUICK = ("vit", "bert", "t5")
 LENGTH = 9
 # Against the same weights in float64. Logits: some twenty unit roundoffs (2^-11, 2^-8). The cosine is that of
-# gradient x input: where parts of a mean cancel, as random weights make them, its shares have no digit in half precision.
+# gradient x input: where parts of a mean cancel, as random weights make them, its shares have no digit left.
 LOGITS = {torch.float16: 0.01, torch.bfloat16: 0.08}
 COSINE = {torch.float16: 0.99, torch.bfloat16: 0.9}
 COMPARED = {*QUICK, *(family.name for family in VISION)}
