@@ -247,6 +247,8 @@ for _size in (64, 128, 256):
     TABLE["attention_statistics", "tf32", f"d{_size}"] = {80: _tiles(32, 32, 8, 1), 90: _large}
     TABLE["attention_statistics", "tf32x3", f"d{_size}"] = {80: _tiles(64, 32, 8, 2), 90: _large}
     TABLE["attention_statistics", "ieee", f"d{_size}"] = {80: _large, 100: _tiles(64, 32, 8, 2)}
+TABLE["attention_keys_signed", "tf32", "d128"] |= {86: _tiles(16, 32, 8, 1)}
+
 # float16 operands with shares in tf32: as tf32, but where 64 rows, which the large instructions take, fit.
 _FLOAT16_LARGE: dict[tuple[str, int], Rows] = {
     ("queries", 64): {90: _tiles(64, 32, 8, 1), 100: _tiles(64, 32, 4, 1)},
