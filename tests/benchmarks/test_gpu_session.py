@@ -66,6 +66,7 @@ def session(out: Path, **more: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.full
 def test_dry_run(tmp_path: Path) -> None:
     pytest.importorskip("triton")
     done = session(tmp_path)
