@@ -480,7 +480,6 @@ class Engine:
 
         def sampled(forward: Forward, aimed: Target) -> dict[Value, Tensor]:
             assert isinstance(readout, SampledMap)
-
             pairs = self._pairs()
 
             def aim_again(output: Tensor, points: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -116,10 +116,15 @@ def _token_by_token(part: Tensor) -> Tensor:
     return part.transpose(2, 3).contiguous().transpose(2, 3)
 
 
-def on_cpu(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> list[Tensor]:
+def on_cpu(*arguments: Any) -> list[Tensor]:
     """The compiled kernel."""
+    return through(native.attention_relevance, *arguments)
+
+
+def through(kernel: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> list[Tensor]:
+    """A kernel with the op's arguments, by its own names."""
     output, mask, gradient, relevance, row, scale, causal, exact, gradients, relevances, qk = rest[:11]
-    found = native.attention_relevance(
+    found = kernel(
         q,
         k,
         v,

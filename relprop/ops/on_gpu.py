@@ -18,6 +18,7 @@ from torch import Tensor
 from relprop import native_cuda
 from relprop.native_cuda import Back
 from relprop.native_cuda.attention_relevance import LARGEST_HEAD
+from relprop.ops import attention
 
 _FACTORS = (torch.float32, torch.bfloat16)
 
@@ -92,28 +93,12 @@ def _back_product(shares: Tensor, x: Tensor, weight: Tensor, operands: torch.dty
     return native_cuda.linear_back([Back(shares, shares, 0.5, 0.5)], x, weight, product=_product(operands))[0]
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> list[Tensor]:
-    output, mask, gradient, relevance, row, scale, causal, exact, gradients, relevances, qk = rest[:11]
-    found = native_cuda.attention_relevance(
-        q,
-        k,
-        v,
-        scale=scale,
-        output=output,
-        exact_output=exact,
-        mask=mask if mask is None or mask.dtype == torch.bool else mask.float(),
-        causal=causal,
-        gradient=gradient,
-        relevance=relevance,
-        gradients_wanted=tuple(gradients),
-        relevances_wanted=tuple(relevances),
-        qk=qk,
-        qk_stabiliser=rest[11:13],
-        av_stabiliser=rest[13:15],
-        edge=rest[15] or None,
-        row=None if row is None else row.float(),
-    )
-    return [part for part in (*found.gradients, *found.relevances, found.row) if part is not None]
+def _attention(*arguments: Any) -> list[Tensor]:
+    """With an additive mask and a row in float32."""
+    q, k, v, output, mask, gradient, relevance, row, *rest = arguments
+    mask = mask if mask is None or mask.dtype == torch.bool else mask.float()
+    row = None if row is None else row.float()
+    return attention.through(native_cuda.attention_relevance, q, k, v, output, mask, gradient, relevance, row, *rest)
 
 
 def _norm_sigma_constant(relevance: Tensor, x: Tensor, y: Tensor, weight: Tensor | None, *rest: Any) -> Tensor:
@@ -142,8 +127,6 @@ CUDA: dict[str, Callable[..., Any]] = {
 }
 TRITON: dict[str, Callable[..., Any]] = {"norm_sigma_constant": _norm_sigma_constant}
 LONGEST_ROW = 8192  # of the Triton kernel
-
-
 STREAMS = {"relevance", "relevances", "gradient", "sv", "shares", "stream"}
 
 
