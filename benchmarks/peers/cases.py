@@ -194,15 +194,18 @@ DEFAULT = (
     *_points("vit_tiny_patch16_224", "float32", (8, 197), (1, 1025)),
     *_points("torchvision vit_b_16", "float32", (1, 197)),
 )
-ALL = (
-    *DEFAULT,
-    *_points("vit_tiny_patch16_224", "float32", (1, 197), (32, 197), (1, 4097)),
-    *_points("vit_base_patch16_224", "float32", (8, 197), (32, 197), (1, 577), (1, 1025)),
-    *_points("vit_large_patch16_224", "float32", (1, 197)),
-    *_points("torchvision vit_b_16", "float32", (8, 197)),
-    *_points("bert_base", "float32", (8, 197), (32, 197), (1, 512)),
-    *_points("llama_1b", "float32", (1, 197), (8, 197), (32, 197), (1, 4096)),
-    *_points("vit_base_patch16_224", "bfloat16", (1, 197), (8, 197)),
-    *_points("bert_base", "bfloat16", (1, 197)),
-    *_points("llama_1b", "bfloat16", (1, 1024)),
+_VITS = ("vit_tiny_patch16_224", "vit_base_patch16_224", "vit_large_patch16_224")
+_GRID = tuple(  # every model at every batch, in float32 first
+    Point(model, batch, 197, dtype)
+    for dtype in ("float32", "bfloat16")
+    for batch in (1, 8, 32)
+    for model in (*_VITS, "bert_base", "llama_1b")
 )
+_LONG = (
+    *(Point(model, 1, tokens) for tokens in (577, 1025, 4097) for model in _VITS),
+    *_points("bert_base", "float32", (1, 512)),
+    *_points("llama_1b", "float32", (1, 4096)),
+    *_points("llama_1b", "bfloat16", (1, 1024), (1, 4096)),
+    *_points("torchvision vit_b_16", "float32", (8, 197)),
+)
+ALL = tuple(dict.fromkeys((*DEFAULT, *_GRID, *_LONG)))
