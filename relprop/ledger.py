@@ -23,6 +23,8 @@ class LedgerEntry:
         amplification: sum |passed on| / sum |arriving|.
         cancellation: of a residual add (sum |a| + sum |b|) / sum |a + b|, from 1 for branches that never oppose each
             other; None elsewhere. [1, B]
+        branch: of a residual add what its branch (not the stream itself) was handed. [T, B]
+        branch_module: the module that the branch comes from.
     """
 
     step: str
@@ -34,6 +36,8 @@ class LedgerEntry:
     absorbed: dict[str, Tensor]
     amplification: Tensor
     cancellation: Tensor | None = None
+    branch: Tensor | None = None
+    branch_module: str = ""
 
     @property
     def rounding(self) -> Tensor:
@@ -49,11 +53,14 @@ class LayerBooks:
         name: module path of the layer ("blocks.5"), or names of steps outside of any module.
         arriving: relevance on its way before the layer: the seed less all that was absorbed above.
         absorbed: kept in the layer, by cause.
+        branches: what goes through a branch of the layer beside the residual stream, by its module inside the layer
+            ("attn", "mlp"); what went through one comes back to the stream, so two can have the same relevance.
     """
 
     name: str
     arriving: Tensor
     absorbed: dict[str, Tensor]
+    branches: dict[str, Tensor]
 
 
 @dataclass
@@ -111,7 +118,7 @@ class Ledger:
             negligible = 1e-5 * float(self.seed.abs().max())
             if name or float(kept.abs().max()) > negligible:
                 steps = [e.step for e in entries if any(float(t.abs().max()) > negligible for t in e.absorbed.values())]
-                found.append(LayerBooks(name or ", ".join(steps[:2]), arriving, absorbed))
+                found.append(LayerBooks(name or ", ".join(steps[:2]), arriving, absorbed, _branches(name, entries)))
             arriving = arriving - kept
         return found
 
@@ -149,6 +156,15 @@ class Ledger:
         return "\n".join(rows)
 
 
+def _branches(layer: str, entries: list[LedgerEntry]) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for entry in entries:
+        if entry.branch is not None:
+            inside = entry.branch_module.removeprefix(layer).strip(".").split(".")[0] or "branch"
+            found[inside] = found[inside] + entry.branch if inside in found else entry.branch
+    return found
+
+
 def first_number(module: str) -> int | None:
     """Where the first number stands in a module path."""
     return next((i for i, part in enumerate(module.split(".")) if part.isdecimal()), None)
@@ -170,6 +186,7 @@ def book(
     cancellation: Tensor | None = None,
 ) -> LedgerEntry:
     """An entry from (sum, sum of magnitudes) pairs [T, B] at the outputs and the inputs of a step."""
+    branch = branch_of(node) if len(passed) == len(node.operands) else None
     total_in = sum((pair[0] for pair in arriving), torch.zeros(1, 1, dtype=torch.float64, device=arriving[0][0].device))
     total_out = sum((pair[0] for pair in passed), torch.zeros_like(total_in))
     size_in = sum((pair[1] for pair in arriving), torch.zeros_like(total_in))
@@ -189,7 +206,29 @@ def book(
         causes,
         amplification,
         cancellation,
+        None if branch is None else passed[branch][0],
+        "" if branch is None else module_of(node.operands[branch]),
     )
+
+
+def branch_of(node: Node) -> int | None:
+    """Which operand of a residual add is the branch: the other is the stream itself, as it was before the branch."""
+    if not node.is_residual:
+        return None
+    stream = [_is_the_stream(value) for value in node.operands]
+    return stream.index(False) if sorted(stream) == [False, True] else None
+
+
+def _is_the_stream(value: Value | None) -> bool:
+    """Whether it is one of several uses of a value, or tokens selected from one."""
+    while value is not None and value.producer is not None and value.producer.kind == "movement":
+        value = value.producer.operands[0]
+    return value is not None and value.producer is not None and value.producer.kind == "fanout"
+
+
+def module_of(value: Value | None) -> str:
+    """The module that made a value."""
+    return "" if value is None or value.producer is None else value.producer.module
 
 
 def cancellation(value: Value, a: Tensor, b: Tensor, batch: int) -> Tensor:

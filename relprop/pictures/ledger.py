@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from PIL import Image
 from torch import Tensor
 
 from relprop.errors import OptionError
-from relprop.ledger import Ledger
+from relprop.ledger import LayerBooks, Ledger
 from relprop.pictures.colours import DARK, LIGHT
 from relprop.pictures.figures import drawn, make_figure, style_axes
 
 _CAUSES = {"bias": "#e69f00", "epsilon": "#999999", "constant": "#009e73", "rule": "#cc79a7"}  # Okabe and Ito
 _LEAST, _NEGLIGIBLE = 0.002, 1e-4  # of the largest amount absorbed, and of the seed: causes below it are not drawn
 _OTHER, _FLOW, _END = "#d55e00", "#56b4e9", "#0072b2"
+_BRANCHES = ("#aa3377", "#117733", "#ddaa33")  # Tol
 
 
 def conditioning_picture(ledgers: Mapping[str, Ledger]) -> Image.Image:
@@ -62,7 +63,8 @@ def ledger_picture(
 ) -> Image.Image:
     """Relevance on its way from the output down, layer by layer: what arrives, and what is absorbed by what.
 
-    The last bar is the frontier, where the pass ends: the first attention map of a row walk, else the input.
+    The narrow bars are what goes through a layer's branches, the rest stays on the residual stream past them. The last
+    bar is the frontier, where the pass ends: the first attention map of a row walk, else the input.
 
     Args:
         ledger: of a run with `ledger=True`.
@@ -83,6 +85,8 @@ def ledger_picture(
     places = range(len(names))
     above.bar(list(places)[:-1], [read(layer.arriving) for layer in layers], width=0.7, color=_FLOW)
     above.bar(places[-1], read(ledger.frontier), width=0.7, color=_END)
+    through = {name: [read(layer.branches.get(name)) for layer in layers] for name in _names(layers)}
+    _beside(above, through)
     kept = {cause: [read(layer.absorbed.get(cause)) for layer in layers] for cause in ledger.absorbed}
     most = max((abs(amount) for amounts in kept.values() for amount in amounts), default=0.0)
     least = max(_LEAST * most, _NEGLIGIBLE * abs(read(ledger.seed)))
@@ -100,11 +104,26 @@ def ledger_picture(
     if not kept:
         below.set_yticks([0])
         below.text(0.5, 0.6, "next to nothing", transform=below.transAxes, ha="center", fontsize=8.5, color=ink)
-    else:
-        box = below.legend(fontsize=8.5, frameon=False, ncols=len(kept), loc="lower right", bbox_to_anchor=(1, 1))
-        for text in box.get_texts():
-            text.set_color(ink)
+    for axes, count in ((above, len(through)), (below, len(kept))):
+        if count:
+            box = axes.legend(fontsize=8.5, frameon=False, ncols=count, loc="lower right", bbox_to_anchor=(1, 1))
+            for text in box.get_texts():
+                text.set_color(ink)
     return drawn(figure)
+
+
+def _names(layers: Sequence[LayerBooks]) -> list[str]:
+    """Of the branches, from the output down, as many as have a colour."""
+    return list(dict.fromkeys(name for layer in layers for name in layer.branches))[: len(_BRANCHES)]
+
+
+def _beside(axes: Any, through: dict[str, list[float]]) -> None:
+    """Narrow bars next to one another, within the width of those that they belong to."""
+    width = 0.5 / max(1, len(through))
+    for turn, ((name, amounts), colour) in enumerate(zip(through.items(), _BRANCHES, strict=False)):
+        shift = (turn - (len(through) - 1) / 2) * width
+        places = [place + shift for place in range(len(amounts))]
+        axes.bar(places, amounts, width=0.8 * width, color=colour, label=f"through {name}")
 
 
 def _reader(ledger: Ledger, sample: int | None, target: int | None) -> Any:

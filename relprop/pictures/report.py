@@ -246,17 +246,24 @@ def _texts(explanations: dict[str, Explanation], sample: int, target: int, theme
 def _ledger_table(booked: Explanation, sample: int) -> str:
     ledger = booked.ledger
     assert ledger is not None
-    causes = list(ledger.absorbed)
+    causes, layers = list(ledger.absorbed), ledger.by_layer()
+    branches = list(dict.fromkeys(name for layer in layers for name in layer.branches))
 
     def at(tensor: Tensor | None) -> str:
         return "" if tensor is None else shown(float(tensor.expand_as(ledger.seed)[0, sample]), signed=True)
 
     rows = [
-        [layer.name, at(layer.arriving), *(at(layer.absorbed.get(cause)) for cause in causes)]
-        for layer in ledger.by_layer()
+        [
+            layer.name,
+            at(layer.arriving),
+            *(at(layer.branches.get(name)) for name in branches),
+            *(at(layer.absorbed.get(cause)) for cause in causes),
+        ]
+        for layer in layers
     ]
-    rows.append(["frontier", at(ledger.frontier), *[""] * len(causes)])
-    return _table(["layer", "arrives", *(f"absorbed: {cause}" for cause in causes)], rows)
+    rows.append(["frontier", at(ledger.frontier), *[""] * (len(branches) + len(causes))])
+    head = [*(f"through {name}" for name in branches), *(f"absorbed: {cause}" for cause in causes)]
+    return _table(["layer", "arrives", *head], rows)
 
 
 def _timings(surveys: Sequence[Survey]) -> str:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from matplotlib.colors import to_rgb
 from torch import Tensor
+from transformers import BertConfig, BertForSequenceClassification
 
 import relprop
 from relprop.errors import OptionError
@@ -69,6 +72,34 @@ def test_by_layer_of_a_model_adds_up(method: str) -> None:
     torch.testing.assert_close(layers[0].arriving, found.seed)
 
 
+@pytest.mark.parametrize("method", ["transformer_attribution", "attnlrp"])
+def test_branches_are_what_arrives_at_their_last_layers(method: str) -> None:
+    x = torch.randn(3, 3, 32, 32, dtype=torch.float64)
+    found = relprop.explain(vit().double(), x, target=[[1, 2]] * 3, method=method, ledger=True).ledger
+    assert found is not None
+    arriving = {e.module: e.arriving for e in found.entries if e.kind == "linear"}
+    layers = [layer for layer in found.by_layer() if layer.name.startswith("blocks")]
+    assert [list(layer.branches) for layer in layers] == [["mlp", "attn"]] * 3  # the last layer's has one token alone
+    for layer in layers:
+        for name, last in {"mlp": "mlp.fc2", "attn": "attn.proj"}.items():
+            torch.testing.assert_close(layer.branches[name], arriving[f"{layer.name}.{last}"])
+
+
+def test_branches_of_norms_after_the_adds() -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_hidden_layers": 2}
+    model = BertForSequenceClassification(BertConfig(**sizes, vocab_size=50)).eval().double()
+    found = relprop.explain(model, torch.randint(1, 50, (2, 7)), target=1, method="attnlrp", ledger=True).ledger
+    assert found is not None
+    layers = {layer.name: layer.branches for layer in found.by_layer() if "layer." in layer.name}
+    assert {name: list(branches) for name, branches in layers.items()} == {
+        f"bert.encoder.layer.{i}": ["output", "attention"] for i in (1, 0)
+    }
+    arriving = {e.module: e.arriving for e in found.entries if e.kind == "linear"}
+    for name, branches in layers.items():
+        torch.testing.assert_close(branches["output"], arriving[f"{name}.output.dense"])
+        torch.testing.assert_close(branches["attention"], arriving[f"{name}.attention.output.dense"])
+
+
 def heights(ledger: Ledger, colour: str, **options: int) -> list[int]:
     """Of the bars of a colour, in pixels, from the left."""
     pixels = np.asarray(ledger_picture(ledger, **options)).astype(int)
@@ -84,6 +115,13 @@ def test_bars_are_as_high_as_what_arrives(options: dict[str, int]) -> None:
     assert np.asarray(found) / found[0] == pytest.approx(np.array([8, 6, 3, 1]) / 8, abs=0.04)
     (end,) = heights(books(), drawing._END, **options)
     assert end / found[0] == pytest.approx(1 / 8, abs=0.04)
+
+
+def test_narrow_bars_of_branches() -> None:
+    whole, part = entry("blocks.0", [8.0], step="add"), torch.tensor([[2.0]], dtype=torch.float64)
+    found = Ledger(whole.arriving, whole.passed, [replace(whole, branch=part, branch_module="blocks.0.mlp.fc2")])
+    (bar, _), (flow,) = heights(found, drawing._BRANCHES[0]), heights(found, drawing._END)
+    assert bar / flow == pytest.approx(1 / 4, abs=0.04)
 
 
 def test_absorbed_by_cause() -> None:
