@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import relprop
+import relprop.survey as survey_module
 from relprop.errors import OptionError, RelpropError, ShapeError, UnknownNameError
 from relprop.info import installation
 from relprop.methods import METHODS
@@ -41,6 +42,14 @@ class TestSurvey:
             assert torch.equal(explanation.relevance, direct.relevance)
         assert surveyed.booked is not None and surveyed.booked.method == "attnlrp"
         assert surveyed.forward_seconds > 0 and all(one.seconds > 0 for one in surveyed.findings)
+
+    def test_forward_time_starts_when_the_first_pass_is_over(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A GPU is still at work when a call returns."""
+        told: list[str] = []
+        monkeypatch.setattr("relprop.survey._synchronise", lambda args, kwargs: told.append("waited"))
+        monkeypatch.setattr("relprop.survey.time.perf_counter", lambda: told.append("clock") or 0.0)
+        survey_module._forward(lambda x: told.append("model"), (torch.zeros(1),), {})
+        assert told == ["model", "waited", "clock", "model", "waited", "clock"]
 
     def test_refusals_by_reason(self) -> None:
         said: list[str] = []
