@@ -122,7 +122,7 @@ def compile(
         raise OptionError("tape: expected it without compile, got both")
     kernels = choose_kernels(backend, dtype, device, precision)
     inside = module_patterns(latents)
-    key = (method, rules, _hashable(method_options), backend, dtype, str(device), precision, inside)
+    key = (method, rules, hashable_options(method_options), backend, dtype, str(device), precision, inside)
 
     def build(books: bool) -> Program:
         return build_program(
@@ -157,7 +157,12 @@ def compile(
     return engine
 
 
-def _hashable(options: Mapping[str, Any] | None) -> Any:
+def hashable_options(options: Mapping[str, Any] | None) -> Any:
+    """A method's options as part of a key.
+
+    Raises:
+        OptionError: values that are not plain.
+    """
     try:
         found = tuple(sorted((options or {}).items()))
         hash(found)

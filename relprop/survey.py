@@ -118,6 +118,7 @@ def _forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     """Seconds of the second of two forward passes, and the batch."""
     with torch.no_grad():
         model(*args, **kwargs)
+        _synchronise(args, kwargs)
         start = time.perf_counter()
         model(*args, **kwargs)
         _synchronise(args, kwargs)

@@ -30,15 +30,8 @@ def draw(folder: Path) -> None:
             continue
         found = relprop.explain(model, inputs, target=torch.tensor([DIGITS]), method=method.name)
         maps, signed = found.image_map()[0], method.output == "input"
-        maps = clipped(maps) if signed else maps
         tiles = [(f"for {digit}", overlay(image, maps[i], signed=signed)) for i, digit in enumerate(DIGITS)]
         save_png(panel([("image", image), *tiles]), path)
-
-
-def clipped(maps: torch.Tensor) -> torch.Tensor:
-    """Cut off at the 99th percentile: few pixels carry most of it. [n, H, W]"""
-    limit = maps.abs().flatten(1).quantile(0.99, 1)[:, None, None]
-    return maps.clamp(-limit, limit)
 
 
 def draw_composites(path: Path) -> None:
@@ -48,7 +41,7 @@ def draw_composites(path: Path) -> None:
     inputs, tiles = preprocess(scene.image[None]), [("image", image)]
     for name in COMPOSITES:
         found = relprop.explain(model, inputs, target=DIGITS[0], method="full", composite=name)
-        tiles.append((name, overlay(image, clipped(found.image_map())[0], signed=True)))
+        tiles.append((name, overlay(image, found.image_map()[0], signed=True)))
     save_png(panel(tiles, columns=5), path)
 
 

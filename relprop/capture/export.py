@@ -34,6 +34,11 @@ class InputSpec:
     sizes: tuple[str, ...] = ()  # the same as the capture names them: sizes of one name are equal
 
     @property
+    def argument(self) -> str:
+        """Of the model's forward, which this tensor is, or is part of."""
+        return self.path.partition("[")[0]
+
+    @property
     def is_token_ids(self) -> bool:
         return not self.dtype.is_floating_point and self.dtype != torch.bool and len(self.shape) == 2
 

@@ -195,13 +195,13 @@ def _slug(number: str, label: str) -> str:
     return number if words in ("", number) else f"{number}_{words}"
 
 
-def collect(arguments: Sequence[str], out: Path) -> tuple[list[Path], int]:
-    """Images of all arguments, and how many arguments had none."""
+def collect(arguments: Sequence[str], skip: Path | None = None) -> tuple[list[Path], int]:
+    """Images of all arguments, and how many arguments had none. skip: a folder as `find_images` takes it."""
     found: list[str | Path] = []
     failed = 0
     for argument in arguments:
         try:
-            found += find_images([argument], skip=out)
+            found += find_images([argument], skip=skip)
         except ImageError as error:
             say(f"error: {error}")
             failed += 1

@@ -17,9 +17,19 @@ from torch import Tensor, nn
 from relprop.errors import DeviceError, OptionError, UnknownNameError, WeightsError
 from relprop.images import load_weights
 
-__all__ = ["Subject", "fit_weights", "load_digits", "load_subject", "load_timm", "names_a_file", "place_of"]
+__all__ = [
+    "Subject",
+    "fit_weights",
+    "load_digits",
+    "load_subject",
+    "load_timm",
+    "names_a_file",
+    "names_a_place",
+    "place_of",
+]
 
 _WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".pkl", ".npz", ".h5")
+_SEPARATORS = tuple(s for s in (os.sep, os.altsep) if s)
 _SHOWN = 5  # keys of a misfit
 
 
@@ -67,8 +77,14 @@ class Subject:
 
 def names_a_file(model: str) -> bool:
     """Whether a --model is a file rather than a timm name."""
-    separators = tuple(s for s in (os.sep, os.altsep) if s)
-    return model.lower().endswith(_WEIGHT_SUFFIXES) or (":" not in model and any(s in model for s in separators))
+    return model.lower().endswith(_WEIGHT_SUFFIXES) or (":" not in model and any(s in model for s in _SEPARATORS))
+
+
+def names_a_place(model: str) -> bool:
+    """Whether a --model is a file or folder rather than a name on the hub, which may be owner/name."""
+    outside = model.startswith((".", "~")) or Path(model).is_absolute()
+    separators = sum(model.count(s) for s in _SEPARATORS)
+    return outside or separators > 1 or model.lower().endswith(_WEIGHT_SUFFIXES)
 
 
 def load_subject(

@@ -36,7 +36,7 @@ def report_images(options: argparse.Namespace) -> int:
         RelpropError: nothing more can be explained (model, method, target, place of the page).
     """
     _prepare(options)
-    paths, failed = collect(options.images, options.report.parent)
+    paths, failed = collect(options.images)
     paths = [path for path in paths if path.resolve() != options.report.resolve()]
     if not paths:
         return conclude(failed, failed)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from relprop.cli.models import names_a_file, place_of
+from relprop.cli.models import names_a_place, place_of
 from relprop.compat.engines import needed
 from relprop.errors import OptionError, WeightsError
 
@@ -61,11 +61,11 @@ def load_text_subject(model: str, device: str = "cpu") -> TextSubject:
     """A classifier and its tokenizer, by the name of a repository or a folder with both.
 
     Raises:
-        MissingDependencyError: transformers is not installed. OptionError: a file. WeightsError: neither is to be had,
-            or weights without a classifier. DeviceError
+        MissingDependencyError: transformers is not installed. OptionError: a file, or a folder that is not there.
+            WeightsError: neither is to be had, or weights without a classifier. DeviceError
     """
     place = place_of(device)
-    if names_a_file(model) and not Path(model).is_dir():
+    if names_a_place(model) and not Path(model).is_dir():
         raise OptionError(f"model {model}: expected a name or a folder of transformers with a tokenizer, got no folder")
     transformers = needed("transformers", by="relprop explain --text")
     try:

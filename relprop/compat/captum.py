@@ -18,6 +18,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from relprop.capture.export import bind_arguments
 from relprop.compat.engines import Engines, needed
@@ -106,7 +107,8 @@ class Relevance(Attribution):  # type: ignore[misc]
         Args:
             inputs: tensors that the model is called with, in order.
             target: None for one score per sample, an int, a tuple of ints, a list of either or a tensor, as in Captum.
-            additional_forward_args: the arguments after the inputs.
+            additional_forward_args: the arguments after the inputs. They have no attributions; the methods that move
+                inputs (to a baseline, by noise) leave them as they are.
             return_convergence_delta: also return `compute_convergence_delta`, of sums before they are rounded to the
                 inputs' dtype. [B]
             verbose: print the program.
@@ -138,6 +140,10 @@ class Relevance(Attribution):  # type: ignore[misc]
         if latents and "rows" in self.method.options:
             options["rows"] = "all"
         args = (*given, *more)
+        if "held" in self.method.options:
+            fixed = list(bind_arguments(self.model, args, {}).items())[len(given) :]
+            tensors = [name for name, value in fixed if any(isinstance(t, Tensor) for t in pytree.tree_leaves(value))]
+            options["held"] = (*options.get("held", ()), *tensors)
         engine = self._engines(
             args, method=self.method.name, composite=self.composite, options=options, latents=latents
         )
@@ -177,18 +183,19 @@ class Relevance(Attribution):  # type: ignore[misc]
             )
         score = _score(target)(found.logits)
         if self._of_change:
-            score = score - _score(target)(self._at_baseline(args))
+            score = score - _score(target)(self._at_baseline(args, len(parts)))
         return attributions, self.compute_convergence_delta(parts, score)
 
-    def _at_baseline(self, args: tuple[Any, ...]) -> Tensor:
-        """The model's output where its first input is the baseline of `integrated_gradients`."""
-        if not args[0].is_floating_point():
-            raise OptionError(
-                f"return_convergence_delta: expected an input that can be a baseline, got {args[0].dtype}"
-            )
+    def _at_baseline(self, args: tuple[Any, ...], inputs: int) -> Tensor:
+        """The model's output where its inputs, the first of its arguments, are `integrated_gradients`' baseline."""
+        for tensor in args[:inputs]:
+            if not tensor.is_floating_point():
+                raise OptionError(
+                    f"return_convergence_delta: expected an input that can be a baseline, got {tensor.dtype}"
+                )
         baseline = {**self.method.options, **self.options}["baseline"]
         with torch.no_grad():
-            output = self.model(torch.full_like(args[0], baseline), *args[1:])
+            output = self.model(*(torch.full_like(tensor, baseline) for tensor in args[:inputs]), *args[inputs:])
         return getattr(output, "logits", output)
 
 

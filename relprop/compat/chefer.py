@@ -80,7 +80,9 @@ class LRP:
     ) -> Tensor:
         """Relevance of patches [B, N], class token left out; for "full" of pixels [B, H, W].
 
-        One layer's row ("last_layer", "second_layer", "last_layer_attn") is [N] for one sample.
+        One layer's row ("last_layer", "second_layer", "last_layer_attn") is [N] for one sample. A negative
+        `start_layer` counts from the end, -1 for the last layer alone; the original multiplies from there through the
+        whole model.
 
         Raises:
             UnknownNameError: the original returned None for a method it did not know.

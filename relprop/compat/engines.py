@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from relprop.composites import Composite
-from relprop.engine import Engine, compile
+from relprop.composites import Composite, find_composite
+from relprop.engine import Engine, compile, hashable_options
 from relprop.errors import MissingDependencyError, OptionError
+from relprop.methods import find_method
 from relprop.plans import fingerprint
 
 
@@ -41,11 +42,12 @@ class Engines:
         latents: tuple[str, ...] = (),
         output: str | None = None,
     ) -> Engine:
-        """The engine of a method for this kind of input; arguments as `relprop.compile` takes them."""
+        """The engine of a method for this kind of input; arguments and errors as `relprop.compile` has them."""
+        rules = None if composite is None else find_composite(composite)
         kwargs = dict(kwargs or {})
         given = (*args, *kwargs.items())
         kinds = tuple(_kind(value) for value in given)
-        chosen = (method, composite, tuple(sorted((options or {}).items())), latents, output)
+        chosen = (find_method(method).name, rules, hashable_options(options), latents, output)
         key = (chosen, kinds, fingerprint(self.model))
         if key not in self._engines:
             self._engines[key] = compile(
@@ -53,7 +55,7 @@ class Engines:
                 args,
                 kwargs,
                 method=method,
-                composite=composite,
+                composite=rules,
                 method_options=options,
                 latents=latents,
                 output=output,

@@ -16,7 +16,7 @@ gradient, and so they do here; composites of relprop have rules for all operatio
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, TypeAlias
@@ -25,8 +25,16 @@ import torch
 from torch import Tensor, nn
 
 from relprop.compat.engines import Engines
+from relprop.composites import COMPOSITES as KNOWN
 from relprop.composites import Composite, Entry, find_composite
-from relprop.errors import OptionError, ShapeError, TargetError, UnknownNameError, UnsupportedOpError
+from relprop.errors import (
+    OptionError,
+    ShapeError,
+    TargetError,
+    UnknownNameError,
+    UnsupportedOpError,
+    unknown_name,
+)
 from relprop.rules import Stabiliser, make_rule
 
 __all__ = [
@@ -41,6 +49,7 @@ __all__ = [
 ]
 
 AttrOutput: TypeAlias = "Tensor | Callable[[Tensor], Tensor] | None"
+ZeroParams: TypeAlias = "str | Sequence[str] | None"
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _POOLS = (
@@ -136,59 +145,140 @@ class LayerMap:
                 yield path, module, fits[0][1], fits[0][2], fits[0][1]
 
 
-def _base(stabilizer: float) -> tuple[Any, ...]:
-    stabiliser = {"stabiliser": Stabiliser(stabilizer)}
+def _base(stabilizer: Any) -> tuple[Any, ...]:
+    stabiliser = _stabilised("stabilizer", stabilizer)
     return ((_ACTIVATIONS, "identity", {}), (_POOLS, "epsilon", stabiliser), (_NORMS, "identity", {}))
 
 
-def _epsilon_with(convolution: str, parameters: dict[str, Any], epsilon: float, stabilizer: float) -> tuple[Any, ...]:
-    shared = {**parameters, "stabiliser": Stabiliser(stabilizer)}
-    linear = {"stabiliser": Stabiliser(epsilon)}
+def _epsilon_with(
+    convolution: str, parameters: dict[str, Any], epsilon: Any, stabilizer: Any, zero_params: ZeroParams
+) -> tuple[Any, ...]:
+    bias = {"bias": not _zeroed(zero_params, "this composite")}
+    shared = {**parameters, **bias, **_stabilised("stabilizer", stabilizer)}
+    linear = {**bias, **_stabilised("epsilon", epsilon)}
     return (*_base(stabilizer), (_CONVOLUTIONS, convolution, shared), ((nn.Linear,), "epsilon", linear))
 
 
-_PLUS = {"alpha": 1.0, "beta": 0.0, "bias": True}
-_ALPHA2_BETA1 = {"alpha": 2.0, "beta": 1.0, "bias": True}
+def _stabilised(name: str, given: Any) -> dict[str, Stabiliser]:
+    if isinstance(given, (int, float)) and not isinstance(given, bool):
+        return {"stabiliser": Stabiliser(float(given))}
+    if not callable(given):
+        raise OptionError(f"{name}: expected a number or a zennit.core.Stabilizer, got {given!r}")
+    return {"stabiliser": _stabiliser(given, name)}
 
 
-def _flat(stabilizer: float) -> tuple[Any, ...]:
-    return (((*_CONVOLUTIONS, nn.Linear), "flat", {"stabiliser": Stabiliser(stabilizer)}),)
+def _check_own(**given: Any) -> None:
+    """Refuse what zennit's composites take beside rules for their own types of modules."""
+    for name, value in given.items():
+        if value:
+            raise OptionError(
+                f"{name}: expected none, got {value!r}; give an instance of zennit's composite, whose maps are read"
+                " from it (canonizers change the model, and are not there)"
+            )
 
 
-def EpsilonPlus(epsilon: float = 1e-6, stabilizer: float = 1e-6) -> LayerMap:
-    """z+ for convolutions, epsilon for linear layers."""
-    return LayerMap(_epsilon_with("alpha_beta", _PLUS, epsilon, stabilizer))
+_PLUS = {"alpha": 1.0, "beta": 0.0}
+_ALPHA2_BETA1 = {"alpha": 2.0, "beta": 1.0}
 
 
-def EpsilonAlpha2Beta1(epsilon: float = 1e-6, stabilizer: float = 1e-6) -> LayerMap:
-    """alpha = 2, beta = 1 for convolutions, epsilon for linear layers."""
-    return LayerMap(_epsilon_with("alpha_beta", _ALPHA2_BETA1, epsilon, stabilizer))
+def _flat(stabilizer: Any) -> tuple[Any, ...]:
+    return (((*_CONVOLUTIONS, nn.Linear), "flat", _stabilised("stabilizer", stabilizer)),)
 
 
-def EpsilonPlusFlat(epsilon: float = 1e-6, stabilizer: float = 1e-6) -> LayerMap:
+def EpsilonPlus(
+    epsilon: Any = 1e-6,
+    stabilizer: Any = 1e-6,
+    layer_map: None = None,
+    zero_params: ZeroParams = None,
+    canonizers: None = None,
+) -> LayerMap:
+    """z+ for convolutions, epsilon for linear layers.
+
+    Args:
+        epsilon: of linear layers, a number or a `zennit.core.Stabilizer` that adds its epsilon.
+        stabilizer: of all other rules, likewise.
+        zero_params: "bias" to leave the bias out of every rule, None to let it take its share.
+        layer_map, canonizers: none; for a map of one's own give an instance of zennit's composite.
+    Raises:
+        OptionError: a map, canonizers, or an epsilon that is no number. UnsupportedOpError: another kind of stabiliser;
+        other parameters than the bias.
+    """
+    _check_own(layer_map=layer_map, canonizers=canonizers)
+    return LayerMap(_epsilon_with("alpha_beta", _PLUS, epsilon, stabilizer, zero_params))
+
+
+def EpsilonAlpha2Beta1(
+    epsilon: Any = 1e-6,
+    stabilizer: Any = 1e-6,
+    layer_map: None = None,
+    zero_params: ZeroParams = None,
+    canonizers: None = None,
+) -> LayerMap:
+    """alpha = 2, beta = 1 for convolutions, epsilon for linear layers. Arguments and errors as of `EpsilonPlus`."""
+    _check_own(layer_map=layer_map, canonizers=canonizers)
+    return LayerMap(_epsilon_with("alpha_beta", _ALPHA2_BETA1, epsilon, stabilizer, zero_params))
+
+
+def EpsilonPlusFlat(
+    epsilon: Any = 1e-6,
+    stabilizer: Any = 1e-6,
+    layer_map: None = None,
+    first_map: None = None,
+    zero_params: ZeroParams = None,
+    canonizers: None = None,
+) -> LayerMap:
     """The same as `EpsilonPlus`, with the flat rule for the first layer."""
-    return LayerMap(_epsilon_with("alpha_beta", _PLUS, epsilon, stabilizer), _flat(stabilizer))
+    _check_own(first_map=first_map)
+    plain = EpsilonPlus(epsilon, stabilizer, layer_map, zero_params, canonizers)
+    return replace(plain, first=_flat(stabilizer))
 
 
-def EpsilonAlpha2Beta1Flat(epsilon: float = 1e-6, stabilizer: float = 1e-6) -> LayerMap:
+def EpsilonAlpha2Beta1Flat(
+    epsilon: Any = 1e-6,
+    stabilizer: Any = 1e-6,
+    layer_map: None = None,
+    first_map: None = None,
+    zero_params: ZeroParams = None,
+    canonizers: None = None,
+) -> LayerMap:
     """The same as `EpsilonAlpha2Beta1`, with the flat rule for the first layer."""
-    return LayerMap(_epsilon_with("alpha_beta", _ALPHA2_BETA1, epsilon, stabilizer), _flat(stabilizer))
+    _check_own(first_map=first_map)
+    plain = EpsilonAlpha2Beta1(epsilon, stabilizer, layer_map, zero_params, canonizers)
+    return replace(plain, first=_flat(stabilizer))
 
 
 def EpsilonGammaBox(
-    low: Any, high: Any, epsilon: float = 1e-6, gamma: float = 0.25, stabilizer: float = 1e-6
+    low: Any,
+    high: Any,
+    epsilon: Any = 1e-6,
+    gamma: float = 0.25,
+    stabilizer: Any = 1e-6,
+    layer_map: None = None,
+    first_map: None = None,
+    zero_params: ZeroParams = None,
+    canonizers: None = None,
 ) -> LayerMap:
-    """z-box for the first convolution, gamma for the others, epsilon for linear layers."""
-    box = {"low": _bound("low", low), "high": _bound("high", high), "stabiliser": Stabiliser(stabilizer)}
-    layers = _epsilon_with("gamma", {"gamma": gamma}, epsilon, stabilizer)
+    """z-box for the first convolution, gamma for the others, epsilon for linear layers.
+
+    Args:
+        low, high: bounds of the input's values, each a number or one for each channel, [1, C, 1, 1].
+        gamma: of convolutions.
+        others: as of `EpsilonPlus`.
+    """
+    _check_own(layer_map=layer_map, first_map=first_map, canonizers=canonizers)
+    box = {"low": _bound("low", low), "high": _bound("high", high), **_stabilised("stabilizer", stabilizer)}
+    layers = _epsilon_with("gamma", {"gamma": gamma}, epsilon, stabilizer, zero_params)
     return LayerMap(layers, ((_CONVOLUTIONS, "z_box", box),))
 
 
-def ExcitationBackprop(stabilizer: float = 1e-6) -> LayerMap:
-    """z+ for convolutions and linear layers, the gradient through activations."""
-    plus = {**_PLUS, "stabiliser": Stabiliser(stabilizer)}
-    pools = (_POOLS, "epsilon", {"stabiliser": Stabiliser(stabilizer)})
-    return LayerMap((pools, ((*_CONVOLUTIONS, nn.Linear), "alpha_beta", plus)))
+def ExcitationBackprop(
+    stabilizer: Any = 1e-6, layer_map: None = None, zero_params: ZeroParams = None, canonizers: None = None
+) -> LayerMap:
+    """z+ for convolutions and linear layers, the gradient through activations. Arguments as of `EpsilonPlus`."""
+    _check_own(layer_map=layer_map, canonizers=canonizers)
+    shared = _stabilised("stabilizer", stabilizer)
+    plus = {**_PLUS, "bias": not _zeroed(zero_params, "this composite"), **shared}
+    return LayerMap(((_POOLS, "epsilon", shared), ((*_CONVOLUTIONS, nn.Linear), "alpha_beta", plus)))
 
 
 COMPOSITES: Mapping[str, Callable[..., LayerMap]] = {
@@ -199,6 +289,7 @@ COMPOSITES: Mapping[str, Callable[..., LayerMap]] = {
     "epsilon_plus_flat": EpsilonPlusFlat,
     "excitation_backprop": ExcitationBackprop,
 }
+_UNMAPPED = {"beta_smooth": "ReLUBetaSmooth", "deconvnet": "ReLUDeconvNet", "guided_backprop": "ReLUGuidedBackprop"}
 
 
 def translated(composite: Any, model: nn.Module) -> Composite:
@@ -206,12 +297,14 @@ def translated(composite: Any, model: nn.Module) -> Composite:
 
     Raises:
         UnsupportedOpError: naming a rule that has no counterpart. OptionError: canonizers, a name of one that needs
-            arguments, or no composite at all. UnknownNameError: a name of none.
+            arguments, or no composite at all. UnknownNameError: a name of neither package's.
     """
     if composite is None:
         return find_composite("gradient")
     if isinstance(composite, str) and composite in COMPOSITES:
         composite = _with_defaults(composite)
+    elif isinstance(composite, str):
+        _check_name(composite)
     if isinstance(composite, (str, Composite)):
         return replace(find_composite(composite), seed="one")
     if isinstance(composite, LayerMap):
@@ -228,6 +321,19 @@ def translated(composite: Any, model: nn.Module) -> Composite:
         )
     entries = tuple(_entry(*assigned) for assigned in found)
     return replace(find_composite("gradient").overridden(*entries, name=f"zennit {name}"), seed="one")
+
+
+def _check_name(name: str) -> None:
+    """Raises:
+    UnsupportedOpError: a composite of zennit with a rule that has no counterpart. UnknownNameError: no composite.
+    """
+    if name in _UNMAPPED:
+        raise UnsupportedOpError(
+            f"composite: expected {', '.join(COMPOSITES)} of zennit or {', '.join(sorted(KNOWN))} of relprop, got"
+            f" {name!r}, whose rule {_UNMAPPED[name]} has no counterpart"
+        )
+    if name not in KNOWN:
+        raise unknown_name("composite", name, {*COMPOSITES, *KNOWN})
 
 
 def _with_defaults(name: str) -> LayerMap:
@@ -282,7 +388,7 @@ def _rule_of(hook: Any, path: str) -> tuple[str, dict[str, Any]]:
             f" {name} for {path}"
         )
     stabiliser = {"stabiliser": _stabiliser(_closure(hook.gradient_mapper)["stabilizer_fn"], path)}
-    zeroed = _zeroed(hook.param_modifiers[0], path)
+    zeroed = _zeroed(getattr(hook.param_modifiers[0], "zero_params", None), path)
     if name == "Norm":
         return "epsilon", stabiliser
     if name == "Flat":
@@ -314,10 +420,9 @@ def _stabiliser(found: Any, path: str) -> Stabiliser:
     return Stabiliser(float(epsilon))
 
 
-def _zeroed(modifier: Any, path: str) -> bool:
+def _zeroed(zero_params: ZeroParams, path: str) -> bool:
     """Whether a rule leaves the bias out."""
-    names = getattr(modifier, "zero_params", None) or []
-    names = [names] if isinstance(names, str) else list(names)
+    names = [zero_params] if isinstance(zero_params, str) else list(zero_params or [])
     if set(names) - {"bias"}:
         raise UnsupportedOpError(f"composite: expected zero_params None or 'bias', got {names} for {path}")
     return bool(names)

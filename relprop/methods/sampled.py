@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cache
+from numbers import Real
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from relprop.errors import OptionError
 from relprop.graph import Graph
 from relprop.methods.base import Requirements
-from relprop.methods.input_maps import InputMap
+from relprop.methods.input_maps import InputMap, entries
 
 
 @dataclass(frozen=True)
@@ -32,18 +33,26 @@ class Origin:
 
 @dataclass(frozen=True)
 class SampledMap(InputMap):
-    """The mean of gradients at several points, in batches of `batch` points; all explained inputs move together.
+    """The mean of gradients at several points, in batches of `batch` points; explained inputs move together.
 
     Args:
         batch: points that share one pass.
+        held: arguments of the model's forward that stay as they are; they get no answer.
     """
 
     batch: int = 8
+    held: tuple[str, ...] = ()
 
     def require(self, graph: Graph) -> Requirements:
-        """The gradient at every explained input."""
+        """The gradient at every explained input that moves."""
         self.check()
-        return replace(super().require(graph), latent_stream=None, padding=True)
+        found = super().require(graph)
+        moving = {value for name, value in entries(graph) if graph.arguments[name] not in self.held}
+        values = tuple((value, stream) for value, stream in found.values if value in moving)
+        known = sorted(set(graph.arguments.values()))
+        if set(self.held) - set(known) or (self.held and not values):
+            raise OptionError(f"held: expected some arguments of {', '.join(known)}, not all, got {self.held!r}")
+        return replace(found, values=values, latent_stream=None, padding=True)
 
     def weights(self) -> list[float]:
         """One for each point."""
@@ -58,7 +67,9 @@ class SampledMap(InputMap):
         raise NotImplementedError
 
     def check(self, **counts: int) -> None:
-        """Refuse counts below 1."""
+        """Refuse counts below 1, and names that are none."""
+        if not isinstance(self.held, tuple) or not all(isinstance(name, str) for name in self.held):
+            raise OptionError(f"held: expected a tuple of names, got {self.held!r}")
         for name, count in {"batch": self.batch, **counts}.items():
             if isinstance(count, bool) or not isinstance(count, int) or count < 1:
                 raise OptionError(f"{name}: expected an int from 1, got {count!r}")
@@ -77,8 +88,10 @@ class IntegratedGradients(SampledMap):
     baseline: float = 0.0
 
     def check(self, **counts: int) -> None:
-        """Also of the quadrature."""
+        """Also of the quadrature, and a baseline that is no number."""
         super().check(steps=self.steps, **counts)
+        if isinstance(self.baseline, bool) or not isinstance(self.baseline, Real):
+            raise OptionError(f"baseline: expected a number, got {self.baseline!r}")
 
     def weights(self) -> list[float]:
         """Of the quadrature on [0, 1]."""

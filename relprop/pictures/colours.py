@@ -7,7 +7,8 @@ contrast of 4.5 (WCAG 2.2, AA) at every share.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,10 @@ from relprop.errors import NonFiniteError, OptionError, ShapeError
 
 UNSIGNED, SIGNED = "turbo", "bwr"
 SCALES = ("map", "sample", "batch")
+_MOST, _BULK = (
+    0.99,
+    0.75,
+)  # of a two-sided map's elements, and of the sum of their magnitudes, within its colours' range
 
 Range = tuple[float, float]
 Colour = tuple[int, int, int]
@@ -80,14 +85,37 @@ def value_range(maps: Sequence[NDArray[np.float64]], *, signed: bool) -> Range:
     return (-largest, largest) if signed else (low, high)
 
 
+def picture_range(maps: Sequence[NDArray[np.float64]], *, signed: bool) -> Range:
+    """What a picture's colours span: `value_range`, of two-sided maps without the few elements far beyond the others.
+
+    Relevance of pixels has heavy tails, and a range up to the largest would leave nearly all of it pale. It ends at the
+    smallest magnitude that at most 1 % of the elements exceed, with at most a quarter of the sum of magnitudes: the
+    first keeps maps of less than 100 tokens whole, the second those with little beside a few pixels.
+    """
+    low, high = value_range(maps, signed=signed)
+    if not signed or high == 0:
+        return low, high
+    magnitudes = np.sort(np.concatenate([np.abs(m).ravel() for m in maps]) / high)
+    sums = np.cumsum(magnitudes)
+    last = max(math.ceil(_MOST * len(sums)) - 1, int(np.searchsorted(sums, _BULK * sums[-1])))
+    end = high * float(magnitudes[last])
+    return -end, end
+
+
 def shared_ranges(
-    maps: Sequence[NDArray[np.float64]], samples: Sequence[int], scale: str, *, signed: Sequence[bool]
+    maps: Sequence[NDArray[np.float64]],
+    samples: Sequence[int],
+    scale: str,
+    *,
+    signed: Sequence[bool],
+    span: Callable[..., Range] = value_range,
 ) -> list[Range]:
     """The range of every map, by what its colours are comparable with.
 
     Args:
         samples, signed: of each map; maps with one and with two sides never share a range.
         scale: "map" (each on its own), "sample" (all of a sample alike) or "batch" (all alike).
+        span: of maps that share a range, `value_range` or `picture_range`.
     Raises:
         OptionError: the scale.
     """
@@ -99,7 +127,7 @@ def shared_ranges(
     pools: dict[tuple[int, bool], list[NDArray[np.float64]]] = {}
     for key, values in zip(keys, maps, strict=True):
         pools.setdefault(key, []).append(values)
-    found = {key: value_range(pool, signed=key[1]) for key, pool in pools.items()}
+    found = {key: span(pool, signed=key[1]) for key, pool in pools.items()}
     return [found[key] for key in keys]
 
 
@@ -118,6 +146,14 @@ def in_range(values: NDArray[np.float64], limits: Range, *, signed: bool) -> NDA
         largest = max(abs(low), abs(high))
         return np.clip(values / largest, -1, 1) if largest > 0 else np.zeros_like(values)
     return np.clip((values - low) / (high - low), 0, 1) if high > low else np.zeros_like(values)
+
+
+def shown_range(values: NDArray[np.float64], limits: Range, *, signed: bool) -> str:
+    """A map's range in words, also that some of it is beyond."""
+    low, high = limits
+    if not signed:
+        return f"{shown(low)} … {shown(high)}"
+    return f"±{shown(high)}" + (" and beyond" if float(np.abs(values).max()) > high else "")
 
 
 def shown(value: float, *, signed: bool = False) -> str:

@@ -15,7 +15,7 @@ from relprop.errors import OptionError, ShapeError
 from relprop.explanation import Explanation
 from relprop.latents import HEADS, Latent
 from relprop.methods import METHODS
-from relprop.pictures.colours import Range, as_numbers, shared_ranges, shown
+from relprop.pictures.colours import Range, as_numbers, picture_range, shared_ranges, shown, shown_range
 from relprop.pictures.images import colour_bar, fitted, overlay
 from relprop.pictures.panels import panel
 
@@ -177,8 +177,8 @@ def draw_blocks(
 
     Args:
         signed: paint all maps as two-sided or not, whatever they say.
-        scale: "map" (each map from its own extremes), "sample" (maps of a block are comparable) or "batch" (all are);
-            two-sided and other maps are never on one scale.
+        scale: "map" (each map on its own, see `colours.picture_range`), "sample" (maps of a block are comparable) or
+            "batch" (all are); two-sided and other maps are never on one scale.
         columns: tiles in a row, by default as many as there are, up to 6 and the image.
         side: pixels of a tile's longer side.
         heading: above all.
@@ -191,7 +191,9 @@ def draw_blocks(
         blocks = [replace(block, maps=[replace(one, signed=signed) for one in block.maps]) for block in blocks]
     flat = [(one, block.sample) for block in blocks for one in block.maps]
     kinds = [one.signed for one, _ in flat]
-    ranges = shared_ranges([one.values for one, _ in flat], [sample for _, sample in flat], scale, signed=kinds)
+    ranges = shared_ranges(
+        [one.values for one, _ in flat], [sample for _, sample in flat], scale, signed=kinds, span=picture_range
+    )
     columns = min(max(len(block.maps) for block in blocks), _COLUMNS) + 1 if columns is None else columns
     limits, rows = iter(ranges), []
     for block in blocks:
@@ -199,20 +201,23 @@ def draw_blocks(
         tiles += [_tile(one, tiles[0][1], next(limits), scale) for one in block.maps]
         rows.append(panel(tiles, columns=columns, heading=block.heading))
     width = min(340, max(image.width for image in rows))
-    bars = [_bar(kind, ranges[kinds.index(kind)], scale, width) for kind in sorted(set(kinds))]
+    bars = []
+    for kind in sorted(set(kinds)):
+        largest = max(float(np.abs(one.values).max()) for one, _ in flat if one.signed == kind)
+        bars.append(_bar(kind, ranges[kinds.index(kind)], largest, scale, width))
     return _stacked([*rows, *bars], heading)
 
 
 def _tile(one: HeatMap, image: Image.Image, limits: Range, scale: str) -> tuple[str, Image.Image]:
-    ends = f"±{shown(limits[1])}" if one.signed else f"{shown(limits[0])} … {shown(limits[1])}"
-    ends = "" if scale == "batch" else f"\n{ends}"
+    ends = "" if scale == "batch" else f"\n{shown_range(one.values, limits, signed=one.signed)}"
     return one.title + ends, overlay(image, one.values, signed=one.signed, limits=limits)
 
 
-def _bar(signed: bool, limits: Range, scale: str, width: int) -> Image.Image:
+def _bar(signed: bool, limits: Range, largest: float, scale: str, width: int) -> Image.Image:
     ends = ("against", "for") if signed else ("lowest", "highest")
     if scale == "batch":
-        ends = (shown(limits[0], signed=signed), shown(limits[1], signed=signed))
+        least, most = ("≤ ", "≥ ") if signed and largest > limits[1] else ("", "")
+        ends = (least + shown(limits[0], signed=signed), most + shown(limits[1], signed=signed))
     return colour_bar(*ends, signed=signed, width=width)
 
 

@@ -9,10 +9,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from relprop.pictures.colours import SIGNED, UNSIGNED, Range, as_numbers, in_range, value_range
+from relprop.pictures.colours import SIGNED, UNSIGNED, Range, as_numbers, in_range, picture_range
 from relprop.pictures.figures import drawn, make_figure, require
 
 _OPACITY = 0.85  # of the heat map at its hottest
+_SOFT, _LIGHT = 0.35, 0.6  # contrast and darkest grey of the ground below two-sided maps
 _HOTTEST = 0.92  # of turbo's range: above it the red darkens and would look weaker
 _GREY = (200, 200, 200)  # of the image below a colour scale
 
@@ -23,7 +24,8 @@ def normalise(heat: Tensor | NDArray[Any], *, signed: bool = False, limits: Rang
     Args:
         heat: [h, w]
         signed: whether 0 keeps its place.
-        limits: lowest and highest value of the scale, to share it between maps; the map's own by default.
+        limits: lowest and highest value of the scale, to share it between maps; by default the map's own
+            (`colours.picture_range`), beyond which are at most the strongest pixels of a two-sided map.
     Returns:
         unsigned from 0 (lowest) to 1 (highest), signed from -1 to 1 with 0 at 0; zeros for a constant (signed: zero)
         map. [h, w]
@@ -31,7 +33,7 @@ def normalise(heat: Tensor | NDArray[Any], *, signed: bool = False, limits: Rang
         ShapeError: not [h, w] or empty. NonFiniteError: it holds NaN or infinity.
     """
     values = as_numbers(heat, "map", 2)
-    return in_range(values, value_range([values], signed=signed) if limits is None else limits, signed=signed)
+    return in_range(values, picture_range([values], signed=signed) if limits is None else limits, signed=signed)
 
 
 def overlay(
@@ -42,9 +44,10 @@ def overlay(
     Args:
         image: any mode, W x H.
         heat: any size, enlarged bilinearly. [h, w]
-        signed: blue for negative, red for positive, symmetric around 0; otherwise from the image alone at the map's
-            lowest value over blue and yellow to red at its highest.
-        limits: lowest and highest value of the scale; by default the map is normalised on its own.
+        signed: blue for negative, red for positive, symmetric around 0, over the image in soft grey; otherwise from the
+            image alone at the map's lowest value over blue and yellow to red at its highest.
+        limits: lowest and highest value of the scale; by default the map is normalised on its own. What is beyond has
+            the full colour.
     Returns:
         RGB, W x H.
     Raises:
@@ -52,7 +55,7 @@ def overlay(
     """
     small = Image.fromarray(normalise(heat, signed=signed, limits=limits).astype(np.float32))
     values = np.asarray(small.resize(image.size, Image.Resampling.BILINEAR), dtype=np.float64)
-    return _mixed(image, normalise(values, signed=signed) if limits is None else values, signed=signed)
+    return _mixed(image, normalise(values) if limits is None and not signed else values, signed=signed)
 
 
 def _mixed(image: Image.Image, values: NDArray[np.float64], *, signed: bool) -> Image.Image:
@@ -62,8 +65,9 @@ def _mixed(image: Image.Image, values: NDArray[np.float64], *, signed: bool) -> 
     painted = colours((1 + np.sign(values) * (1 + strength) / 2) / 2 if signed else _HOTTEST * values)[..., :3]
     opacity = _OPACITY * strength[..., None]
     plain = np.asarray(image.convert("RGB"), dtype=np.float64) / 255
-    faded = 0.5 * plain + 0.5 * plain.mean(-1, keepdims=True)  # colours of the photograph do not pass for heat
-    mixed = (1 - opacity) * faded + opacity * painted
+    grey = plain.mean(-1, keepdims=True)  # colours of the photograph do not pass for heat
+    ground = _LIGHT + _SOFT * grey if signed else 0.5 * plain + 0.5 * grey
+    mixed = (1 - opacity) * ground + opacity * painted
     return Image.fromarray((mixed * 255).round().astype(np.uint8))
 
 

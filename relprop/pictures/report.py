@@ -11,11 +11,12 @@ from pathlib import Path
 from PIL import Image
 from torch import Tensor
 
-from relprop.errors import OptionError, ShapeError
+from relprop.errors import NonFiniteError, OptionError, ShapeError
 from relprop.explanation import Explanation
 from relprop.info import installation
+from relprop.ledger import Ledger
 from relprop.methods import METHODS
-from relprop.pictures.colours import as_numbers, shown, value_range
+from relprop.pictures.colours import as_numbers, picture_range, shown, shown_range
 from relprop.pictures.explanations import passages
 from relprop.pictures.grids import is_signed
 from relprop.pictures.images import enlarge, fitted, overlay, painted_scale
@@ -27,6 +28,7 @@ from relprop.survey import Survey
 __all__ = ["Report"]
 
 _SIDE, _LARGE, _TOP = 208, 288, 5
+_NOT_FINITE = "not finite"
 
 _STYLE = """
 h1,h2,h3{line-height:1.25;margin:1.4em 0 .5em}h1{margin-top:.2em}h3{font-size:1.05em}
@@ -117,7 +119,8 @@ class Report:
         parts = [
             f"<h1>relprop: {escape(self.model)}</h1>",
             f'<p class="facts">{count} input{"s" if count > 1 else ""}, {len(self._surveys[0].explanations)} methods.'
-            " Each map has its own scale: compare where it is strong, not how strong it is.</p>",
+            " Each map has its own scale: compare where it is strong, not how strong it is. In two-sided maps what is"
+            " beyond the scale has its full colour.</p>",
             *self._sections,
             f"<section><h2>Methods</h2>{_timings(self._surveys)}{_refusals(self._surveys)}</section>",
             f"<section><h2>Versions</h2>{_versions()}</section>",
@@ -162,17 +165,26 @@ class Report:
         if booked is None or booked.ledger is None:
             return "<h3>Ledger</h3><p>No method that answers keeps one.</p>"
         books = booked.ledger
-        drawn = picture(
-            lambda dark: ledger_picture(books, sample=sample, target=0, dark=dark, scale=2),
-            f"relevance through the layers by {booked.method}",
-            self.theme,
-            scale=2,
-        )
+        drawn = f"<p>{_NOT_FINITE}</p>"
+        if _finite(books, sample):
+            drawn = picture(
+                lambda dark: ledger_picture(books, sample=sample, target=0, dark=dark, scale=2),
+                f"relevance through the layers by {booked.method}",
+                self.theme,
+                scale=2,
+            )
         name = booked.target_names(sample)[0]
         return (
             f"<h3>Ledger of {escape(booked.method)} for {escape(name)}, from the output to where it ends</h3>"
             f"{drawn}<details><summary>as numbers</summary>{_ledger_table(booked, sample)}</details>"
         )
+
+
+def _finite(books: Ledger, sample: int) -> bool:
+    """Whether all that is drawn of a sample's first target is."""
+    layers = books.by_layer()
+    amounts = [books.frontier, *(part for one in layers for part in (one.arriving, *one.absorbed.values()))]
+    return all(bool(part.expand_as(books.seed)[0, sample].isfinite()) for part in amounts if part is not None)
 
 
 def _wanted(explanation: Explanation, sample: int, chosen: Sequence[int] | None) -> list[int]:
@@ -216,14 +228,18 @@ def _image_grid(explanations: dict[str, Explanation], image: Image.Image, sample
             maps = explanation.target_maps()
         except ShapeError:  # tokens that lie on no grid
             continue
-        heat = as_numbers(maps[sample, min(target, maps.shape[1] - 1)], "map", 2)
-        signed = is_signed(explanation)
-        low, high = value_range([heat], signed=signed)
-        ends = "0 everywhere" if low == high == 0 else f"±{shown(high)}" if signed else f"{shown(low)} … {shown(high)}"
-        drawn = data_uri(overlay(small, heat, signed=signed, limits=(low, high)), "JPEG")
+        try:
+            heat = as_numbers(maps[sample, min(target, maps.shape[1] - 1)], "map", 2)
+        except NonFiniteError:
+            drawn, said = "", _NOT_FINITE
+        else:
+            signed = is_signed(explanation)
+            limits = picture_range([heat], signed=signed)
+            said = shown_range(heat, limits, signed=signed) if any(limits) else "0 everywhere"
+            painted = data_uri(overlay(small, heat, signed=signed, limits=limits), "JPEG")
+            drawn = f'<img src="{painted}" alt="{escape(name)}">'
         figures.append(
-            f'<figure><img src="{drawn}" alt="{escape(name)}"><figcaption>{escape(name)}'
-            f"<small>{ends}{_sameness(name)}</small></figcaption></figure>"
+            f"<figure>{drawn}<figcaption>{escape(name)}<small>{said}{_sameness(name)}</small></figcaption></figure>"
         )
     return f'<div class="grid">{"".join(figures)}</div>'
 
@@ -234,13 +250,19 @@ def _sameness(name: str) -> str:
 
 
 def _texts(explanations: dict[str, Explanation], sample: int, target: int, theme: str) -> str:
-    texts = []
+    texts, refused = [], ""
     for name, explanation in explanations.items():
         found = passages(explanation, [sample])
         per_target = len(explanation.target_names(sample))
         for one in found[min(target, per_target - 1) :: per_target]:
-            texts.append(Passage(one.tokens, one.relevance, name + _sameness(name), sample, one.special))
-    return text_html(texts, theme=theme)
+            text = Passage(one.tokens, one.relevance, name + _sameness(name), sample, one.special)
+            try:
+                text.read()
+            except NonFiniteError:
+                refused += f"<figure><figcaption>{escape(text.title)}<small>{_NOT_FINITE}</small></figcaption></figure>"
+            else:
+                texts.append(text)
+    return (text_html(texts, theme=theme) if texts else "") + refused
 
 
 def _ledger_table(booked: Explanation, sample: int) -> str:

@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from relprop.cli.models import Subject, fit_weights, load_subject, load_timm, names_a_file
+from relprop.cli.models import Subject, fit_weights, load_subject, load_timm, names_a_file, names_a_place
 from relprop.demo.model import build_model
 from relprop.errors import DeviceError, OptionError, RelpropError, UnknownNameError, WeightsError
 
@@ -47,6 +47,23 @@ def file(tmp_path: Path) -> Path:
 )
 def test_names_a_file(model: str, file: bool) -> None:
     assert names_a_file(model) is file
+
+
+@pytest.mark.parametrize(
+    ("model", "place"),
+    [
+        ("bert-base-uncased", False),
+        ("textattack/bert-base-uncased-SST-2", False),
+        ("models/bert/sst", True),
+        ("./bert", True),
+        ("../bert", True),
+        ("~/bert", True),
+        ("/models", True),
+        ("owner/bert.safetensors", True),
+    ],
+)
+def test_names_a_place(model: str, place: bool) -> None:
+    assert names_a_place(model) is place
 
 
 def test_local_file_gives_classes_and_preprocessing(file: Path) -> None:

@@ -50,6 +50,17 @@ class TestImages:
         assert "Every method supports this model." in page and "Ledger of transformer_attribution for 7" in page
         assert [path.name for path in file.parent.iterdir()] == ["out.html"]
 
+    def test_images_beside_the_page_are_explained(
+        self, image: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The page's folder may be one of those that are searched."""
+        monkeypatch.setattr("relprop.survey.METHODS", {"attnlrp": METHODS["attnlrp"]})
+        cats = tmp_path / "photos" / "cats"
+        cats.mkdir(parents=True)
+        image.rename(cats / "tom.png")
+        assert main(["explain", str(tmp_path / "photos"), "--report", str(cats / "page.html")]) == 0
+        assert "<h2>tom.png</h2>" in (cats / "page.html").read_text()
+
     def test_nothing_could_be_read(self, tmp_path: Path, capsys: Capture) -> None:
         bad = tmp_path / "bad.png"
         bad.write_text("no image")
@@ -79,6 +90,28 @@ class TestTexts:
         titles = re.findall(r"<figcaption><span>(.*?)</span>", page)
         assert titles == ["attnlrp", "transformer_attribution"] * 4
         assert page.count(">dull</span>") == 4 and "[PAD]" not in page
+
+    @pytest.mark.parametrize("to_page", [False, True])
+    def test_name_with_an_owner(
+        self, folder: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch, to_page: bool
+    ) -> None:
+        """owner/name is asked of transformers, which looks in its cache and on the hub."""
+        monkeypatch.setattr("relprop.survey.METHODS", {"attnlrp": METHODS["attnlrp"]})
+        name, asked = "textattack/bert-base-uncased-SST-2", []
+        for kind in (transformers.AutoTokenizer, transformers.AutoModelForSequenceClassification):
+
+            def load(model: str, own: Any = kind.from_pretrained, **options: Any) -> Any:
+                asked.append(model)
+                return own(folder, **options)
+
+            monkeypatch.setattr(kind, "from_pretrained", load)
+        file = tmp_path / "out.html"
+        arguments = ["--text", "Never dull.", "--model", name, "--method", "attnlrp"]
+        assert main(["explain", *arguments, *(["--report", str(file)] if to_page else [])]) == 0
+        assert asked == [name, name]
+        out = capsys.readouterr().out
+        assert out == f"{file}\n" if to_page else "[CLS] never dull. [SEP]" in out
+        assert not to_page or f"<h1>relprop: {name}</h1>" in file.read_text()
 
     def test_what_cannot_be_loaded(self, folder: Path, tmp_path: Path, capsys: Capture) -> None:
         def failure(model: Path, *more: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -132,6 +133,50 @@ def test_integrated_gradients(ours: Any) -> None:
     expected = whole.compute_convergence_delta(attributions, torch.full_like(x, 0.5), x, target=[1, 3])
     assert float(expected.abs().min()) > 0
     assert torch.allclose(delta, expected.to(delta), rtol=1e-4, atol=1e-12)
+
+
+def test_integrated_gradients_of_several_inputs(ours: Any) -> None:
+    """All inputs come from the baseline together; what is not attributed to stays, as in Captum."""
+    import captum.attr
+
+    net = TwoInputs().double().eval()
+    inputs = (torch.randn(2, 6, dtype=torch.float64), torch.randn(2, 5, dtype=torch.float64))
+    scale = 1 + torch.rand(2, 1, dtype=torch.float64)
+    quick = ours.Relevance(net, "integrated_gradients", method_options={"steps": 7, "baseline": 0.25})
+    theirs = captum.attr.IntegratedGradients(net)
+    for given, more in ((inputs, None), (inputs, scale), (inputs[:1], (inputs[1],)), (inputs[:1], (inputs[1], scale))):
+        options = {"target": (2, 1), "additional_forward_args": more, "return_convergence_delta": True}
+        found, delta = quick.attribute(given, **options)
+        baselines = (0.25,) * len(given)
+        expected, wanted = theirs.attribute(given, baselines=baselines, n_steps=7, **options)
+        for got, other in zip(found, expected, strict=True):
+            assert relative(got, other) < 1e-6
+        assert float(wanted.abs().max()) > 1e-6
+        assert torch.allclose(delta, wanted.to(delta), rtol=1e-4, atol=1e-12)
+
+
+@pytest.mark.parametrize("baseline", [np.zeros(3), [0.0], torch.zeros(3), "black", True], ids=str)
+def test_baselines_that_are_no_number(ours: Any, baseline: Any) -> None:
+    attribution = ours.Relevance(vit(), "integrated_gradients", method_options={"baseline": baseline})
+    with pytest.raises(OptionError, match="method_options: expected plain values|baseline: expected a number, got"):
+        attribution.attribute(torch.randn(1, 3, 32, 32), target=1)
+
+
+def test_noise_is_on_inputs_alone(ours: Any) -> None:
+    """A factor in front of a linear layer is the factor of its gradient, unless it is noisy itself."""
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(6, 3)
+
+        def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+            return self.head(x) * scale
+
+    torch.manual_seed(0)
+    net, x, scale = Scaled().double().eval(), torch.randn(2, 6, dtype=torch.float64), torch.rand(2, 3).double()
+    found = ours.Relevance(net, "smoothgrad", method_options={"samples": 3}).attribute(x, 1, scale)
+    assert relative(found, net.head.weight[1] * scale[:, 1:2]) < 1e-6
 
 
 @pytest.mark.parametrize("method", relprop.methods())

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy as np
 import pytest
 import timm
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import relprop
 from relprop.compat.chefer import LRP, Baselines, ClassIndexError, Generator, LayerIndexError, generate_relevance
@@ -53,10 +54,58 @@ def close(found: Tensor, expected: Tensor) -> None:
         assert torch.equal(found, torch.zeros_like(found))
 
 
+@cache
+def hugging_face(case: str) -> nn.Module:
+    """A golden case's weights in a stock `ViTForImageClassification`."""
+    transformers = pytest.importorskip("transformers")
+    args, model = manifest()[case]["model_args"], golden(case)[0]
+    config = transformers.ViTConfig(
+        image_size=args["img_size"],
+        patch_size=args["patch_size"],
+        num_labels=args["num_classes"],
+        hidden_size=args["embed_dim"],
+        num_hidden_layers=args["depth"],
+        num_attention_heads=args["num_heads"],
+        intermediate_size=int(args["mlp_ratio"] * args["embed_dim"]),
+        qkv_bias=args["qkv_bias"],
+        layer_norm_eps=model.get_submodule("blocks.0.norm1").eps,
+    )
+    renamed = {
+        "cls_token": "vit.embeddings.cls_token",
+        "pos_embed": "vit.embeddings.position_embeddings",
+        "patch_embed.proj": "vit.embeddings.patch_embeddings.projection",
+        "blocks": "vit.encoder.layer",
+        "attn.proj": "attention.output.dense",
+        "mlp.fc1": "intermediate.dense",
+        "mlp.fc2": "output.dense",
+        "norm1": "layernorm_before",
+        "norm2": "layernorm_after",
+        "head": "classifier",
+    }
+    state = {}
+    for name, value in model.state_dict().items():
+        for old, new in {**renamed, **({"norm": "vit.layernorm"} if name.startswith("norm.") else {})}.items():
+            name = name.replace(old, new)
+        if ".attn.qkv." not in name:
+            state[name] = value
+            continue
+        for part, chunk in zip(("query", "key", "value"), value.chunk(3), strict=True):
+            state[name.replace("attn.qkv", f"attention.attention.{part}")] = chunk
+    found = transformers.ViTForImageClassification.from_pretrained(
+        None, config=config, state_dict=state, dtype=torch.float64
+    )
+    found.vit.layernorm.eps = model.get_submodule("norm").eps
+    return found.eval()
+
+
 @pytest.mark.parametrize("name", sorted(CALLS))
-@pytest.mark.parametrize("case", CASES)
-def test_vit_as_published(case: str, name: str) -> None:
+@pytest.mark.parametrize(
+    ("case", "package"),
+    [*((case, "timm") for case in CASES), ("vit_A_seed0", "transformers"), ("vit_C_seed0", "transformers")],
+)
+def test_vit_as_published(case: str, package: str, name: str) -> None:
     model, tensors = golden(case)
+    model = model if package == "timm" else hugging_face(case)
     x, targets, expected = tensors["inputs/x"].double(), tensors["inputs/targets"], tensors[f"expected/{name}"]
     for t in range(expected.shape[1]):
         together = CALLS[name](model, x, targets[:, t])
@@ -142,8 +191,22 @@ def test_other_bad_input() -> None:
         LRP(vit()).generate_LRP(x, start_layer=3)
     with pytest.raises(IndexError):
         Baselines(vit()).generate_rollout(x, start_layer=3)
+    for start_layer in ([0], np.zeros(1)):
+        with pytest.raises(LayerIndexError, match="method_options: expected plain values, got {'start_layer': "):
+            LRP(vit()).generate_LRP(x, start_layer=start_layer)  # type: ignore[arg-type]
+    with pytest.raises(UnknownNameError, match=r"unknown composite: expected one of .*, got \['chefer'\]"):
+        LRP(vit(), ["chefer"]).generate_LRP(x)  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="model: expected a torch.nn.Module, got str"):
         LRP("vit_base_patch16_224")  # type: ignore[arg-type]
+
+
+def test_start_layers_from_the_end() -> None:
+    """-1 is the last layer alone."""
+    model, x = vit(), torch.randn(1, 3, 32, 32)
+    for method in ("transformer_attribution", "rollout"):
+        for start_layer in (-1, -3):
+            found = LRP(model).generate_LRP(x, 3, method, start_layer=start_layer)
+            assert torch.equal(found, LRP(model).generate_LRP(x, 3, method, start_layer=3 + start_layer))
 
 
 class TestBert:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import relprop
 from relprop.compat import zennit as ours
 from relprop.compat.zennit import EpsilonGammaBox, EpsilonPlus, EpsilonPlusFlat, Gradient
-from relprop.errors import OptionError, ShapeError, TargetError, UnsupportedOpError
+from relprop.errors import OptionError, ShapeError, TargetError, UnknownNameError, UnsupportedOpError
 from relprop.rules import Stabiliser
 from tests.engine.models import GOLDEN, relative, vit
 
@@ -49,6 +49,12 @@ COMPOSITES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "ExcitationBackprop": ("ExcitationBackprop", {}),
+    "EpsilonPlus, no bias": ("EpsilonPlus", {"zero_params": "bias", "epsilon": 0.1}),
+    "EpsilonAlpha2Beta1, no bias": ("EpsilonAlpha2Beta1", {"zero_params": ["bias"], "layer_map": None}),
+    "EpsilonPlusFlat, no bias": ("EpsilonPlusFlat", {"zero_params": "bias", "first_map": []}),
+    "EpsilonAlpha2Beta1Flat, no bias": ("EpsilonAlpha2Beta1Flat", {"zero_params": "bias", "canonizers": []}),
+    "EpsilonGammaBox, no bias": ("EpsilonGammaBox", {"low": -0.5, "high": 1.0, "zero_params": "bias"}),
+    "ExcitationBackprop, no bias": ("ExcitationBackprop", {"zero_params": "bias"}),
 }
 
 
@@ -270,6 +276,48 @@ def test_bad_input() -> None:
         Gradient(model, EpsilonGammaBox(low=torch.tensor([0.0, 1.0])[None, :, None, None], high=1.0))(data)
     with pytest.raises(OptionError, match="create_graph"):
         Gradient(model, EpsilonPlus(), create_graph=True)
+
+
+def test_names_of_zennit() -> None:
+    """Every name that zennit registers is a composite here, or refused by its rule's name."""
+    pytest.importorskip("zennit")
+    from zennit.composites import COMPOSITES
+
+    assert set(COMPOSITES) == {*ours.COMPOSITES, "beta_smooth", "deconvnet", "guided_backprop"}
+    for name in set(COMPOSITES) - set(ours.COMPOSITES):
+        rule = type(COMPOSITES[name]().layer_map[-1][1]).__name__
+        listed = "expected epsilon_alpha2_beta1, .*excitation_backprop of zennit or alpha2_beta1, .* of relprop"
+        with pytest.raises(UnsupportedOpError, match=f"{listed}, got {name!r}, whose rule {rule} has no counterpart"):
+            Gradient(network(), name)(images())
+    with pytest.raises(UnknownNameError, match="attnlrp.*epsilon_plus_flat.*got 'epsilon_plus_flt'; did you mean"):
+        Gradient(network(), "epsilon_plus_flt")(images())
+
+
+def test_arguments_of_zennits_composites() -> None:
+    """A stabiliser may be zennit's own; what has no counterpart is refused by name, where zennit takes it."""
+    pytest.importorskip("zennit")
+    from zennit.core import Stabilizer
+
+    model, data = network(), images()
+    same = [Gradient(model, EpsilonPlus(epsilon, epsilon))(data)[1] for epsilon in (0.3, Stabilizer(0.3))]
+    assert torch.equal(*same)
+    for maker, name in (
+        (EpsilonPlus, "layer_map"),
+        (EpsilonPlusFlat, "first_map"),
+        (ours.EpsilonAlpha2Beta1Flat, "layer_map"),
+        (ours.ExcitationBackprop, "canonizers"),
+    ):
+        with pytest.raises(OptionError, match=f"{name}: expected none, got .*; give an instance of zennit's composite"):
+            maker(**{name: [((nn.Linear,), None)]})
+    with pytest.raises(OptionError, match="first_map: expected none"):
+        EpsilonGammaBox(0.0, 1.0, first_map=[1])
+    for stabiliser in (Stabilizer(clip=True), lambda z: z + 1):
+        with pytest.raises(UnsupportedOpError, match="expected stabilizers that add epsilon.* for epsilon"):
+            EpsilonPlus(stabiliser)
+    with pytest.raises(OptionError, match="stabilizer: expected a number or a zennit.core.Stabilizer, got 'a'"):
+        EpsilonPlusFlat(stabilizer="a")
+    with pytest.raises(UnsupportedOpError, match="expected zero_params None or 'bias', got \\['weight'\\]"):
+        EpsilonPlus(zero_params="weight")
 
 
 def test_unmapped_rules_are_named() -> None:

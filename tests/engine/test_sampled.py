@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -172,6 +173,23 @@ def test_several_inputs_are_noisy_at_once() -> None:
             total += gradient / 4
     assert relative(found.relevances["ids"], totals[0].sum(-1)) < 1e-10
     assert relative(found.relevances["regions"], totals[1].sum(-1)) < 1e-10
+
+
+def test_held_inputs_stay() -> None:
+    """As if they were constants of the model: the other input's answer alone, from it and its own baseline."""
+    model, ids, regions = pair()
+    options = {"steps": 20, "held": ("ids",)}
+    found = relprop.explain(model, ids, regions, method="integrated_gradients", target=1, method_options=options)
+    assert list(found.relevances) == ["regions"]
+    words = model.embed(ids).detach()
+    change = (found.logits - model.score(words, torch.zeros_like(regions)))[:, 1].detach()
+    assert torch.allclose(found.relevances["regions"].sum(1), change, atol=1e-6)
+    assert torch.equal(found.relevance, found.relevances["regions"])
+    for held in (("words",), ("ids", "regions")):
+        with pytest.raises(OptionError, match=re.escape("held: expected some arguments of ids, regions, not all, got")):
+            relprop.explain(model, ids, regions, method="smoothgrad", method_options={"held": held})
+    with pytest.raises(OptionError, match="held: expected a tuple of names, got 'ids'"):
+        relprop.explain(model, ids, regions, method="smoothgrad", method_options={"held": "ids"})
 
 
 @pytest.mark.parametrize("method", ["integrated_gradients", "smoothgrad"])

@@ -11,6 +11,7 @@ from PIL import Image
 
 from relprop.errors import MissingDependencyError, NonFiniteError, OptionError, OutputError, ShapeError
 from relprop.pictures import enlarge, normalise, overlay, panel, save_png
+from relprop.pictures.colours import picture_range, shown, shown_range
 
 GREY = Image.new("RGB", (40, 20), (128, 128, 128))
 
@@ -21,9 +22,50 @@ def test_unsigned_runs_from_0_to_1_and_signed_keeps_0() -> None:
     assert normalise(torch.tensor([[-4.0, 0.0], [2.0, 1.0]]), signed=True).tolist() == [[-1, 0], [0.5, 0.25]]
 
 
-@pytest.mark.parametrize("signed", [False, True])
-def test_zero_map_leaves_the_image_alone(signed: bool) -> None:
-    assert np.array_equal(np.asarray(overlay(GREY, np.zeros((2, 4)), signed=signed)), np.asarray(GREY))
+def test_zero_map_leaves_the_image_alone() -> None:
+    assert np.array_equal(np.asarray(overlay(GREY, np.zeros((2, 4)))), np.asarray(GREY))
+
+
+def test_ground_of_signed_maps_is_soft_and_grey() -> None:
+    """No colour of the photograph, and of its contrast what leaves dark and light places light."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 40, 3), dtype=np.uint8))
+    ground = np.asarray(overlay(image, np.zeros((2, 4)), signed=True)).astype(int)
+    assert np.ptp(ground, axis=-1).max() == 0 and ground.min() > 140
+    before, after = np.asarray(image).mean(-1).ravel(), ground[..., 0].ravel()
+    assert np.corrcoef(before, after)[0, 1] > 0.999 and 0.3 < np.ptp(after) / np.ptp(before) < 0.4
+
+
+@pytest.mark.parametrize("brightness", [20, 128, 235])
+def test_heavy_tails_do_not_make_signed_maps_pale(brightness: int) -> None:
+    """Pixels as strong as the bulk's upper half are coloured, though one is hundred times stronger than all others."""
+    draw = np.random.default_rng(0)
+    heat = draw.choice([-1.0, 1.0], (64, 64)) * draw.random((64, 64))
+    heat[5, 5] = 100.0
+    image = Image.new("RGB", (64, 64), (brightness,) * 3)
+    pixels = np.asarray(overlay(image, heat, signed=True)).astype(int)
+    redness = pixels[..., 0] - pixels[..., 2]
+    assert redness[(heat > 0.5) & (heat <= 1)].min() > 100 and redness[heat < -0.5].max() < -100
+    assert redness[5, 5] == redness.max()
+
+
+def test_range_of_pictures() -> None:
+    draw = np.random.default_rng(0)
+    few = draw.standard_normal((9, 11))
+    few[0, 0] = 50.0
+    assert picture_range([few], signed=True) == (-50.0, 50.0)  # less than 100 tokens: none is beyond
+    many = draw.standard_normal((64, 64))
+    many[0, :40] = 10.0
+    low, high = picture_range([many], signed=True)
+    assert low == -high and high < 5 and (np.abs(many) > high).sum() == 40
+    assert picture_range([many], signed=False) == (many.min(), 10.0)
+    lone = 1e-6 * draw.standard_normal((64, 64))
+    lone[0, :4] = -3.0
+    assert picture_range([lone], signed=True) == (-3.0, 3.0)  # nearly all of it, not a tail
+    assert picture_range([few, lone], signed=True) == picture_range([np.append(few, lone)], signed=True)
+    assert picture_range([np.zeros((3, 3))], signed=True) == (0.0, 0.0)
+    assert shown_range(many, (low, high), signed=True) == f"±{shown(high)} and beyond"
+    assert shown_range(few, (-50.0, 50.0), signed=True) == "±50"
+    assert shown_range(few, (-2.0, 50.0), signed=False) == "−2 … 50"
 
 
 def test_overlay_is_red_where_the_map_is_hot() -> None:
@@ -45,7 +87,7 @@ def test_signed_overlay_is_red_above_and_blue_below_zero() -> None:
     pixels = np.asarray(overlay(GREY, heat, signed=True)).astype(int)
     assert pixels[7, 7, 0] > 200 and pixels[7, 7, 2] < 50
     assert pixels[7, 32, 2] > 200 and pixels[7, 32, 0] < 50
-    assert pixels[17, 20].tolist() == [128, 128, 128]
+    assert np.ptp(pixels[17, 20]) == 0
 
 
 def test_maps_are_normalised_on_their_own() -> None:

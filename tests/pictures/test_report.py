@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import relprop
+import relprop.survey as survey_module
 from relprop.errors import OptionError, RelpropError, ShapeError, UnknownNameError
 from relprop.info import installation
 from relprop.methods import METHODS
@@ -41,6 +42,14 @@ class TestSurvey:
             assert torch.equal(explanation.relevance, direct.relevance)
         assert surveyed.booked is not None and surveyed.booked.method == "attnlrp"
         assert surveyed.forward_seconds > 0 and all(one.seconds > 0 for one in surveyed.findings)
+
+    def test_forward_time_starts_when_the_first_pass_is_over(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A GPU is still at work when a call returns."""
+        told: list[str] = []
+        monkeypatch.setattr("relprop.survey._synchronise", lambda args, kwargs: told.append("waited"))
+        monkeypatch.setattr("relprop.survey.time.perf_counter", lambda: told.append("clock") or 0.0)
+        survey_module._forward(lambda x: told.append("model"), (torch.zeros(1),), {})
+        assert told == ["model", "waited", "clock", "model", "waited", "clock"]
 
     def test_refusals_by_reason(self) -> None:
         said: list[str] = []
@@ -90,6 +99,29 @@ class TestPage:
         assert page.count("; the same for every class") == 3
         assert page.count("data:image/jpeg;base64,") == 9
 
+    def test_what_is_not_finite_is_said_in_its_place(self, found: tuple[nn.Module, torch.Tensor, Survey]) -> None:
+        """One broken map, and one broken ledger, do not lose the page."""
+        surveyed = found[2]
+        broken = []
+        for one in surveyed.findings:
+            assert one.explanation is not None
+            relevance = one.explanation.relevance.clone()
+            if one.method == "attnlrp":
+                relevance[1, 0, 3, 3] = torch.nan
+            broken.append(replace(one, explanation=replace(one.explanation, relevance=relevance, relevances={})))
+        booked = surveyed.booked
+        assert booked is not None and booked.ledger is not None
+        frontier = booked.ledger.frontier.clone()
+        frontier[0, 1] = torch.inf
+        books = replace(booked, ledger=replace(booked.ledger, frontier=frontier))
+        report = Report("m")
+        scores = booked.logits.softmax(-1)
+        report.add(replace(surveyed, findings=broken, booked=books), ["a", "b"], scores, LABELS, chosen=[[3, 7], [1]])
+        page = report.html()
+        assert page.count("<figure><figcaption>attnlrp<small>not finite</small>") == 1
+        assert page.count("data:image/jpeg;base64,") == 8
+        assert page.count("<p>not finite</p>") == 1 and page.count("<td>frontier</td>") == 2
+
     def test_classes_and_scores(self, page: str, found: tuple[nn.Module, torch.Tensor, Survey]) -> None:
         booked = found[2].booked
         assert booked is not None
@@ -130,7 +162,7 @@ class TestPage:
 
 
 def test_a_text(tmp_path: Path) -> None:
-    """Words of every method, without padding."""
+    """Words of every method, without padding; what is not finite is said below."""
     from tests.pictures.test_explanations import Tokenizer, Words
 
     torch.manual_seed(0)
@@ -138,7 +170,17 @@ def test_a_text(tmp_path: Path) -> None:
     given: dict[str, Any] = {"input_ids": ids, "attention_mask": (ids > 0).long()}
     surveyed = survey(Words().eval(), target=[[0], [1]], methods=["gradient_x_input", "attnlrp"], **given)
     report = Report("words")
-    report.add(surveyed.annotated(tokens=Tokenizer()), ["first", "second"], torch.rand(2, 3), ["a", "b", "c"])
+    named = surveyed.annotated(tokens=Tokenizer())
+    report.add(named, ["first", "second"], torch.rand(2, 3), ["a", "b", "c"])
     text = report.save(tmp_path / "a.html").read_text()
     assert re.findall(r"<figcaption><span>(.*?)</span>", text) == ["gradient_x_input", "attnlrp"] * 2
     assert text.count(">t5</span>") == 2 and "&lt;pad&gt;" not in text
+    explanation = named.explanations["attnlrp"]
+    gone = torch.full_like(explanation.relevance, torch.nan)
+    bad = replace(explanation, relevance=gone, relevances=dict.fromkeys(explanation.relevances, gone))
+    report = Report("words")
+    findings = [named.findings[0], replace(named.findings[1], explanation=bad)]
+    report.add(replace(named, findings=findings), ["first", "second"], torch.rand(2, 3), ["a", "b", "c"])
+    text = report.html()
+    assert re.findall(r"<figcaption><span>(.*?)</span>", text) == ["gradient_x_input"] * 2
+    assert text.count("<figcaption>attnlrp<small>not finite</small></figcaption>") == 2
