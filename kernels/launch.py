@@ -34,8 +34,9 @@ INTERPRETED = tl.constexpr(interpreted)  # as kernels see it
 
 
 def _round_to_nearest() -> None:
-    """float32 becomes bfloat16 as on a device, to the nearest even: the interpreter cuts bits off, which takes a part of
-    every share at every layer.
+    """float32 becomes bfloat16 as on a device, to the nearest even.
+
+    The interpreter cuts bits off, which takes a part of every share at every layer.
     """
     from triton.runtime import interpreter
 

@@ -3,8 +3,8 @@
     python -m benchmarks.gpu.steps [--dry-run] [--out FOLDER]
 
 Writes steps.csv: a row per model, dtype, batch, operation, rules, shape and backend, each beside what the cost model
-and the measured ceilings allow it (a roofline): what bounds it, and the share of that it reaches. ViT-B/16 in bfloat16 at
-batch 64 comes first, a Llama-shaped model after it, then one image and float32, for which nothing else chooses. Kernels
+and the measured ceilings allow it (a roofline): what bounds it, and the share of that it reaches. ViT-B/16 in bfloat16
+at batch 64 comes first, then a Llama-shaped model, then one image and float32, for which nothing else chooses. Kernels
 that span several steps are left out of these rows, so that operations compare; rows with `fused` are of the steps as
 they run, those of one kernel in one row.
 """

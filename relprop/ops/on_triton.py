@@ -136,10 +136,10 @@ def takes(name: str, arguments: dict[str, Any]) -> bool:
     if name == "softmax_taylor":
         return bool(arguments["logits"].dim() > 0)
     if name == "linear_transpose":
-        stream, weight = arguments["stream"], arguments["weight"]
-        return stream.dim() > 1 and stream.shape[-1] == weight.shape[0]
+        passed, weight = arguments["stream"], arguments["weight"]
+        return bool(passed.dim() > 1 and passed.shape[-1] == weight.shape[0])
     if "operands" in arguments:
-        stream = arguments.get("relevance", arguments.get("shares"))
+        stream: Tensor = arguments["relevance" if "relevance" in arguments else "shares"]
         return stream.shape[1:] == (*arguments["x"].shape[:-1], arguments["weight"].shape[0])
     return True
 

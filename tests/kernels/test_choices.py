@@ -69,19 +69,20 @@ def test_dry_rows_choose_nothing(tmp_path: Path) -> None:
 
 def test_the_plan_takes_what_the_table_says(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(choices, "table", lambda: choices.fastest(ROWS))  # type: ignore[arg-type]
+    exact = [{**row, "dtype": "float64"} if row["dtype"] == "float32" else row for row in ROWS]  # as the model is
+    monkeypatch.setattr(choices, "table", lambda: choices.fastest(exact))  # type: ignore[arg-type]
     kernels, single = (choose_kernels("auto", torch.float32, CUDA, batch=batch) for batch in (2, 1))
-    graph = Op(vit(depth=1).float(), random(2, 3, 32, 32).float(), kind="conv").graph
+    graph = Op(vit(depth=1), random(2, 3, 32, 32), kind="conv").graph
     rules, gradient = find_composite("chefer").assign(graph), make_rule("any", "gradient")
     seen = {(node.kind, kernels.rule(node, rule)[0]) for node, rule in rules.items()}
     assert {("linear", "triton"), ("add", "torch"), ("fanout", "torch")} <= seen
-    assert {name for node, rule in rules.items() for name in [single.rule(node, rule)[0]]} == {"torch"}
-    half = Op(vit(depth=1).bfloat16(), random(2, 3, 32, 32).bfloat16(), kind="conv").graph
-    ruled = find_composite("chefer").assign(half).items()
-    assert not any(kernels.rule(node, rule)[0] == "triton" for node, rule in ruled)
+    assert all(single.rule(node, rule)[0] == "torch" for node, rule in rules.items())  # timed with many samples
     for node, rule in rules.items():
         found = kernels.joint(node, {"gradient": gradient, "relevance": rule}, None)
         assert (found is not None and found[0] == "triton (joint)") == (node.kind == "linear")
+    monkeypatch.setattr(choices, "table", lambda: choices.fastest(ROWS))  # type: ignore[arg-type]
+    other = choose_kernels("auto", torch.float32, CUDA, batch=2)  # timed in other dtypes
+    assert all(other.rule(node, rule)[0] == "torch" for node, rule in rules.items())
 
 
 def test_without_a_measurement_it_is_torch(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
