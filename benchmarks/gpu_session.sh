@@ -7,7 +7,7 @@
 # to $OUT/session.tar.gz alone. --dry-run takes tiny sizes on the CPU, under Triton's interpreter, and builds nothing.
 # Python is $PYTHON (python3 by default); no network is used. The authors' code is timed where $REFERENCE is a checkout
 # of it, LXT where it is installed or $LXT is a checkout. Parts run in the order of what they are worth; each has a
-# limit, and no part starts or runs past $TOTAL seconds (585 by default). A part that fails, is late or is left out for
+# limit, and no part starts or runs past $TOTAL seconds (590 by default). A part that fails, is late or is left out for
 # lack of time does not stop the next one; budget.csv says so, and the exit status is 1. PARTS="vit llama" runs those.
 set -u
 cd "$(dirname "$0")/.."
@@ -31,14 +31,16 @@ llama 60 100
 tokens 25 50
 several 20 40
 kernels 30 60
-steps 25 50
-sanitizer 90 130
-peers 40 60'
+steps 40 70
+inductor 50 100
+tiles 12 25
+sanitizer 40 80
+peers 25 45'
 if [ "${1:-}" = "--dry-run" ]; then # an interpreter's times say nothing of a GPU's
   budget=$(awk '$1 != "build" { print $1, $2, 3600 }' <<<"$budget")
   TOTAL=${TOTAL:-3600}
 fi
-TOTAL=${TOTAL:-585}
+TOTAL=${TOTAL:-590}
 of_budget() { awk -v name="$1" -v column="$2" '$1 == name { print $column }' <<<"$budget"; }
 
 echo "part expected limit, in seconds; $TOTAL in all"
@@ -88,7 +90,7 @@ if ! "$PYTHON" -c "import relprop.kernels" 2>/dev/null && [ ! -e relprop/kernels
 fi
 # Triton's kernels are compiled while the CUDA kernels are built: they do not need each other, and there are many cores.
 if wanted compiled; then
-  (timeout -k 5 "$(of_budget compiled 3)" "$PYTHON" -m benchmarks.gpu.compiled_first "$@") >"$OUT/compiled.log" 2>&1 &
+  (timeout -k 5 "$(of_budget compiled 3)" "$PYTHON" -m benchmarks.gpu.compiled_first "$@") >"$OUT/compiling.log" 2>&1 &
   compiler=$!
 fi
 if [ "${1:-}" != "--dry-run" ]; then
@@ -97,7 +99,7 @@ if [ "${1:-}" != "--dry-run" ]; then
 fi
 if wanted compiled; then
   wait "$compiler"
-  run compiled bash -c "cat '$OUT/compiled.log'; exit $?"
+  run compiled bash -c "cat '$OUT/compiling.log'; exit $?"
 fi
 run info "$PYTHON" -m relprop info
 run ceilings "$PYTHON" -m benchmarks.gpu.ceilings "$@"
@@ -110,11 +112,13 @@ run tokens "$PYTHON" -m benchmarks.gpu.end_to_end tokens "$@"
 run several "$PYTHON" -m benchmarks.gpu.end_to_end several "$@"
 run kernels "$PYTHON" -m benchmarks.gpu.kernels measure "$@"
 run steps "$PYTHON" -m benchmarks.gpu.steps "$@"
+run inductor "$PYTHON" -m benchmarks.gpu.end_to_end inductor "$@"
+run tiles "$PYTHON" -m benchmarks.gpu.tiles_timed "$@"
 run sanitizer "$PYTHON" -m benchmarks.gpu.sanitized "$@"
 if [ "${1:-}" = "--dry-run" ]; then
   race=(--quick --contenders forward forward_backward relprop_stable)
 else
-  race=(--device cuda --models vit_base_patch16_224 --batches 8 --dtypes bfloat16 --budget 5 --memory 40
+  race=(--device cuda --models vit_base_patch16_224 --batches 8 --dtypes bfloat16 --budget 3 --memory 40
     --contenders forward forward_backward relprop_stable relprop_attnlrp captum_gradient_shap zennit)
 fi
 run peers "$PYTHON" -m benchmarks.peers "${race[@]}" ${REFERENCE:+--reference "$REFERENCE"} --out "$OUT/peers.csv"

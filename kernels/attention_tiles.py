@@ -80,7 +80,7 @@ def _logits(
     logits = dots * scale
     seen = (queries < query_size) & (keys < key_size)
     if MASK > 0:
-        at = mask_ptr + queries.to(tl.int64) * stride_mq + keys * stride_mk
+        at = mask_ptr + queries.to(tl.int64) * stride_mq + keys.to(tl.int64) * stride_mk
         if MASK == BOOLEAN:
             seen = seen & (tl.load(at, mask=seen, other=0) != 0)
         else:

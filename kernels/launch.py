@@ -33,6 +33,28 @@ interpreted = not MISSING and os.environ.get("TRITON_INTERPRET", "0") == "1"
 INTERPRETED = tl.constexpr(interpreted)  # as kernels see it
 
 
+def _round_to_nearest() -> None:
+    """float32 becomes bfloat16 as on a device, to the nearest even.
+
+    The interpreter cuts bits off, which takes a part of every share at every layer.
+    """
+    from triton.runtime import interpreter
+
+    cut = interpreter.interpreter_builder.create_fp_trunc
+
+    def create_fp_trunc(value: Any, to: Any) -> Any:
+        if value.dtype.scalar == tl.float32 and to.scalar == tl.bfloat16:
+            rounded = torch.from_numpy(value.data.copy()).bfloat16().view(torch.int16).numpy()
+            return interpreter.TensorHandle(rounded.view("uint16"), to.scalar)
+        return cut(value, to)
+
+    interpreter.interpreter_builder.create_fp_trunc = create_fp_trunc
+
+
+if interpreted:
+    _round_to_nearest()
+
+
 def jit(function: Callable[..., None]) -> Any:
     """A kernel, or a function that kernels call."""
     if MISSING:

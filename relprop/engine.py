@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from relprop import cost, memory, trust
 from relprop.backends import choose_kernels
@@ -120,9 +121,10 @@ def compile(
         raise BackendError(f"tape: expected a backend among {', '.join(TAPED_BACKENDS)}, got {backend}")
     if tape and compile:
         raise OptionError("tape: expected it without compile, got both")
-    kernels = choose_kernels(backend, dtype, device, precision)
+    batch = _samples_of(args, kwargs) if backend == "auto" and device.type == "cuda" else 0
+    kernels = choose_kernels(backend, dtype, device, precision, batch)
     inside = module_patterns(latents)
-    key = (method, rules, hashable_options(method_options), backend, dtype, str(device), precision, inside)
+    key = (method, rules, hashable_options(method_options), backend, dtype, str(device), precision, inside, batch == 1)
 
     def build(books: bool) -> Program:
         return build_program(
@@ -155,6 +157,14 @@ def compile(
     elif tape is None and device.type == "cpu" and backend in TAPED_BACKENDS and available()[0]:
         engine._replay_what_recurs()
     return engine
+
+
+def _samples_of(args: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> int:
+    """How many samples an example has: the length of its first tensor."""
+    tensors = (
+        leaf for leaf in pytree.tree_leaves((args, dict(kwargs or {}))) if isinstance(leaf, Tensor) and leaf.dim()
+    )
+    return next((tensor.shape[0] for tensor in tensors), 1)
 
 
 def hashable_options(options: Mapping[str, Any] | None) -> Any:

@@ -23,10 +23,11 @@ from torch import Tensor
 
 from benchmarks.gpu.kernels import chosen
 from benchmarks.gpu.machine import Machine, machine_of, told
+from benchmarks.gpu.tiles_timed import tried
 from relprop.kernels import launch as kernels
 from relprop.kernels.launch import Launch, recording
 
-# Sizes of the checks, of the timings and of the sanitizer's run.
+# Beside what `tiles_timed` tries: sizes of the checks, of the timings and of the sanitizer's run.
 PASSES = ({"large": False}, {"large": True}, {"large": False, "tiny": True})
 
 
@@ -50,6 +51,8 @@ def launches(architecture: int, dry: bool) -> list[Launch]:
             machine = Outline(dry, Path(), tiny=sizes.get("tiny", False), backends=("triton",))
             for case, backend in chosen(machine, large=sizes["large"]):
                 case.runs[backend]()
+        for case, *_ in tried(Outline(dry, Path(), backends=("triton",)), architecture):
+            case.runs["triton"]()
     for launch in recorded:
         found.setdefault(_key(launch), launch)
     return list(found.values())

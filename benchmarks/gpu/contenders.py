@@ -81,13 +81,15 @@ def backends(machine: Machine) -> list[str]:
     return ["triton", "cuda"] if cuda else ["triton"]
 
 
-def key_of(family: str, method: str, composite: str, backend: str, graph: bool, dtype: torch.dtype) -> Key:
+def key_of(
+    family: str, method: str, composite: str, backend: str, graph: bool, dtype: torch.dtype, compiled: bool = False
+) -> Key:
     """By which a timing finds its check among the rows of `parity`."""
-    return family, method, composite, backend, str(graph), str(dtype).removeprefix("torch.")
+    return family, method, composite, backend, str(graph), str(dtype).removeprefix("torch."), str(compiled)
 
 
-def label_of(backend: str, name: str, graph: bool) -> str:
-    return f"relprop_{backend}_{name}{'_graph' if graph else ''}"
+def label_of(backend: str, name: str, graph: bool, compiled: bool = False) -> str:
+    return f"relprop_{backend}_{name}{'_compiled' if compiled else ''}{'_graph' if graph else ''}"
 
 
 def forward(model: Any, *args: Any, **kwargs: Any) -> Run:

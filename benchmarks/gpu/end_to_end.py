@@ -4,9 +4,9 @@
 
 Points: `parity` (answers against float64, see `benchmarks.gpu.parity`), `vit` (ViT-B/16, batch 64), `latency` (batch 1
 from a CUDA graph), `tokens` (a ViT of 16,384 tokens), `llama` (a Llama-shaped 1B model, 4,096 tokens), `several`
-(targets of one input). Each writes end_to_end_POINT.csv, what matters most first; what `parity` did not find right is
-not timed. The authors' code is timed where $REFERENCE is a checkout of it, LXT where it is installed or $LXT is a
-checkout of it.
+(targets of one input), `inductor` (passes of `vit` and `llama` through torch.compile, held to float64 first). Each
+writes end_to_end_POINT.csv, what matters most first; what `parity` did not find right is not timed. The authors' code
+is timed where $REFERENCE is a checkout of it, LXT where it is installed or $LXT is a checkout of it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from benchmarks.gpu.contenders import (
     vit,
 )
 from benchmarks.gpu.machine import Machine, machine_of, told
-from benchmarks.gpu.parity import parity
+from benchmarks.gpu.parity import compiled_parity, parity
 
 ATTRIBUTION = "transformer_attribution"
 NAMES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
@@ -60,18 +60,19 @@ class LargeBatch:
             self.models[dtype] = copy.deepcopy(self.base).to(dtype), made
         return self.models[dtype]
 
-    def ours(self, dtype: torch.dtype, backend: str, composite: str, graph: bool) -> None:
+    def ours(self, dtype: torch.dtype, backend: str, composite: str, graph: bool, compiled: bool = False) -> None:
         """One row, with what the method needs: five forward passes' products."""
         machine, batch, (model, given) = self.machine, self.batch, self.given(dtype)
         target, made = torch.full((batch,), 5, device=machine.device), []
 
         def contender() -> Run:
-            made.append(engine_of(machine, model, given, graph, backend=backend, composite=composite))
+            options = {"backend": backend, "composite": composite, "compile": compiled}
+            made.append(engine_of(machine, model, given, graph, **options))
             return lambda: made[0](given, target=target)
 
-        key = key_of("vit", ATTRIBUTION, composite, backend, graph, dtype)
-        row = {"dtype": NAMES[dtype], "batch": batch}
-        ms = attempt(machine, label_of(backend, composite, graph), contender, checked=key, model=model, **row)
+        key = key_of("vit", ATTRIBUTION, composite, backend, graph, dtype, compiled)
+        row, label = {"dtype": NAMES[dtype], "batch": batch}, label_of(backend, composite, graph, compiled)
+        ms = attempt(machine, label, contender, checked=key, model=model, **row)
         if ms == ms:
             rate = 5 * made[0].program.flops()["forward"] * batch / ms / 1e9
             ceiling = machine.ceilings().get(f"{'bf16' if dtype == torch.bfloat16 else 'tf32'}_tflop_s", float("nan"))
@@ -171,20 +172,29 @@ def tokens(machine: Machine) -> None:
     attempt(machine, "reference", lambda: reference(vit(machine, side), given.float()), dtype="float32", **row)
 
 
-def language_model(machine: Machine) -> None:
-    """AttnLRP of one position's logits, beside LXT and the compiled forward and backward passes, all on one model."""
-    model, length = llama(machine), machine.size(4096, 6)
-    ids, options = token_ids(machine, length), {"use_cache": False, "logits_to_keep": 1}
-    row = {"dtype": "bfloat16", "batch": 1, "tokens": length}
+class LanguageModel:
+    """AttnLRP of one position's logits of a Llama-shaped model."""
 
-    def ours(backend: str, graph: bool) -> None:
+    def __init__(self, machine: Machine) -> None:
+        self.machine, self.model, length = machine, llama(machine), machine.size(4096, 6)
+        self.ids, self.options = token_ids(machine, length), {"use_cache": False, "logits_to_keep": 1}
+        self.row = {"dtype": "bfloat16", "batch": 1, "tokens": length}
+
+    def ours(self, backend: str, graph: bool, compiled: bool = False) -> None:
         def contender() -> Run:
-            made = {"backend": backend, "method": "attnlrp", "output": "logits"}
-            engine = engine_of(machine, model, ((ids,), options), graph, **made)
-            return lambda: engine(ids, target=(0, 7), **options)
+            made = {"backend": backend, "method": "attnlrp", "output": "logits", "compile": compiled}
+            engine = engine_of(self.machine, self.model, ((self.ids,), self.options), graph, **made)
+            return lambda: engine(self.ids, target=(0, 7), **self.options)
 
-        key = key_of("llama", "attnlrp", "attnlrp", backend, graph, torch.bfloat16)
-        attempt(machine, label_of(backend, "attnlrp", graph), contender, checked=key, model=model, **row)
+        key = key_of("llama", "attnlrp", "attnlrp", backend, graph, torch.bfloat16, compiled)
+        label = label_of(backend, "attnlrp", graph, compiled)
+        attempt(self.machine, label, contender, checked=key, model=self.model, **self.row)
+
+
+def language_model(machine: Machine) -> None:
+    """AttnLRP beside LXT and the compiled forward and backward passes, all on one model."""
+    run = LanguageModel(machine)
+    model, ids, options, row = run.model, run.ids, run.options, run.row
 
     def ratios(row: dict[str, Any]) -> dict[str, Any]:
         fastest = min((r["ms"] for r in machine.rows if r["run"].startswith("relprop") and "ms" in r), default=None)
@@ -194,13 +204,13 @@ def language_model(machine: Machine) -> None:
         return {"over_forward": row["ms"] / once, "over_relprop": row["ms"] / fastest}
 
     for backend in backends(machine):
-        ours(backend, True)
+        run.ours(backend, True)
     with unpatched_after("transformers.models.llama.modeling_llama"):
         attempt(machine, "lxt", lambda: lxt(model, ids), model=model, **row)
     attempt(machine, "forward_compiled", lambda: forward(compiled(machine, model), ids, **options), model=model, **row)
     machine.relate(ratios)
     for backend in backends(machine):
-        ours(backend, False)
+        run.ours(backend, False)
     machine.relate(ratios)
     backward = "forward_backward_compiled"
     attempt(machine, backward, lambda: of_embeddings(compiled(machine, model), model, ids), model=model, **row)
@@ -231,6 +241,25 @@ def several(machine: Machine) -> None:
                     machine.amend(forwards_per_target=(ms - first) / (targets - 1) / once)
 
 
+def inductor(machine: Machine) -> bool:
+    """What torch.compile makes of the element-wise rest: a check, a ViT's and a Llama's row, beside their own without.
+
+    What compiling costs is in no row.
+    """
+    right = compiled_parity(machine)
+    LargeBatch(machine).ours(torch.bfloat16, "triton", "chefer", True, compiled=True)
+    machine.amend(over_not_compiled=_over(machine, "vit", label_of("triton", "chefer", True)))
+    LanguageModel(machine).ours("triton", True, compiled=True)
+    machine.amend(over_not_compiled=_over(machine, "llama", label_of("triton", "attnlrp", True)))
+    return right
+
+
+def _over(machine: Machine, point: str, run: str) -> float:
+    """The last row's time over that of a row of an earlier point; NaN where either has none."""
+    found = (row for row in machine.read(f"end_to_end_{point}") if row["run"] == run and row["dtype"] == "bfloat16")
+    return float(machine.rows[-1].get("ms", "nan")) / float(next(found, {}).get("ms") or "nan")
+
+
 POINTS: dict[str, Callable[[Machine], bool | None]] = {
     "parity": parity,
     "vit": large_batch,
@@ -238,6 +267,7 @@ POINTS: dict[str, Callable[[Machine], bool | None]] = {
     "tokens": tokens,
     "llama": language_model,
     "several": several,
+    "inductor": inductor,
 }
 
 

@@ -42,7 +42,7 @@ class Machine:
     table: str = ""
     rows: list[dict[str, Any]] = field(default_factory=list)
     # Columns of the rows of `parity` that say what was checked.
-    KEY: ClassVar[tuple[str, ...]] = ("family", "method", "composite", "backend", "graph", "dtype")
+    KEY: ClassVar[tuple[str, ...]] = ("family", "method", "composite", "backend", "graph", "dtype", "compiled")
 
     @property
     def device(self) -> torch.device:
@@ -153,7 +153,7 @@ class Machine:
 
     def passed(self) -> set[tuple[str, ...]]:
         """What `benchmarks.gpu.parity` found right, by the columns of `KEY`."""
-        rows = self.read("end_to_end_parity")
+        rows = [row for table in ("parity", "inductor") for row in self.read(f"end_to_end_{table}") if "right" in row]
         return {tuple(row[name] for name in self.KEY) for row in rows if row["right"] == "True"}
 
     def read(self, table: str) -> list[dict[str, str]]:

@@ -2,9 +2,11 @@
 
     python -m benchmarks.gpu.steps [--dry-run] [--out FOLDER]
 
-Writes steps.csv: ViT-B/16 in bfloat16 at batch 64, a row per operation, rules, shape and backend, each beside what the
-cost model and the measured ceilings allow it (a roofline): what bounds it, and the share of that it reaches. Kernels
-that span several steps are left out, so that operations compare.
+Writes steps.csv: a row per model, dtype, batch, operation, rules, shape and backend, each beside what the cost model
+and the measured ceilings allow it (a roofline): what bounds it, and the share of that it reaches. ViT-B/16 in bfloat16
+at batch 64 comes first, then a Llama-shaped model, then one image and float32, for which nothing else chooses. Kernels
+that span several steps are left out of these rows, so that operations compare; rows with `fused` are of the steps as
+they run, those of one kernel in one row.
 """
 
 from __future__ import annotations
@@ -12,25 +14,58 @@ from __future__ import annotations
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from benchmarks.gpu.contenders import backends, engine_of, images, vit
+from benchmarks.gpu.contenders import backends, engine_of, images, llama, token_ids, vit
 from benchmarks.gpu.machine import Machine, machine_of, told
 from relprop import execute
-from relprop.cost import Ceilings, StepCost, predict
+from relprop.cost import Ceilings, StepCost, predict, sizes
 
-# Between them they have every rule of an image model that a kernel is for.
-METHODS = (("transformer_attribution", "chefer"), ("transformer_attribution", "chefer_stable"), ("attnlrp", "attnlrp"))
 RUNS = 5
 
 
-def seconds_by_step(machine: Machine, engine: Any, given: torch.Tensor) -> dict[int, float]:
+@dataclass(frozen=True)
+class Sweep:
+    """What is timed step by step: a model in a dtype, how many samples, a method, and whether fused kernels stay."""
+
+    model: str
+    dtype: torch.dtype
+    batch: int
+    method: str
+    composite: str
+    fused: bool = False
+
+    def made(self, machine: Machine) -> tuple[Any, tuple[Any, ...], dict[str, Any], dict[str, Any]]:
+        """The model, its input, the call's other arguments and options of its engine."""
+        if self.model == "llama":
+            model, ids = llama(machine, dtype=self.dtype), token_ids(machine, machine.size(4096, 6))
+            return model, (ids,), {"use_cache": False, "logits_to_keep": 1}, {"output": "logits"}
+        given = images(machine, machine.size(self.batch, min(self.batch, 2)), dtype=self.dtype)
+        return vit(machine, dtype=self.dtype), (given,), {}, {}
+
+
+_HALF, _ATTRIBUTION = torch.bfloat16, "transformer_attribution"
+# Between them they have every rule of an image model and of a language model that a kernel is for.
+SWEEPS = (
+    Sweep("vit", _HALF, 64, _ATTRIBUTION, "chefer"),
+    Sweep("vit", _HALF, 64, _ATTRIBUTION, "chefer", fused=True),
+    Sweep("llama", _HALF, 1, "attnlrp", "attnlrp"),
+    Sweep("llama", _HALF, 1, "attnlrp", "attnlrp", fused=True),
+    Sweep("vit", _HALF, 64, _ATTRIBUTION, "chefer_stable"),
+    Sweep("vit", _HALF, 64, "attnlrp", "attnlrp"),
+    Sweep("vit", _HALF, 64, "attnlrp", "attnlrp", fused=True),
+    Sweep("vit", _HALF, 1, _ATTRIBUTION, "chefer"),
+    Sweep("vit", torch.float32, 64, _ATTRIBUTION, "chefer"),
+    Sweep("vit", torch.float32, 1, _ATTRIBUTION, "chefer"),
+)
+
+
+def seconds_by_step(machine: Machine, engine: Any, explain: Callable[[], Any]) -> dict[int, float]:
     """Median of every reverse step, the device waited for after each."""
-    engine.program = replace(engine.program, reverse=tuple(replace(s, fused=None) for s in engine.program.reverse))
     found: dict[int, list[float]] = defaultdict(list)
     step_of = execute.Sweep._step
 
@@ -44,21 +79,21 @@ def seconds_by_step(machine: Machine, engine: Any, given: torch.Tensor) -> dict[
         step_of(sweep, step)
         found[id(step)].append(wait() - start)
 
-    engine(given, target=5)
+    explain()
     try:
         execute.Sweep._step = timed  # type: ignore[method-assign]
         for _ in range(machine.size(RUNS, 1)):
-            engine(given, target=5)
+            explain()
     finally:
         execute.Sweep._step = step_of  # type: ignore[method-assign]
     return {step: statistics.median(times) for step, times in found.items()}
 
 
-def ceilings_of(machine: Machine) -> Ceilings:
+def ceilings_of(machine: Machine, dtype: torch.dtype) -> Ceilings:
     """What `benchmarks.gpu.ceilings` measured, as the cost model takes it; NaN where it did not run."""
-    found = machine.ceilings()
-    rate, bandwidth = (found.get(name, float("nan")) for name in ("bf16_tflop_s", "copy_gb_s"))
-    return Ceilings("this device, bfloat16", "measured in the same session", 1e12 * rate, 1e9 * bandwidth)
+    found, name = machine.ceilings(), "bf16" if dtype == torch.bfloat16 else "tf32"
+    rate, bandwidth = (found.get(key, float("nan")) for key in (f"{name}_tflop_s", "copy_gb_s"))
+    return Ceilings(f"this device, {name}", "measured in the same session", 1e12 * rate, 1e9 * bandwidth)
 
 
 def roofline(steps: list[StepCost], ms: float, ceilings: Ceilings) -> dict[str, Any]:
@@ -81,35 +116,53 @@ def roofline(steps: list[StepCost], ms: float, ceilings: Ceilings) -> dict[str, 
     }
 
 
-def rows_of(machine: Machine, engine: Any, given: torch.Tensor, ceilings: Ceilings) -> Iterator[dict[str, Any]]:
-    """One per operation, rules and shape of an engine's sweep."""
-    times = seconds_by_step(machine, engine, given)
-    costs = [cost for cost in predict(engine.program, ceilings, len(given)) if cost.phase == "reverse"]
-    groups: dict[tuple[str, str, str], list[tuple[StepCost, float]]] = defaultdict(list)
-    for step, cost in zip(engine.program.reverse, costs, strict=True):
-        rules = " + ".join(stream.rule.name for stream in step.streams)
-        shape = "x".join(str(size) for size in step.node.outputs[0].shape[1:])
-        groups[step.node.kind, rules, shape].append((cost, 1e3 * times.get(id(step), 0.0)))
-    for (kind, rules, shape), found in groups.items():
+def rows_of(engine: Any, times: dict[int, float], batch: int, ceilings: Ceilings) -> Iterator[dict[str, Any]]:
+    """One per operation, rules and shape of an engine's sweep; steps of one kernel are one operation."""
+    program = engine.program
+    costs = [cost for cost in predict(program, ceilings, batch) if cost.phase == "reverse"]
+    found = {step.node: (step, cost) for step, cost in zip(program.reverse, costs, strict=True)}
+    inside = {node for step in program.reverse if step.fused is not None for node in step.fused.nodes[1:]}
+    groups: dict[tuple[str, str, str], list[tuple[list[StepCost], float]]] = defaultdict(list)
+    for step in program.reverse:
+        if step.node in inside:
+            continue
+        parts = [found[node] for node in (step.fused.nodes if step.fused is not None else (step.node,))]
+        rules = ", ".join(" + ".join(stream.rule.name for stream in part.streams) for part, _ in parts)
+        shape = "x".join(str(size) for size in sizes(step.node.outputs[0], program.batch_symbols, 1)[1:])
+        spent = sum(1e3 * times.get(id(part), 0.0) for part, _ in parts)
+        groups[", ".join(part.node.kind for part, _ in parts), rules, shape].append(([c for _, c in parts], spent))
+    for (kind, rules, shape), steps in groups.items():
         if rules:
-            ms = sum(spent for _, spent in found)
-            row = {"kind": kind, "rules": rules, "shape": shape, "steps": len(found), "ms": ms}
-            yield {**row, **roofline([cost for cost, _ in found], ms, ceilings), "failed": ""}
+            ms = sum(spent for _, spent in steps)
+            row = {"kind": kind, "rules": rules, "shape": shape, "steps": len(steps), "ms": ms}
+            yield {**row, **roofline([cost for parts, _ in steps for cost in parts], ms, ceilings), "failed": ""}
+
+
+def measure(machine: Machine, sweep: Sweep, backend: str) -> Iterator[dict[str, Any]]:
+    """Rows of one sweep on one backend."""
+    model, args, kwargs, options = sweep.made(machine)
+    options |= {"backend": backend, "method": sweep.method, "composite": sweep.composite, "tape": False}
+    engine = engine_of(machine, model, (args, kwargs), False, **options)  # a tape has no steps
+    if not sweep.fused:
+        alone = tuple(replace(step, fused=None) for step in engine.program.reverse)
+        engine.program = replace(engine.program, reverse=alone)
+    target = (0, 7) if sweep.model == "llama" else 5
+    times = seconds_by_step(machine, engine, lambda: engine(*args, target=target, **kwargs))
+    yield from rows_of(engine, times, len(args[0]), ceilings_of(machine, sweep.dtype))
 
 
 def main(machine: Machine) -> int:
     """Rows of steps.csv; 1 where a backend's could not be measured."""
     machine.begin("steps")
-    capability = "-" if machine.dry else ".".join(str(n) for n in torch.cuda.get_device_capability())
-    model, given = vit(machine, dtype=torch.bfloat16), images(machine, machine.size(64, 1), dtype=torch.bfloat16)
-    ceilings, status = ceilings_of(machine), 0
-    for method, composite in METHODS:
-        for backend in (*backends(machine), "torch"):
-            head = {"capability": capability, "method": method, "composite": composite, "backend": backend}
+    capability, status = "-" if machine.dry else ".".join(str(n) for n in torch.cuda.get_device_capability()), 0
+    for sweep in SWEEPS:
+        # Triton's alone has kernels of several steps.
+        for backend in ("triton",) if sweep.fused else (*backends(machine), "torch"):
+            head: dict[str, Any] = {"capability": capability, "model": sweep.model, "batch": sweep.batch}
+            head |= {"dtype": str(sweep.dtype).removeprefix("torch."), "method": sweep.method}
+            head |= {"composite": sweep.composite, "fused": "yes" if sweep.fused else "", "backend": backend}
             try:
-                options = {"method": method, "composite": composite, "tape": False}  # a tape has no steps
-                engine = engine_of(machine, model, given, False, backend=backend, **options)
-                for row in rows_of(machine, engine, given, ceilings):
+                for row in measure(machine, sweep, backend):
                     machine.add(**head, **row)
             except Exception as problem:
                 machine.add(**head, failed=told(problem))

@@ -26,7 +26,9 @@ _LOG = logging.getLogger("relprop")
 _SAID: set[str] = set()
 
 
-def choose_kernels(name: str, dtype: torch.dtype, device: torch.device, precision: str = "highest") -> Kernels:
+def choose_kernels(
+    name: str, dtype: torch.dtype, device: torch.device, precision: str = "highest", batch: int = 1
+) -> Kernels:
     """What a plan's steps run on.
 
     Args:
@@ -35,13 +37,14 @@ def choose_kernels(name: str, dtype: torch.dtype, device: torch.device, precisio
         dtype: of the streams.
         device: of the model.
         precision: of matrix products.
+        batch: samples of the example, for what was measured at one or at many.
     Raises:
         UnknownNameError: no such backend. BackendError: it cannot run here, with all the reasons.
     """
     if name not in (*BACKENDS, "auto"):
         raise unknown_name("backend", name, (*BACKENDS, "auto"))
     if name == "auto" and device.type == "cuda":
-        return _measured(dtype, device)
+        return _measured(dtype, device, batch)
     used = name if name != "auto" else "cpp"
     if used == "torch":
         return Kernels()
@@ -78,7 +81,7 @@ def choose_kernels(name: str, dtype: torch.dtype, device: torch.device, precisio
     return Kernels(rule, joint, fused=triton_fused.fused_step if used == "triton" else None)
 
 
-def _measured(dtype: torch.dtype, device: torch.device) -> Kernels:
+def _measured(dtype: torch.dtype, device: torch.device, batch: int) -> Kernels:
     """The backend of every operation that was the fastest on a GPU of this kind; the rules themselves elsewhere."""
     chosen, reason = choices.choices_for(device)
     usable = {}
@@ -92,14 +95,14 @@ def _measured(dtype: torch.dtype, device: torch.device) -> Kernels:
         return Kernels()
 
     def rule(node: Node, rule: Rule) -> tuple[str, Kernel | None]:
-        name = chosen.get(choices.key_of(node, rule), "torch")
+        name = chosen.get(choices.key_of(node, rule, batch), "torch")
         backend = usable.get(name)
         kernel = None if backend is None or backend.kernel_reasons(node, rule) else backend.KERNELS.get(type(rule))
         return ("torch", None) if kernel is None else (name, kernel)
 
     def agreed(node: Node, rules: Mapping[str, Rule]) -> str:
         """The backend of all rules of a step, empty where they differ."""
-        names = {chosen.get(choices.key_of(node, rule), "torch") for rule in rules.values()}
+        names = {chosen.get(choices.key_of(node, rule, batch), "torch") for rule in rules.values()}
         return names.pop() if len(names) == 1 and names <= set(usable) else ""
 
     def joint(node: Node, rules: Mapping[str, Rule], edge: str | None) -> tuple[str, JointKernel] | None:

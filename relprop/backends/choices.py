@@ -13,12 +13,20 @@ from relprop.graph import Node
 from relprop.rules import Rule
 
 PATH = Path(__file__).with_name("choices.json")
-Choices = dict[str, str]  # operation and rule -> backend
+Choices = dict[str, str]  # what `key` makes -> backend
 
 
-def key_of(node: Node, rule: Rule) -> str:
-    """An operation and its rule, as the table has them."""
-    return f"{node.kind} {rule.name}"
+def key(kind: str, rule: str, dtype: torch.dtype, batch: int) -> str:
+    """An operation, its rule, the model's dtype and whether there are several samples, as the table has them.
+
+    What is fastest for a batch in bfloat16 says little of one sample in float32.
+    """
+    return f"{kind} {rule} {str(dtype).removeprefix('torch.')} {'one' if batch == 1 else 'many'}"
+
+
+def key_of(node: Node, rule: Rule, batch: int) -> str:
+    """Of a step; the model's dtype is that of the step's output."""
+    return key(node.kind, rule.name, node.outputs[0].dtype, batch)
 
 
 @cache
@@ -41,20 +49,24 @@ def fastest(rows: Iterable[dict[str, str]]) -> dict[str, Choices]:
     """The table of measured steps.
 
     Args:
-        rows: with `capability`, `method`, `composite`, `kind`, `rules` (joined by " + "), `backend` and `ms`. A step of
-            several rules counts for each of them. A backend that some method could not be timed on is not chosen.
+        rows: with `capability`, `model`, `method`, `composite`, `kind`, `rules` (joined by " + "), `dtype`, `batch`,
+            `backend` and `ms`. A step of several rules counts for each of them. A backend that some model or method
+            could not be timed on is not chosen; rows of fused steps, which no other backend has, choose nothing.
     """
     times: dict[tuple[str, str], dict[str, dict[tuple[str, ...], float]]] = {}
     for row in rows:
-        case = (row["method"], row["composite"], row["rules"])
+        if row["fused"]:
+            continue
+        case, dtype = tuple(row[c] for c in ("model", "method", "composite", "rules")), getattr(torch, row["dtype"])
         for rule in row["rules"].split(" + "):
-            by_backend = times.setdefault((row["capability"], f"{row['kind']} {rule}"), {})
+            named = key(row["kind"], rule, dtype, int(row["batch"]))
+            by_backend = times.setdefault((row["capability"], named), {})
             of_case = by_backend.setdefault(row["backend"], {})
             of_case[case] = of_case.get(case, 0.0) + float(row["ms"])
     found: dict[str, Choices] = {}
-    for (capability, key), by_backend in sorted(times.items()):
+    for (capability, named), by_backend in sorted(times.items()):
         cases = {case for of_case in by_backend.values() for case in of_case}
         whole = {name: sum(of_case.values()) for name, of_case in by_backend.items() if set(of_case) == cases}
         if whole:
-            found.setdefault(capability, {})[key] = min(whole, key=lambda name: whole[name])
+            found.setdefault(capability, {})[named] = min(whole, key=lambda name: whole[name])
     return found

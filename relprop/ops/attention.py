@@ -63,7 +63,7 @@ def attention_relevance(
         stream = given[name]
         assert stream is not None
         folded = (parts[0], *(part.unflatten(2, (-1, groups)).sum(3) for part in parts[1:]))
-        found.extend(_token_by_token(part.to(stream.dtype)) for part, want in zip(folded, wanted, strict=True) if want)
+        found.extend(token_by_token(part.to(stream.dtype)) for part, want in zip(folded, wanted, strict=True) if want)
 
     if gradient is not None:
         maps["gradient"] = at_map = gradient @ values.mT
@@ -111,7 +111,7 @@ def _product_relevance(rule: str, share: Any, arrived: Tensor, q: Tensor, k: Ten
     return sum(a * (s @ b) for a, b in signs) / 2, sum(b * (s.mT @ a) for a, b in signs) / 2
 
 
-def _token_by_token(part: Tensor) -> Tensor:
+def token_by_token(part: Tensor) -> Tensor:
     """Laid out as the kernel writes it: [T, B, N, H, width] in memory."""
     return part.transpose(2, 3).contiguous().transpose(2, 3)
 

@@ -1,9 +1,12 @@
-"""The custom ops on a GPU: a table from op to the launcher of its CUDA kernel, or of its Triton kernel.
+"""The custom ops on a GPU: tables from op to the launchers of its CUDA and of its Triton kernel.
 
-A launcher has the op's own signature. Ops without one, builds without the CUDA extension, and calls that a kernel does
-not take (float64, layer tensors of different dtypes, heads of more than 256 channels) run `relprop.ops.reference`.
-`relprop info` says which ops have a kernel. Left out are the elementwise halves of the linear rules, which on a GPU are
-inside the products' kernels, and what is a product and nothing else (`linear_apply`).
+A launcher has the op's own signature. Where both kernels take a call, the one that was measured to be the faster runs
+(`choices.json`, which the engine's steps are chosen by too), CUDA's where nothing was measured; what was measured to be
+slower than plain PyTorch does not run. Ops without a kernel, and calls that no kernel takes (float64, layer tensors of
+different dtypes, heads of more than 256 channels), run `relprop.ops.reference`. `relprop info` says which ops have a
+kernel. Left out are the elementwise halves of the linear rules, which on a GPU are inside the products' kernels, and
+what is a product and nothing else (`linear_apply`); shares of a product and of maps of attention have CUDA's alone, for
+Triton has them inside attention's.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from torch import Tensor
 from relprop import native_cuda
 from relprop.native_cuda import Back
 from relprop.native_cuda.attention_relevance import LARGEST_HEAD
-from relprop.ops import attention
+from relprop.ops import attention, on_triton
 
 _FACTORS = (torch.float32, torch.bfloat16)
 
@@ -101,13 +104,6 @@ def _attention(*arguments: Any) -> list[Tensor]:
     return attention.through(native_cuda.attention_relevance, q, k, v, output, mask, gradient, relevance, row, *rest)
 
 
-def _norm_sigma_constant(relevance: Tensor, x: Tensor, y: Tensor, weight: Tensor | None, *rest: Any) -> Tensor:
-    from relprop.kernels.norm_sigma_constant import norm_sigma_constant
-
-    norm, norm_epsilon, kind, epsilon = rest
-    return norm_sigma_constant(relevance, x, y, weight, kind=norm, eps=norm_epsilon, stabiliser=(kind, epsilon))
-
-
 CUDA: dict[str, Callable[..., Any]] = {
     "linear_transpose": _transpose,
     "linear_alpha_beta_share_out_product": _share_out_product,
@@ -125,21 +121,77 @@ CUDA: dict[str, Callable[..., Any]] = {
         gradient, x, weight, norm=norm, epsilon=epsilon
     ),
 }
-TRITON: dict[str, Callable[..., Any]] = {"norm_sigma_constant": _norm_sigma_constant}
-LONGEST_ROW = 8192  # of the Triton kernel
+TRITON = on_triton.LAUNCHERS
+# An operation and its rule, as `choices.json` has them; a share alone, and maps of attention, are parts of a step.
+STEPS = {
+    "linear_transpose": ("linear", "gradient"),
+    "linear_alpha_beta_share_out_product": ("linear", "alpha_beta"),
+    "linear_alpha_beta_back_product": ("linear", "alpha_beta"),
+    "add_normalised": ("add", "normalised"),
+    "add_epsilon": ("add", "epsilon"),
+    "add_gamma": ("add", "gamma"),
+    "fanout_epsilon": ("fanout", "epsilon"),
+    "attention_relevance": ("attention", "composed"),
+    "softmax_taylor": ("softmax", "taylor"),
+    "activation_gradient": ("activation", "gradient"),
+    "norm_gradient": ("norm", "gradient"),
+    "norm_sigma_constant": ("norm", "sigma_constant"),
+}
 STREAMS = {"relevance", "relevances", "gradient", "sv", "shares", "stream"}
 
 
 def launcher(name: str, arguments: dict[str, Any]) -> Callable[..., Any] | None:
-    """The kernel that takes this call of an op with these arguments by name, None for the reference."""
-    if name in CUDA:
-        usable = native_cuda.available()[0] and _taken(name, arguments)
-        return CUDA[name] if usable else None
-    if name in TRITON:
-        short = arguments["x"].dim() > 0 and arguments["x"].shape[-1] <= LONGEST_ROW
-        fits = short and _taken(name, arguments)
-        return TRITON[name] if fits and importlib.util.find_spec("triton") is not None else None
-    return None
+    """The kernel that runs this call of an op with these arguments by name, None for the reference."""
+    found: dict[str, Callable[..., Any]] = {}
+    if (name in CUDA or name in TRITON) and _taken(name, arguments):
+        if name in CUDA and native_cuda.available()[0] and _cuda_takes(arguments):
+            found["cuda"] = CUDA[name]
+        if name in TRITON and _triton_runs(arguments) and on_triton.takes(name, arguments):
+            found["triton"] = TRITON[name]
+    measured = _measured(name, arguments) if found else ""
+    if measured == "torch":
+        return None
+    return found.get(measured) or next(iter(found.values()), None)
+
+
+def _first(arguments: dict[str, Any]) -> Tensor:
+    """The first tensor of a call."""
+    tensors = (item[0] if isinstance(item, list) and item else item for item in arguments.values())
+    return next(item for item in tensors if isinstance(item, Tensor))
+
+
+def _triton_runs(arguments: dict[str, Any]) -> bool:
+    if importlib.util.find_spec("triton") is None:
+        return False
+    from relprop.kernels.launch import unusable
+
+    return not unusable(_first(arguments).device)
+
+
+def _measured(name: str, arguments: dict[str, Any]) -> str:
+    """The backend that the table names for the step that this op is of; empty where nothing was measured."""
+    device = _first(arguments).device
+    if name not in STEPS or device.type != "cuda":
+        return ""
+    from relprop.backends import choices
+
+    streams = [item for key, item in arguments.items() if key in STREAMS and item is not None]
+    stream = (streams[0][0] if isinstance(streams[0], list) else streams[0]) if streams else None
+    batch = stream.shape[1] if stream is not None and stream.dim() > 1 else 1
+    return choices.choices_for(device)[0].get(choices.key(*STEPS[name], _layer_dtype(arguments), batch), "")
+
+
+def _layer_dtype(arguments: dict[str, Any]) -> torch.dtype:
+    """Of the model: of what is multiplied, or of the first tensor that is no stream."""
+    operands: torch.dtype | None = arguments.get("operands")
+    tensors = (item for key, item in arguments.items() if key not in STREAMS and isinstance(item, Tensor))
+    return operands or next(tensors).dtype
+
+
+def _cuda_takes(arguments: dict[str, Any]) -> bool:
+    if "relevances" in arguments:
+        return len(arguments["relevances"]) <= native_cuda.call.compiled().MAX_FANOUT
+    return True
 
 
 def _taken(name: str, arguments: dict[str, Any]) -> bool:
@@ -159,7 +211,7 @@ def _taken(name: str, arguments: dict[str, Any]) -> bool:
     if not moving <= {torch.float32, *values}:
         return False
     if "relevances" in arguments:
-        return 1 <= len(arguments["relevances"]) <= native_cuda.call.compiled().MAX_FANOUT
+        return len(arguments["relevances"]) > 0
     if name == "attention_relevance":
         others = [tensor for key in ("mask", "row") for tensor in given.get(key, [])]
         plain = all(tensor.dtype in (torch.bool, *native_cuda.DTYPES) for tensor in others)

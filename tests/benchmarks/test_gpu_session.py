@@ -38,6 +38,7 @@ POINTS = {
         "lxt",
     },
     "several": {"forward_compiled", "relprop_triton_transformer_attribution", "relprop_triton_attnlrp"},
+    "inductor": {"error", "relprop_triton_chefer_compiled_graph", "relprop_triton_attnlrp_compiled_graph"},
 }
 # Columns that hold what a point asks for.
 COLUMNS = {
@@ -47,6 +48,7 @@ COLUMNS = {
     "tokens": {"beyond_weights_mb"},
     "llama": {"over_forward", "over_relprop", "beyond_weights_mb"},
     "several": {"forwards_per_target"},
+    "inductor": {"error", "bound", "over_not_compiled"},
 }
 ELSEWHERE = {"reference", "lxt"}  # other people's code, which may not be at hand
 
@@ -93,6 +95,16 @@ def test_dry_run(tmp_path: Path) -> None:
     assert {("linear", "gradient + alpha_beta"), ("attention", "gradient + composed")} <= {
         (row["kind"], row["rules"]) for row in steps
     }
+    swept = {(row["model"], row["dtype"], row["batch"], row["method"], row["fused"]) for row in steps}
+    assert {
+        ("llama", "bfloat16", "1", "attnlrp", "yes"),
+        ("vit", "float32", "1", "transformer_attribution", ""),
+    } <= swept
+    assert any(", " in row["kind"] for row in steps if row["fused"]) and len(swept) == 8
+    timed = rows_of(tmp_path / "tiles_timed.csv")
+    assert {row["table"] for row in timed} >= {"linear_share_out", "linear_back", "attention_keys_values"}
+    assert {row["tabled"] for row in timed} == {"True", "False"} and not [row for row in timed if row["failed"]]
+    assert "kernels=" in (tmp_path / "compiled.log").read_text()
     assert all(row["bound"] in ("rate", "bandwidth", "-") and float(row["ms"]) > 0 for row in steps)
     assert {"predicted_ms", "tflop_s", "gb_s", "share_of_matrix_rate", "share_of_bandwidth"} <= set(steps[0])
     ours = [row for row in rows_of(tmp_path / "end_to_end_parity.csv") if row["backend"] == "triton"]
@@ -117,6 +129,32 @@ def test_a_part_that_fails_hides_no_other(tmp_path: Path) -> None:
     assert "== ceilings failed" in done.stderr and "== ceilings took" in done.stdout
     with tarfile.open(tmp_path / "session.tar.gz") as packed:
         assert {"./info.log", "./ceilings.log"} <= set(packed.getnames())
+
+
+def test_what_a_crash_of_the_compiler_said_is_kept(tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    broken.write_text('#!/bin/sh\ncase "$*" in *compiled_first*) echo "ptxas died" >&2; exit 3;; esac\n')
+    broken.chmod(0o755)
+    done = session(tmp_path, PARTS="compiled", PYTHON=str(broken))
+    assert done.returncode == 1 and "== compiled failed" in done.stderr
+    assert "ptxas died" in (tmp_path / "compiled.log").read_text()
+
+
+def test_verdict_of_parity() -> None:
+    """bfloat16: the median error against twice the plain rules' median. float32: 1e-3, or that where they lose more."""
+    pytest.importorskip("timm")
+    from benchmarks.gpu.parity import bound_of, is_right
+
+    half, lost = bound_of(torch.bfloat16, "chefer", [0.01, 0.9, 0.02, 0.015, 0.03]), [0.02] * 5
+    assert half == pytest.approx(0.04)
+    assert is_right([2.0 * x for x in lost], half) and not is_right([2.1 * x for x in lost], half)
+    assert not is_right([3.9 * x for x in lost], half)
+    assert is_right([0.9, 0.01, 0.01, 0.01, 0.9], half)  # as plain rules have it, some inputs lose far more
+    for broken in (float("inf"), float("nan")):
+        assert not is_right([0.01, 0.01, 0.01, 0.01, broken], half)
+    for composite, bound in (("attnlrp", 1e-3), ("chefer_stable", 1e-3), ("chefer", 4e-3)):
+        assert bound_of(torch.float32, composite, [2e-3] * 5) == pytest.approx(bound)
+    assert bound_of(torch.float32, "chefer", [1e-5] * 5) == 1e-3
 
 
 def test_rows_are_written_as_they_come(tmp_path: Path) -> None:
@@ -228,5 +266,5 @@ def test_expected_times_add_up_to_less_than_the_total() -> None:
     script = (ROOT / "benchmarks" / "gpu_session.sh").read_text()
     expected = [int(seconds) for seconds in re.findall(r"^(?:budget=')?\w+ (\d+) \d+'?$", script, re.M)]
     total = int(re.findall(r"^TOTAL=.*:-(\d+)", script, re.M)[0])
-    assert len(expected) == len(re.findall(r"^ *run \w+ ", script, re.M)) == 15
+    assert len(expected) == len(re.findall(r"^ *run \w+ ", script, re.M)) == 17
     assert sum(expected) <= total <= 590

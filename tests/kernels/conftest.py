@@ -10,8 +10,10 @@ import importlib
 import importlib.util
 import os
 import sys
+from collections.abc import Iterator
 
 import pytest
+import torch
 
 if importlib.util.find_spec("triton") is not None:
     importlib.import_module("triton")
@@ -36,3 +38,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "tests/kernels/" in item.nodeid.replace("\\", "/") and "interpreter" not in item.keywords:
             item.add_marker(pytest.mark.skip(reason=why))
+
+
+@pytest.fixture(autouse=True)
+def unwritten_is_nan() -> Iterator[None]:
+    """What torch allocates and nothing has written to is NaN, however it was asked for.
+
+    Launchers allocate results, and what one kernel leaves for the next, themselves.
+    """
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filled, torch.utils.deterministic.fill_uninitialized_memory = (
+        torch.utils.deterministic.fill_uninitialized_memory,
+        True,
+    )
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+    torch.utils.deterministic.fill_uninitialized_memory = filled

