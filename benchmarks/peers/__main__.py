@@ -8,12 +8,14 @@ Six points in at most 25 minutes by default; what their time did not suffice for
 as many rounds as the budget of its point has, `rounds` says how many. `--all` has every point and no limit, `--models`
 with `--batches`, `--tokens` and `--dtypes` the combinations of them, `--quick` two tiny models.
 
-Every contender's answer is checked first, on two layers of the model; what is wrong gets no time (`check`, `error`).
-Then it runs in a fresh process, in turn with the others: times are medians of interleaved rounds, ratios are to the
-forward pass of the same round, `peak_bytes` is what its first run took beyond what its process held before it (the
-model is loaded and its weights are read), `process_bytes` the process's own peak. Contenders that are not installed,
-cannot explain a model, or run out of the budget of time or memory are rows that say so. Rows of other points in
-the file stay. Pictures are made with `python -m benchmarks.peers.pictures`.
+Every contender's answer is checked first, on two layers of the model, and the timed answers themselves in the end: the
+first and the last sample of the first and of the last run, each held to its truth, computed alone in float64, or
+`check` says why that was not affordable. What is wrong gets no time (`check`, `error`). Each runs in a fresh process,
+in turn with the others: times are medians of interleaved rounds, ratios are to the forward pass of the same round,
+`peak_bytes` is what its first run took beyond what its process held before it (the model is loaded and its weights are
+read), `process_bytes` the process's own peak. Contenders that are not installed, cannot explain a model, or run out of
+the budget of time or memory are rows that say so. Rows of other points in the file stay. Pictures are made with
+`python -m benchmarks.peers.pictures`.
 """
 
 from __future__ import annotations

@@ -16,11 +16,8 @@ from benchmarks.peers.cases import Case, proof_of
 from benchmarks.peers.contenders import CONTENDERS, Options
 from benchmarks.peers.packages import Answer, CannotExplain
 from benchmarks.peers.proofs import usable
+from benchmarks.peers.timed import Refused, compare, ends, out_of_memory
 from benchmarks.timing import seconds_of
-
-
-class Refused(Exception):
-    """No time for this contender; the message says why."""
 
 
 class Contestant:
@@ -28,6 +25,8 @@ class Contestant:
 
     Args:
         name: of CONTENDERS. case: on the CPU; its numbers are moved to the device that `options` name.
+    Attributes:
+        answers: first and last sample of the first run's answer and of the latest's. [1 or 2, ...] each
     Raises:
         CannotExplain: it has no answer for such a model. Refused: a check failed.
     """
@@ -55,22 +54,29 @@ class Contestant:
             Refused: the answer cannot be one.
         """
         before = _rest(self.case, self.options.device)
-        answers: list[torch.Tensor] = []
-        seconds = seconds_of(lambda: answers.append(self.run()), self.options.device)
+        found: list[torch.Tensor] = []
+        seconds = seconds_of(lambda: found.append(self.run()), self.options.device)
         self.run()
         peak, whole = _peak(self.options.device)
-        why = usable(answers[0].detach().float().cpu(), len(self.case.inputs))
+        why = usable(found[0].detach().float().cpu(), len(self.case.inputs))
         if why:
             raise Refused(f"wrong answer: {why}")
+        self.answers = [ends(found[0])]
         return {"seconds": seconds, "peak_bytes": peak - before, "process_bytes": whole, "held_bytes": _own()}
 
     def again(self) -> float:
         """Seconds of one more run."""
-        return seconds_of(self.run, self.options.device)
+        found: list[torch.Tensor] = []
+        seconds = seconds_of(lambda: found.append(self.run()), self.options.device)
+        self.answers[1:] = [ends(found[0])]
+        return seconds
 
 
 def serve(pipe: Connection, name: str, folder: Path, options: Options, threads: int, proved: str) -> None:
-    """A process's work: prepare, answer once, then run whenever asked to. Messages are (kind, content)."""
+    """A process's work: prepare, answer once, run whenever asked to, and leave its answers when told to end.
+
+    Messages are (kind, content).
+    """
     warnings.simplefilter("ignore")
     torch.set_num_threads(threads)
     try:
@@ -82,10 +88,30 @@ def serve(pipe: Connection, name: str, folder: Path, options: Options, threads: 
         pipe.send(("first", contestant.first()))
         while pipe.recv():
             pipe.send(("ran", contestant.again()))
+        torch.save(contestant.answers, _answers(folder, name))
+        pipe.send(("left", None))
     except (EOFError, BrokenPipeError, KeyboardInterrupt):
         return
     except Exception as problem:
         pipe.send(("failed", reason(problem, options)))
+
+
+def examine(pipe: Connection, name: str, folder: Path, options: Options, threads: int) -> None:
+    """Another process's work: hold the answers that `serve` left to their truth."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(threads)
+    try:
+        _limit(options.memory)
+        case = torch.load(folder / "case.pt", weights_only=False, mmap=True)
+        pipe.send(("compared", compare(name, case, torch.load(_answers(folder, name)), options, folder)))
+    except (BrokenPipeError, KeyboardInterrupt):
+        return
+    except Exception as problem:
+        pipe.send(("failed", reason(problem, options)))
+
+
+def _answers(folder: Path, name: str) -> Path:
+    return folder / f"answers of {name}.pt"
 
 
 def reason(problem: Exception, options: Options) -> str:
@@ -95,7 +121,7 @@ def reason(problem: Exception, options: Options) -> str:
     if isinstance(problem, Refused):
         return str(problem)
     text = " ".join(str(problem).split())
-    if isinstance(problem, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in text:
+    if out_of_memory(problem):
         return f"over the memory budget of {options.memory:g} GiB"
     return f"{type(problem).__name__}: {text}"[:300]
 
