@@ -62,7 +62,12 @@ class Contestant:
         if why:
             raise Refused(f"wrong answer: {why}")
         self.answers = [ends(found[0])]
-        return {"seconds": seconds, "peak_bytes": peak - before, "process_bytes": whole, "held_bytes": _own()}
+        return {
+            "seconds": seconds,
+            "peak_bytes": peak - before,
+            "process_bytes": whole,
+            "held_bytes": _own(self.options.device),
+        }
 
     def again(self) -> float:
         """Seconds of one more run."""
@@ -80,8 +85,7 @@ def serve(pipe: Connection, name: str, folder: Path, options: Options, threads: 
     warnings.simplefilter("ignore")
     torch.set_num_threads(threads)
     try:
-        if options.device == "cpu":
-            _limit(options.memory)
+        _limit(options.memory, options.device)
         case = torch.load(folder / "case.pt", weights_only=False, mmap=True)
         contestant = Contestant(name, case, options, proved)
         pipe.send(("proved", contestant.proof))
@@ -122,12 +126,23 @@ def reason(problem: Exception, options: Options) -> str:
         return str(problem)
     text = " ".join(str(problem).split())
     if out_of_memory(problem):
+        if options.device == "cuda" and _attainable() < options.memory * 2**30:
+            return f"the device's memory was full before the budget of {options.memory:g} GiB was: {text}"[:300]
         return f"over the memory budget of {options.memory:g} GiB"
     return f"{type(problem).__name__}: {text}"[:300]
 
 
-def _limit(gib: float) -> None:
+def _attainable() -> int:
+    """Bytes of the GPU that this process has or could still get."""
+    return torch.cuda.memory_reserved() + torch.cuda.mem_get_info()[0]
+
+
+def _limit(gib: float, device: str = "cpu") -> None:
     """What this process may allocate beyond what it has; an allocation over it fails as one without memory does."""
+    if device == "cuda":
+        whole = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, gib * 2**30 / whole))
+        return
     limit = _status("VmData") + int(gib * 2**30)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
@@ -157,8 +172,10 @@ def _resident() -> int:
     return _status("VmRSS")
 
 
-def _own() -> int:
-    """Bytes of memory, pages that several processes share counted in parts."""
+def _own(device: str) -> int:
+    """Bytes that the process keeps from others: of the GPU, or of memory, pages that several share counted in parts."""
+    if device == "cuda":
+        return torch.cuda.memory_reserved()
     for line in Path("/proc/self/smaps_rollup").read_text().splitlines():
         if line.startswith("Pss:"):
             return int(line.split()[1]) * 1024

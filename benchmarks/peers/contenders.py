@@ -103,9 +103,9 @@ def _ours_zennit(case: Case, options: Options) -> Answer:
 
 
 def products(make: Make, dtype: str) -> str:
-    """What a contender multiplies in: the run's dtype, or "medium"."""
+    """What a contender rounds to: the run's dtype, or "medium" where that alone is coarser than float32."""
     medium = isinstance(make, partial) and make.keywords.get("precision") == "medium"
-    return "medium" if medium else dtype
+    return "medium" if medium and dtype == "float32" else dtype
 
 
 def _rounding(name: str, make: Make, dtype: str) -> float:

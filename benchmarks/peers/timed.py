@@ -90,4 +90,5 @@ def _computed(truth: Truth, case: Case, options: Options) -> Tensor:
 
 def out_of_memory(problem: Exception) -> bool:
     """Whether an allocation failed."""
-    return isinstance(problem, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(problem)
+    known = ("allocate memory", "out of memory")
+    return isinstance(problem, (MemoryError, torch.OutOfMemoryError)) or any(text in str(problem) for text in known)

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ import torchvision
 from torch import Tensor, nn
 
 from benchmarks.peers import __main__ as command
-from benchmarks.peers import contenders, packages, proofs, race, timed, truths
+from benchmarks.peers import child, contenders, packages, proofs, race, timed, truths
 from benchmarks.peers.cases import ALL, DEFAULT, MODELS, Case, Point, case_of, proof_of
 from benchmarks.peers.child import Contestant, reason
 from benchmarks.peers.contenders import CONTENDERS, Contender, Options
@@ -139,7 +140,7 @@ def other_class(name: str) -> Callable[[Case, Options], Callable[[], Tensor]]:
     [
         ("grad_cam", "pytorch_grad_cam", "small vit"),
         ("zennit", "zennit", "small vit"),
-        ("lxt", "lxt", "small llama"),
+        ("lxt", "lxt", "torchvision vit_b_16"),  # the one whose methods it puts back
         ("authors", "einops", "small vit"),
     ],
 )
@@ -158,7 +159,7 @@ def test_no_time_for_a_wrong_answer_of_a_package(
     }
     races(monkeypatch, **wrong)
     options = replace(OPTIONS, reference=Path(checkout) if checkout else None)
-    rows = rows_of([name, *wrong], replace(SMALL, model=model), options)
+    rows = rows_of([name, *wrong], replace(SMALL, model=model, tokens=5 if name == "lxt" else 17), options)
     assert not rows[name]["error"], rows[name]
     for one in wrong:
         assert rows[one]["error"].startswith("wrong answer: "), rows[one]
@@ -242,6 +243,7 @@ def test_truths() -> None:
         if contender.truth:
             for dtype in ("float32", "bfloat16"):
                 assert timed.products(contender.make, dtype) in truths.TRUTHS[contender.truth].tolerances, name
+    assert timed.products(CONTENDERS["relprop_medium"].make, "float32") == "medium"
     for name, truth in truths.TRUTHS.items():
         if name != "cp_lrp":
             found = [way(case).detach() for way in truth.ways]
@@ -315,6 +317,18 @@ def test_peers_that_are_missing_or_cannot_say_so(monkeypatch: pytest.MonkeyPatch
     assert all(row["error"] for name, row in rows.items() if name != "forward")
 
 
+def test_a_module_that_a_package_wants_and_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not an error of the race's: the package has no answer here."""
+
+    def missing(name: str) -> Any:
+        raise ModuleNotFoundError("No module named 'ttach'", name="ttach")
+
+    monkeypatch.setattr(packages, "version", lambda package: f"{package} 1.0")
+    monkeypatch.setattr(packages.importlib, "import_module", missing)
+    row = rows_of(["grad_cam"])["grad_cam"]
+    assert row["error"] == "cannot explain: grad-cam 1.0 needs ttach, which is not installed"
+
+
 @pytest.mark.parametrize("model", ["small bert", "small llama"])
 def test_texts(model: str) -> None:
     pytest.importorskip("transformers")
@@ -380,6 +394,29 @@ def test_command(tmp_path: Path) -> None:
     assert not command.merged(out, [rows["relprop"]])  # a point measured anew keeps no row of an earlier run
     kept = command.merged(out, [{**rows["relprop"], "tokens": 5}])
     assert [row["contender"] for row in kept] == list(rows)
+
+
+def test_memory_of_a_gpu_is_limited_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a stand-in for a GPU of 80 GiB of which this process has 2 reserved."""
+    asked: list[float] = []
+    gib, options = 2**30, replace(OPTIONS, device="cuda", memory=40.0)
+    for name, found in {
+        "current_device": lambda: 0,
+        "get_device_properties": lambda device: SimpleNamespace(total_memory=80 * gib),
+        "set_per_process_memory_fraction": asked.append,
+        "memory_reserved": lambda: 2 * gib,
+        "mem_get_info": lambda: (60 * gib, 80 * gib),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, found)
+    child._limit(options.memory, "cuda")
+    child._limit(1000.0, "cuda")
+    assert asked == [0.5, 1.0]
+    assert child._own("cuda") == 2 * gib
+    full = torch.OutOfMemoryError("CUDA out of memory.")
+    assert reason(full, options) == "over the memory budget of 40 GiB"
+    assert reason(RuntimeError("Triton Error [CUDA]: out of memory"), options) == "over the memory budget of 40 GiB"
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (gib, 80 * gib))
+    assert reason(full, options).startswith("the device's memory was full before the budget of 40 GiB was: CUDA out")
 
 
 def test_memory_of_a_process_is_limited() -> None:
