@@ -33,7 +33,7 @@ import torch
 from benchmarks.numerics.rows import RESULTS, read_rows, write_rows
 from benchmarks.peers.cases import ALL, DEFAULT, MODELS, QUICK, Point
 from benchmarks.peers.contenders import CONTENDERS, Options
-from benchmarks.peers.race import Out, compete
+from benchmarks.peers.race import Out, compete, without_a_time
 
 POINT = tuple(field.name for field in dataclasses.fields(Point))
 DTYPES = ("float32", "bfloat16")
@@ -84,7 +84,7 @@ def merged(path: Path, rows: list[dict[str, Any]]) -> list[dict[str, str]]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Race, print and write the rows; 1 where a point had none."""
+    """Race, print and write the rows; 1 where a point has no time at all."""
     given, status = parsed(arguments), 0
     if given.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("--device cuda: expected a CUDA device, got none")
@@ -100,7 +100,10 @@ def main(arguments: list[str] | None = None) -> int:
             continue
         try:
             rows = compete(point, given.contenders, Options(**named), until=until)
-        except (Out, ValueError) as problem:
+        except Out as problem:
+            print(f"  forward: {problem}", flush=True)
+            rows, status = without_a_time(point, problem), 1
+        except ValueError as problem:
             print(f"  no rows: {problem}", flush=True)
             status = 1
             continue

@@ -160,6 +160,11 @@ def compete(
     return [_row(point, name, found, note) for name, found in results.items()]
 
 
+def without_a_time(point: Point, problem: Out) -> list[dict[str, Any]]:
+    """The one row of a point whose forward pass has no time."""
+    return [_row(point, "forward", {"error": str(problem)}, "")]
+
+
 def _heats(point: Point, names: list[str], options: Options, enter: Enter, until: float) -> dict[str, dict[str, Any]]:
     results: dict[str, dict[str, Any]] = {"forward": {}}
     proved = ""

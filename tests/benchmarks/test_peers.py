@@ -396,6 +396,21 @@ def test_command(tmp_path: Path) -> None:
     assert [row["contender"] for row in kept] == list(rows)
 
 
+def test_a_point_without_a_time_has_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its forward pass's, which says why."""
+
+    def late(*given: Any, **options: Any) -> Any:
+        raise race.Out("over the budget: did not prepare within 240 s")
+
+    monkeypatch.setattr(command, "compete", late)
+    out = tmp_path / "rows.csv"
+    assert command.main(["--quick", "--tokens", "17", "--out", str(out)]) == 1
+    with out.open() as stream:
+        (row,) = csv.DictReader(stream)
+    assert (row["contender"], row["error"]) == ("forward", "over the budget: did not prepare within 240 s")
+    assert not row["ms_median"]
+
+
 def test_memory_of_a_gpu_is_limited_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """By a stand-in for a GPU of 80 GiB of which this process has 2 reserved."""
     asked: list[float] = []
