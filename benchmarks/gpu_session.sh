@@ -116,12 +116,13 @@ run inductor "$PYTHON" -m benchmarks.gpu.end_to_end inductor "$@"
 run tiles "$PYTHON" -m benchmarks.gpu.tiles_timed "$@"
 run sanitizer "$PYTHON" -m benchmarks.gpu.sanitized "$@"
 if [ "${1:-}" = "--dry-run" ]; then
-  race=(--quick --contenders forward forward_backward relprop_stable)
-else
-  race=(--device cuda --models vit_base_patch16_224 --batches 8 --dtypes bfloat16 --budget 3 --memory 40
-    --contenders forward forward_backward relprop_stable relprop_attnlrp captum_gradient_shap zennit)
+  race=(--quick --contenders forward relprop_stable relprop relprop_attnlrp)
+else # in the order of their worth: who would start after --minutes has no row
+  race=(--device cuda --models vit_base_patch16_224 --batches 8 --dtypes bfloat16 float32 --budget 3 --memory 40
+    --minutes 0.5 --contenders forward relprop_stable relprop authors relprop_attnlrp forward_backward
+    captum_gradient_shap grad_cam zennit captum_ig)
 fi
-run peers "$PYTHON" -m benchmarks.peers "${race[@]}" ${REFERENCE:+--reference "$REFERENCE"} --out "$OUT/peers.csv"
+run peers "$PYTHON" -m benchmarks.peers "${race[@]}" ${REFERENCE:+--reference "$REFERENCE"} --out "$OUT/peers_cuda.csv"
 echo "== all took $SECONDS s"
 column -s, -t "$OUT/budget.csv" 2>/dev/null || cat "$OUT/budget.csv"
 exit $status

@@ -117,9 +117,20 @@ def generation() -> str:
     return f"{table(head, rows)}\n\n{where}; `benchmarks/results/generation.csv`."
 
 
-def _race() -> dict[bool, list[dict[str, str]]]:
+RACES = ("peers_cpu.csv", "peers_cuda.csv")
+README_POINTS = 24  # of the table of larger inputs; the benchmarks page has all of them
+_REASONS = {  # why there is no time, by how an error begins
+    "over the memory budget": "memory",
+    "the device's memory was full": "memory",
+    "over the budget": "time",
+    "wrong answer": "wrong",
+    "cannot explain": "-",
+}
+
+
+def _race(name: str) -> dict[bool, list[dict[str, str]]]:
     """Rows of the race, sorted: those of one input of its model's shortest length in float32, and all others."""
-    path = RESULTS / "peers_cpu.csv"
+    path = RESULTS / name
     rows = read_rows(path) if path.exists() else []
     rows.sort(key=lambda row: (row["model"], row["dtype"] != "float32", int(row["batch"]), int(row["tokens"])))
     single = [row for row in rows if (row["batch"], row["dtype"]) == ("1", "float32")]
@@ -131,12 +142,15 @@ def _race() -> dict[bool, list[dict[str, str]]]:
 
 
 def _race_cells(rows: list[dict[str, str]]) -> dict[tuple[str, str], str]:
-    """By contender and point: times of the forward pass / MiB, marked where it ran once."""
+    """By contender and point: times of the forward pass / MiB, marked where it ran once; or why there is no time."""
     found = {}
     for row in rows:
         if row["ratio_to_forward"]:
             times, once = float(row["ratio_to_forward"]), "°" if row["rounds"] == "1" else ""
-            found[row["contender"], _point(row)] = f"{times:.1f}{once} / {int(row['peak_bytes']) / 2**20:.0f}"
+            cell = f"{times:.1f}{once} / {int(row['peak_bytes']) / 2**20:.0f}"
+        else:
+            cell = next((word for start, word in _REASONS.items() if row["error"].startswith(start)), "failed")
+        found[row["contender"], _point(row)] = cell
     return found
 
 
@@ -145,34 +159,81 @@ def _point(row: dict[str, str]) -> str:
     return f"{row['model']}{batch}, {row['tokens']} tokens" + (", bfloat16" if row["dtype"] == "bfloat16" else "")
 
 
+def _on(rows: list[dict[str, str]]) -> str:
+    return f"On {rows[0]['device']}, torch {rows[0]['torch']}:\n\n"
+
+
 def race() -> str:
-    """Times of one input against the forward pass, and memory, by contender and model."""
-    found = _race()[True]
-    if not found:
+    """Times of one input against the forward pass, and memory, by contender and model; for each device."""
+    tables = []
+    for name in RACES:
+        found = _race(name)[True]
+        if found:
+            cells, points = _race_cells(found), list(dict.fromkeys(map(_point, found)))
+            rows = [[NAMES[name], *(cells.get((name, point), "-") for point in points)] for name in NAMES]
+            rows = [row for row in rows if set(row[1:]) != {"-"}]
+            tables.append((_on(found) if name != RACES[0] else "") + table(["contender", *points], rows))
+    if not tables:
         return NOT_YET
-    cells, points = _race_cells(found), list(dict.fromkeys(map(_point, found)))
-    rows = [[NAMES[name], *(cells.get((name, point), "-") for point in points)] for name in NAMES]
-    rows = [row for row in rows if set(row[1:]) != {"-"}]
-    first = found[0]
+    first = next(row for name in RACES for row in _race(name)[True])
     where = (
         f"Times of the forward pass / MiB beyond the model; one input. {first['device']}, {first['threads']}"
-        f" threads, float32, torch {first['torch']}. Medians of rounds, °: of one; all of a column in one run. A dash:"
-        " no answer, or not measured; times with their spread, and reasons where it was tried, are in"
-        " `benchmarks/results/peers_cpu.csv`. llama_1b is cut to 2 of 16 layers, which flatters"
-        " relprop: it computes the last layer's MLP for the one token whose logits are asked, half of the model here."
+        f" threads, float32, torch {first['torch']}. Medians of rounds, °: of one; all of a column in one run. time,"
+        " memory: over that budget; wrong: its answer failed the check; failed: with an error. A dash: no answer, or"
+        " not measured; times with their spread, checks and reasons are in `benchmarks/results/peers_cpu.csv`. llama_1b"
+        " is cut to 2 of 16 layers, which flatters relprop: it computes the last layer's MLP for the one token whose"
+        " logits are asked, half of the model here."
     )
-    return f"{table(['contender', *points], rows)}\n\n{where}"
+    return "\n\n".join([tables[0], where, *tables[1:]])
 
 
 def race_larger() -> str:
-    """The same for batches, longer inputs and bfloat16, by point and contender."""
-    found = _race()[False]
-    if not found:
-        return NOT_YET
-    cells, points = _race_cells(found), list(dict.fromkeys(map(_point, found)))
-    names = [name for name in NAMES if name != "forward" and any((name, point) in cells for point in points)]
-    rows = [[point, *(cells.get((name, point), "-") for name in names)] for point in points]
-    return table(["input", *(NAMES[name] for name in names)], rows)
+    """The same for batches, longer inputs and bfloat16, by point and contender: a choice where there are many."""
+    return _larger(README_POINTS)
+
+
+def race_all() -> str:
+    """The same without a choice."""
+    return _larger(None)
+
+
+def _larger(limit: int | None) -> str:
+    tables = []
+    for name in RACES:
+        found = _race(name)[False]
+        if found:
+            count = len(set(map(_point, found)))
+            kept = found if limit is None or count <= limit else _chosen(found)
+            text = (_on(found) if name != RACES[0] else "") + _by_point(kept)
+            left = count - len(set(map(_point, kept)))
+            more = f"{left} more are on the [benchmarks page](docs/benchmarks.md#against-other-packages)."
+            tables.append(f"{text}\n\n{more}" if left else text)
+    return "\n\n".join(tables) or NOT_YET
+
+
+def _chosen(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Each model's largest batch and longest input in float32, and its largest batch in bfloat16."""
+    kept = set()
+    for model, dtype in {(row["model"], row["dtype"]): None for row in rows}:
+        same = [row for row in rows if (row["model"], row["dtype"]) == (model, dtype)]
+        kept.add(_point(max(same, key=lambda row: (int(row["batch"]), int(row["tokens"])))))
+        if dtype == "float32":
+            kept.add(_point(max(same, key=lambda row: (int(row["tokens"]), int(row["batch"])))))
+    return [row for row in rows if _point(row) in kept]
+
+
+def _by_point(rows: list[dict[str, str]]) -> str:
+    cells, points = _race_cells(rows), list(dict.fromkeys(map(_point, rows)))
+    names = [name for name in NAMES if name != "forward" and any(cells.get((name, p), "-") != "-" for p in points)]
+    alone = {row["contender"] == "forward" and _point(row) for row in rows if row["error"]}
+    lines = [
+        [
+            f"{point} (forward pass: {cells['forward', point]})" if point in alone else point,
+            *(cells.get((name, point), "-") for name in names),
+        ]
+        for point in points
+    ]
+    return table(["input", *(NAMES[name] for name in names)], lines)
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -183,6 +244,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "similarity": similarity,
     "generation": generation,
 }
+ON_PAGES: dict[str, Callable[[], str]] = {**TABLES, "race_all": race_all}  # those that the site can show
 
 
 def rendered(text: str) -> str:

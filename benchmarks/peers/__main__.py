@@ -8,12 +8,14 @@ Six points in at most 25 minutes by default; what their time did not suffice for
 as many rounds as the budget of its point has, `rounds` says how many. `--all` has every point and no limit, `--models`
 with `--batches`, `--tokens` and `--dtypes` the combinations of them, `--quick` two tiny models.
 
-Every contender's answer is checked first, on two layers of the model; what is wrong gets no time (`check`, `error`).
-Then it runs in a fresh process, in turn with the others: times are medians of interleaved rounds, ratios are to the
-forward pass of the same round, `peak_bytes` is what its first run took beyond what its process held before it (the
-model is loaded and its weights are read), `process_bytes` the process's own peak. Contenders that are not installed,
-cannot explain a model, or run out of the budget of time or memory are rows that say so. Rows of other points in
-the file stay. Pictures are made with `python -m benchmarks.peers.pictures`.
+Every contender's answer is checked first, on two layers of the model, and the timed answers themselves in the end: the
+first and the last sample of the first and of the last run, each held to its truth, computed alone in float64, or
+`check` says why that was not affordable. What is wrong gets no time (`check`, `error`). Each runs in a fresh process,
+in turn with the others: times are medians of interleaved rounds, ratios are to the forward pass of the same round,
+`peak_bytes` is what its first run took beyond what its process held before it (the model is loaded and its weights are
+read), `process_bytes` the process's own peak. Contenders that are not installed, cannot explain a model, or run out of
+the budget of time or memory are rows that say so. Rows of other points in the file stay. Pictures are made with
+`python -m benchmarks.peers.pictures`.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ import torch
 from benchmarks.numerics.rows import RESULTS, read_rows, write_rows
 from benchmarks.peers.cases import ALL, DEFAULT, MODELS, QUICK, Point
 from benchmarks.peers.contenders import CONTENDERS, Options
-from benchmarks.peers.race import Out, compete
+from benchmarks.peers.race import Out, compete, without_a_time
 
 POINT = tuple(field.name for field in dataclasses.fields(Point))
 DTYPES = ("float32", "bfloat16")
@@ -82,7 +84,7 @@ def merged(path: Path, rows: list[dict[str, Any]]) -> list[dict[str, str]]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Race, print and write the rows; 1 where a point had none."""
+    """Race, print and write the rows; 1 where a point has no time at all."""
     given, status = parsed(arguments), 0
     if given.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("--device cuda: expected a CUDA device, got none")
@@ -98,7 +100,10 @@ def main(arguments: list[str] | None = None) -> int:
             continue
         try:
             rows = compete(point, given.contenders, Options(**named), until=until)
-        except (Out, ValueError) as problem:
+        except Out as problem:
+            print(f"  forward: {problem}", flush=True)
+            rows, status = without_a_time(point, problem), 1
+        except ValueError as problem:
             print(f"  no rows: {problem}", flush=True)
             status = 1
             continue

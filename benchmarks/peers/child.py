@@ -16,11 +16,8 @@ from benchmarks.peers.cases import Case, proof_of
 from benchmarks.peers.contenders import CONTENDERS, Options
 from benchmarks.peers.packages import Answer, CannotExplain
 from benchmarks.peers.proofs import usable
+from benchmarks.peers.timed import Refused, compare, ends, out_of_memory
 from benchmarks.timing import seconds_of
-
-
-class Refused(Exception):
-    """No time for this contender; the message says why."""
 
 
 class Contestant:
@@ -28,6 +25,8 @@ class Contestant:
 
     Args:
         name: of CONTENDERS. case: on the CPU; its numbers are moved to the device that `options` name.
+    Attributes:
+        answers: first and last sample of the first run's answer and of the latest's. [1 or 2, ...] each
     Raises:
         CannotExplain: it has no answer for such a model. Refused: a check failed.
     """
@@ -55,37 +54,68 @@ class Contestant:
             Refused: the answer cannot be one.
         """
         before = _rest(self.case, self.options.device)
-        answers: list[torch.Tensor] = []
-        seconds = seconds_of(lambda: answers.append(self.run()), self.options.device)
+        found: list[torch.Tensor] = []
+        seconds = seconds_of(lambda: found.append(self.run()), self.options.device)
         self.run()
         peak, whole = _peak(self.options.device)
-        why = usable(answers[0].detach().float().cpu(), len(self.case.inputs))
+        why = usable(found[0].detach().float().cpu(), len(self.case.inputs))
         if why:
             raise Refused(f"wrong answer: {why}")
-        return {"seconds": seconds, "peak_bytes": peak - before, "process_bytes": whole, "held_bytes": _own()}
+        self.answers = [ends(found[0])]
+        return {
+            "seconds": seconds,
+            "peak_bytes": peak - before,
+            "process_bytes": whole,
+            "held_bytes": _own(self.options.device),
+        }
 
     def again(self) -> float:
         """Seconds of one more run."""
-        return seconds_of(self.run, self.options.device)
+        found: list[torch.Tensor] = []
+        seconds = seconds_of(lambda: found.append(self.run()), self.options.device)
+        self.answers[1:] = [ends(found[0])]
+        return seconds
 
 
 def serve(pipe: Connection, name: str, folder: Path, options: Options, threads: int, proved: str) -> None:
-    """A process's work: prepare, answer once, then run whenever asked to. Messages are (kind, content)."""
+    """A process's work: prepare, answer once, run whenever asked to, and leave its answers when told to end.
+
+    Messages are (kind, content).
+    """
     warnings.simplefilter("ignore")
     torch.set_num_threads(threads)
     try:
-        if options.device == "cpu":
-            _limit(options.memory)
+        _limit(options.memory, options.device)
         case = torch.load(folder / "case.pt", weights_only=False, mmap=True)
         contestant = Contestant(name, case, options, proved)
         pipe.send(("proved", contestant.proof))
         pipe.send(("first", contestant.first()))
         while pipe.recv():
             pipe.send(("ran", contestant.again()))
+        torch.save(contestant.answers, _answers(folder, name))
+        pipe.send(("left", None))
     except (EOFError, BrokenPipeError, KeyboardInterrupt):
         return
     except Exception as problem:
         pipe.send(("failed", reason(problem, options)))
+
+
+def examine(pipe: Connection, name: str, folder: Path, options: Options, threads: int) -> None:
+    """Another process's work: hold the answers that `serve` left to their truth."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(threads)
+    try:
+        _limit(options.memory)
+        case = torch.load(folder / "case.pt", weights_only=False, mmap=True)
+        pipe.send(("compared", compare(name, case, torch.load(_answers(folder, name)), options, folder)))
+    except (BrokenPipeError, KeyboardInterrupt):
+        return
+    except Exception as problem:
+        pipe.send(("failed", reason(problem, options)))
+
+
+def _answers(folder: Path, name: str) -> Path:
+    return folder / f"answers of {name}.pt"
 
 
 def reason(problem: Exception, options: Options) -> str:
@@ -95,13 +125,24 @@ def reason(problem: Exception, options: Options) -> str:
     if isinstance(problem, Refused):
         return str(problem)
     text = " ".join(str(problem).split())
-    if isinstance(problem, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in text:
+    if out_of_memory(problem):
+        if options.device == "cuda" and _attainable() < options.memory * 2**30:
+            return f"the device's memory was full before the budget of {options.memory:g} GiB was: {text}"[:300]
         return f"over the memory budget of {options.memory:g} GiB"
     return f"{type(problem).__name__}: {text}"[:300]
 
 
-def _limit(gib: float) -> None:
+def _attainable() -> int:
+    """Bytes of the GPU that this process has or could still get."""
+    return torch.cuda.memory_reserved() + torch.cuda.mem_get_info()[0]
+
+
+def _limit(gib: float, device: str = "cpu") -> None:
     """What this process may allocate beyond what it has; an allocation over it fails as one without memory does."""
+    if device == "cuda":
+        whole = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, gib * 2**30 / whole))
+        return
     limit = _status("VmData") + int(gib * 2**30)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
@@ -131,8 +172,10 @@ def _resident() -> int:
     return _status("VmRSS")
 
 
-def _own() -> int:
-    """Bytes of memory, pages that several processes share counted in parts."""
+def _own(device: str) -> int:
+    """Bytes that the process keeps from others: of the GPU, or of memory, pages that several share counted in parts."""
+    if device == "cuda":
+        return torch.cuda.memory_reserved()
     for line in Path("/proc/self/smaps_rollup").read_text().splitlines():
         if line.startswith("Pss:"):
             return int(line.split()[1]) * 1024

@@ -24,19 +24,25 @@ def times(rows: Sequence[Row], path: Path) -> None:
     models = list(dict.fromkeys(row["model"] for row in rows))
     panels = [(model, _smallest([row for row in rows if row["model"] == model])) for model in models]
     panels = [(model, found) for model, found in panels if found]
-    columns = min(3, len(panels))
-    lines = -(-len(panels) // columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(6 * columns, 4.2 * lines), squeeze=False)
+    figure, axes = _grid(len(panels))
     for axis, (model, found) in zip(axes.flat, panels, strict=False):
         _bars(axis, found)
         axis.set_title(
             f"{model}, batch {found[0]['batch']}, {found[0]['tokens']} tokens, {found[0]['dtype']}", fontsize=9
         )
-    for axis in axes.flat[len(panels) :]:
-        axis.set_visible(False)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def _grid(panels: int) -> tuple[Any, Any]:
+    """A figure with this many axes, three in a line, without those that are left over."""
+    columns = max(1, min(3, panels))
+    lines = max(1, -(-panels // columns))
+    figure, axes = plt.subplots(lines, columns, figsize=(6 * columns, 4.2 * lines), squeeze=False)
+    for axis in axes.flat[max(1, panels) :]:
+        axis.set_visible(False)
+    return figure, axes
 
 
 def _smallest(rows: Sequence[Row]) -> list[Row]:
@@ -70,20 +76,24 @@ def memory(rows: Sequence[Row], path: Path) -> None:
     found = [row for row in rows if row["ms_median"] and row["batch"] == "1" and row["dtype"] == "float32"]
     models = list(dict.fromkeys(row["model"] for row in found))
     panels = {m: lines for m in models if (lines := _lines([row for row in found if row["model"] == m]))}
-    figure, axes = plt.subplots(1, max(1, len(panels)), figsize=(6 * max(1, len(panels)), 4.5), squeeze=False)
+    figure, axes = _grid(len(panels))
+    drawn: dict[str, Any] = {}
     for axis, (model, lines) in zip(axes.flat, panels.items(), strict=False):
         for name, points in lines.items():
-            ours = name.startswith("relprop")
-            axis.plot(
-                *zip(*points, strict=True), "o-" if ours else "s--", label=NAMES[name], markersize=4, linewidth=1.2
-            )
+            place = list(NAMES).index(name)
+            style = "o-" if name.startswith("relprop") else "s--"
+            colour = plt.get_cmap("tab20")(place % 20)  # a contender's own, in every panel
+            (drawn[name],) = axis.plot(*zip(*points, strict=True), style, color=colour, markersize=4, linewidth=1.2)
         axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel="peak MiB beyond the model", title=model)
         ticks = sorted({tokens for points in lines.values() for tokens, _ in points})
         axis.set_xticks(ticks, [str(tick) for tick in ticks])
         axis.minorticks_off()
-        axis.legend(fontsize=7)
         axis.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
+    named = [name for name in NAMES if name in drawn]
+    keys = 2 * axes.shape[1]
+    below = 0.22 * -(-len(named) // keys) / figure.get_figheight()
+    figure.legend([drawn[name] for name in named], [NAMES[n] for n in named], ncols=keys, fontsize=8, loc="lower left")
+    figure.tight_layout(rect=(0, below, 1, 1))
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 EXACT = 1e-3  # of an answer in float64
-ROUNDED = {"float32": 0.2, "bfloat16": 0.5}  # of an answer in the products' dtype; beyond, it is mostly rounding
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,25 @@ class Proof:
 
 def same(check: str, answer: Tensor, truth: Tensor, tolerance: float = EXACT) -> Proof:
     """The largest relative error of a sample. answer, truth: [B, ...] of the same shape"""
+    return _worst(check, answer, truth, tolerance, lambda found, known: (found - known).norm(dim=1) / known.norm(dim=1))
+
+
+def aligned(check: str, answer: Tensor, truth: Tensor, tolerance: float) -> Proof:
+    """The largest 1 - correlation of a sample, over its elements. answer, truth: [B, ...] of the same shape"""
+
+    def apart(found: Tensor, known: Tensor) -> Tensor:
+        return 1 - torch.cosine_similarity(found - found.mean(1, True), known - known.mean(1, True))
+
+    return _worst(check, answer, truth, tolerance, apart)
+
+
+def _worst(
+    check: str, answer: Tensor, truth: Tensor, tolerance: float, errors: Callable[[Tensor, Tensor], Tensor]
+) -> Proof:
     if answer.shape != truth.shape:
         return Proof(f"{check}: shape {list(answer.shape)}, expected {list(truth.shape)}", math.inf, tolerance)
-    found, known = answer.detach().double().flatten(1).cpu(), truth.detach().double().flatten(1).cpu()
-    errors = (found - known).norm(dim=1) / known.norm(dim=1)
-    return Proof(check, float(errors.nan_to_num(nan=math.inf).max()), tolerance)
+    found, known = (given.detach().double().flatten(1).cpu() for given in (answer, truth))
+    return Proof(check, float(errors(found, known).nan_to_num(nan=math.inf).max()), tolerance)
 
 
 def complete(check: str, relevance: Tensor, change: Tensor, tolerance: float) -> Proof:
@@ -47,15 +61,6 @@ def centred(check: str, missing: Tensor) -> Proof:
     """The mean of random errors is zero, as far as their number can tell. missing: [n]"""
     away = missing.double().mean().abs() / (missing.double().std() / len(missing) ** 0.5)
     return Proof(check, float(away), 4.0)
-
-
-def in_range(check: str, maps: Tensor, shape: tuple[int, ...]) -> Proof:
-    """A CAM: this shape, from 0 to 1, and not the same everywhere."""
-    if tuple(maps.shape) != shape:
-        return Proof(f"{check}: shape {list(maps.shape)}, expected {list(shape)}", math.inf, 0.0)
-    low, high = maps.flatten(1).amin(1), maps.flatten(1).amax(1)
-    outside = torch.maximum(low.abs(), (high - 1).abs())
-    return Proof(check, float(outside.max()), 1e-3)
 
 
 def usable(answer: Tensor, batch: int) -> str:

@@ -1,7 +1,8 @@
 """Contenders of one point, each in a fresh process, in turn.
 
 Processes of a heat stay alive together and run one at a time, round after round, the plain forward pass first. A heat
-is closed when its processes hold half of the memory budget; the next one begins with a forward pass of its own.
+is closed when its processes hold half of the memory budget; the next one begins with a forward pass of its own. When it
+is closed, the answers that were timed are held to their truth, in a process that no time and no memory is taken of.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from typing import Any, Protocol
 import torch
 
 from benchmarks.peers.cases import Point, case_of
-from benchmarks.peers.child import serve
+from benchmarks.peers.child import examine, serve
 from benchmarks.peers.contenders import CONTENDERS, Options, version
+from benchmarks.peers.timed import NOT_COMPARED
 from benchmarks.timing import spread
 
 SETTLING = 8.0  # preparing may take this many times the budget of the runs: capture, compilation, the check
@@ -34,6 +36,10 @@ class Out(Exception):
     """A contender has no time, or no more of it; the message says why."""
 
 
+class Late(Out):
+    """A process did not answer in time."""
+
+
 class Entrant(Protocol):
     """A prepared contender: what it says of its check, its first run, and how it runs again."""
 
@@ -44,7 +50,15 @@ class Entrant(Protocol):
         """Seconds of one more run, or Out."""
         ...
 
+    def leave(self) -> None:
+        """Leave the answers that were timed behind, or Out."""
+        ...
+
     def close(self) -> None: ...
+
+    def compared(self) -> str:
+        """What the answers that it left were held to, or Out where they are wrong. When all are closed."""
+        ...
 
 
 Enter = Callable[[str, Point, Options, str], Entrant]
@@ -57,50 +71,72 @@ def context() -> ForkServerContext:
     return found
 
 
-class Process:
-    """A contender in a process of its own."""
+class _Helper:
+    """A process that sends messages (kind, content). Arguments: what it runs, and with what beside its pipe."""
 
-    def __init__(self, name: str, folder: Path, options: Options, proved: str) -> None:
+    def __init__(self, work: Callable[..., None], *given: Any) -> None:
         here = context()
-        self.options = options
-        self._pipe, theirs = here.Pipe()
-        given = (theirs, name, folder, options, torch.get_num_threads(), proved)
-        self._process = here.Process(target=serve, args=given, daemon=True)
-        self._process.start()
+        self.pipe, theirs = here.Pipe()
+        self.process = here.Process(target=work, args=(theirs, *given), daemon=True)
+        self.process.start()
         theirs.close()
-        try:
-            self.proof: str = self._wait("proved", SETTLING * options.budget, "prepare")
-            self.first: dict[str, float] = self._wait("first", SETTLING * options.budget, "run once")
-            if self.first["seconds"] > options.budget:
-                raise Out(f"over the budget of {options.budget:g} s: {self.first['seconds']:.0f} s")
-        except Out:
-            self.close()
-            raise
 
-    def _wait(self, kind: str, seconds: float, what: str) -> Any:
+    def wait(self, kind: str, seconds: float, what: str) -> Any:
         try:
-            if not self._pipe.poll(seconds):
-                raise Out(f"over the budget: did not {what} within {seconds:g} s")
-            found, content = self._pipe.recv()
+            if not self.pipe.poll(seconds):
+                raise Late(f"over the budget: did not {what} within {seconds:g} s")
+            found, content = self.pipe.recv()
         except (EOFError, OSError):
-            self._process.join(10)
-            raise Out(f"its process ended with status {self._process.exitcode}") from None
+            self.process.join(10)
+            raise Out(f"its process ended with status {self.process.exitcode}") from None
         if found == "failed":
             raise Out(content)
         if found != kind:
             raise RuntimeError(f"expected {kind}, got {found}")
         return content
 
+    def close(self) -> None:
+        self.pipe.close()
+        self.process.join(2)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+
+
+class Process:
+    """A contender in a process of its own."""
+
+    def __init__(self, name: str, folder: Path, options: Options, proved: str) -> None:
+        self.options, self._given = options, (name, folder, options, torch.get_num_threads())
+        self._helper = _Helper(serve, *self._given, proved)
+        try:
+            self.proof: str = self._helper.wait("proved", SETTLING * options.budget, "prepare")
+            self.first: dict[str, float] = self._helper.wait("first", SETTLING * options.budget, "run once")
+            if self.first["seconds"] > options.budget:
+                raise Out(f"over the budget of {options.budget:g} s: {self.first['seconds']:.0f} s")
+        except Out:
+            self.close()
+            raise
+
     def again(self, budget: float) -> float:
-        self._pipe.send(True)
-        return self._wait("ran", 4 * budget, "run again")
+        self._helper.pipe.send(True)
+        return self._helper.wait("ran", 4 * budget, "run again")
+
+    def leave(self) -> None:
+        self._helper.pipe.send(False)
+        self._helper.wait("left", 4 * self.options.budget, "leave its answers")
 
     def close(self) -> None:
-        self._pipe.close()
-        self._process.join(2)
-        if self._process.is_alive():
-            self._process.kill()
-            self._process.join()
+        self._helper.close()
+
+    def compared(self) -> str:
+        helper = _Helper(examine, *self._given)
+        try:
+            return helper.wait("compared", SETTLING * self.options.budget, "compute it in float64")
+        except Late as problem:
+            return f"{NOT_COMPARED}{problem}"
+        finally:
+            helper.close()
 
 
 def compete(
@@ -124,6 +160,11 @@ def compete(
     return [_row(point, name, found, note) for name, found in results.items()]
 
 
+def without_a_time(point: Point, problem: Out) -> list[dict[str, Any]]:
+    """The one row of a point whose forward pass has no time."""
+    return [_row(point, "forward", {"error": str(problem)}, "")]
+
+
 def _heats(point: Point, names: list[str], options: Options, enter: Enter, until: float) -> dict[str, dict[str, Any]]:
     results: dict[str, dict[str, Any]] = {"forward": {}}
     proved = ""
@@ -144,12 +185,25 @@ def _heats(point: Point, names: list[str], options: Options, enter: Enter, until
                 except Out as problem:
                     results[name] = {"error": str(problem)}
                     print(f"  {name}: {problem}", flush=True)
-            for name, found in _rounds(heat, options).items():
-                results[name] = results.get(name) or found
+            found = {name: row for name, row in _rounds(heat, options).items() if not results.get(name)}
         finally:
             for entrant in heat.values():
                 entrant.close()
+        results.update({name: _compared(name, heat[name], row) for name, row in found.items()})
+        if results["forward"].get("error"):
+            raise Out(results["forward"]["error"])
     return results
+
+
+def _compared(name: str, entrant: Entrant, found: dict[str, Any]) -> dict[str, Any]:
+    """A row of results with the check of its timed answers, or without a time where they are wrong."""
+    if "error" in found:
+        return found
+    try:
+        return {**found, "check": f"{found['check']}; {entrant.compared()}"}
+    except Out as problem:
+        print(f"  {name}: {problem}", flush=True)
+        return {"error": str(problem)}
 
 
 def _held(entrants: Iterable[Entrant]) -> float:
@@ -178,6 +232,12 @@ def _rounds(heat: dict[str, Entrant], options: Options) -> dict[str, dict[str, A
                     times[name].append(entrant.again(options.budget))
                 except Out as problem:
                     problems[name] = str(problem)
+    for name, entrant in heat.items():
+        if name not in problems:
+            try:
+                entrant.leave()
+            except Out as problem:
+                problems[name] = str(problem)
     if "forward" in problems:
         raise Out(problems["forward"])
     return {name: _measured(heat[name], times[name], times["forward"], problems.get(name, "")) for name in heat}

@@ -10,7 +10,7 @@ from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
 from benchmarks.numerics.rows import RESULTS, read_rows
-from benchmarks.tables import NOT_YET, TABLES, table
+from benchmarks.tables import NOT_YET, ON_PAGES, table
 
 MACHINE = ("device", "threads", "torch", "commit", "date")  # the same for the rows of one run: named once, below
 
@@ -51,6 +51,7 @@ class Rows(SphinxDirective):
         where: which rows; see `chosen`.
         largest: a column of numbers; rows are sorted by it, the largest first.
         limit: how many are shown at most.
+        optional: nothing is shown where there is no such file.
     """
 
     required_arguments = 1
@@ -59,12 +60,15 @@ class Rows(SphinxDirective):
         "where": directives.unchanged,
         "largest": directives.unchanged,
         "limit": directives.positive_int,
+        "optional": directives.flag,
     }
 
     def run(self) -> list[nodes.Node]:
         path = RESULTS / self.arguments[0]
         self.env.note_dependency(str(path))
         if not path.exists():
+            if "optional" in self.options:
+                return []
             return self.parse_text_to_nodes(f"*{NOT_YET}* (`benchmarks/results/{path.name}`)")
         rows = chosen(read_rows(path), self.options.get("where", ""))
         if not rows:
@@ -84,16 +88,16 @@ class Rows(SphinxDirective):
 
 
 class ReadmeTable(SphinxDirective):
-    """A table that the README has too."""
+    """A table that the README has too, or has a part of."""
 
     required_arguments = 1
 
     def run(self) -> list[nodes.Node]:
-        if self.arguments[0] not in TABLES:
-            raise self.error(f"expected one of {', '.join(TABLES)}, got {self.arguments[0]}")
+        if self.arguments[0] not in ON_PAGES:
+            raise self.error(f"expected one of {', '.join(ON_PAGES)}, got {self.arguments[0]}")
         for path in RESULTS.glob("*.csv"):
             self.env.note_dependency(str(path))
-        return self.parse_text_to_nodes(TABLES[self.arguments[0]]())
+        return self.parse_text_to_nodes(ON_PAGES[self.arguments[0]]())
 
 
 def setup(app: Sphinx) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ import torchvision
 from torch import Tensor, nn
 
 from benchmarks.peers import __main__ as command
-from benchmarks.peers import contenders, packages, proofs, race
+from benchmarks.peers import child, contenders, packages, proofs, race, timed, truths
 from benchmarks.peers.cases import ALL, DEFAULT, MODELS, Case, Point, case_of, proof_of
 from benchmarks.peers.child import Contestant, reason
 from benchmarks.peers.contenders import CONTENDERS, Contender, Options
@@ -39,10 +40,20 @@ class Here:
         except Exception as problem:
             raise race.Out(reason(problem, options)) from problem
 
+        self.given = (name, case_of(point), self.contestant.answers, options)
+
     def again(self, budget: float) -> float:
         return self.contestant.again()
 
+    def leave(self) -> None: ...
+
     def close(self) -> None: ...
+
+    def compared(self) -> str:
+        try:
+            return timed.compare(*self.given)
+        except timed.Refused as problem:
+            raise race.Out(str(problem)) from problem
 
 
 def rows_of(names: list[str], point: Point = SMALL, options: Options = OPTIONS) -> dict[str, dict[str, Any]]:
@@ -58,6 +69,12 @@ def changed(name: str, change: Callable[[Tensor], Tensor]) -> Contender:
         return lambda: change(run())
 
     return replace(honest, make=make)
+
+
+def races(monkeypatch: pytest.MonkeyPatch, **known: Contender) -> None:
+    """More contenders, by name."""
+    for module in ("child", "race", "timed"):
+        monkeypatch.setattr(f"benchmarks.peers.{module}.CONTENDERS", {**CONTENDERS, **known})
 
 
 def test_rows() -> None:
@@ -84,32 +101,161 @@ def test_rows() -> None:
 )
 def test_no_time_for_a_wrong_answer(name: str, change: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(contenders, "STEPS", 8)
-    known = {**CONTENDERS, "wrong": changed(name, change)}
-    for module in ("benchmarks.peers.child", "benchmarks.peers.race"):
-        monkeypatch.setattr(f"{module}.CONTENDERS", known)
+    races(monkeypatch, wrong=changed(name, change))
     rows = rows_of(["forward", "wrong"])
     assert rows["wrong"]["error"].startswith("wrong answer: "), rows["wrong"]
     assert all(rows["wrong"][column] == "" for column in race.COLUMNS[:10])
     assert rows["forward"]["ms_median"] > 0
 
 
+def other_layer(case: Case, options: Options) -> Callable[[], Tensor]:
+    before = packages.last_norm
+    packages.last_norm = lambda case: case.model.blocks[0].norm1  # type: ignore[attr-defined]
+    try:
+        return packages.grad_cam(case)
+    finally:
+        packages.last_norm = before
+
+
+def other_class(name: str) -> Callable[[Case, Options], Callable[[], Tensor]]:
+    """A contender that explains another class."""
+
+    def make(case: Case, options: Options) -> Callable[[], Tensor]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(packages, "TARGET", 1)
+            run = CONTENDERS[name].make(case, options)
+
+        def run_patched() -> Tensor:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(packages, "TARGET", 1)
+                return run()
+
+        return run_patched
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "model"),
+    [
+        ("grad_cam", "pytorch_grad_cam", "small vit"),
+        ("zennit", "zennit", "small vit"),
+        ("lxt", "lxt", "torchvision vit_b_16"),  # the one whose methods it puts back
+        ("authors", "einops", "small vit"),
+    ],
+)
+def test_no_time_for_a_wrong_answer_of_a_package(
+    name: str, module: str, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Upside down, of another layer or of another class; the package's own answer has a time."""
+    pytest.importorskip(module)
+    checkout = os.environ.get("RELPROP_REFERENCE")
+    if name == "authors" and not checkout:
+        pytest.skip("needs a checkout of the authors' code, named in RELPROP_REFERENCE")
+    wrong = {
+        "flipped": changed(name, lambda answer: answer.flip(1)),
+        "class": replace(CONTENDERS[name], make=other_class(name)),
+        **({"layer": replace(CONTENDERS[name], make=other_layer)} if name == "grad_cam" else {}),
+    }
+    races(monkeypatch, **wrong)
+    options = replace(OPTIONS, reference=Path(checkout) if checkout else None)
+    rows = rows_of([name, *wrong], replace(SMALL, model=model, tokens=5 if name == "lxt" else 17), options)
+    assert not rows[name]["error"], rows[name]
+    for one in wrong:
+        assert rows[one]["error"].startswith("wrong answer: "), rows[one]
+
+
 def test_no_time_for_an_answer_that_cannot_be_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Right in its check, wrong where it is timed."""
+    """Right in its check, and none at all where it is timed."""
     for wrong, message in ((torch.nan, "not finite"), (0.0, "the same everywhere")):
         broken = replace(changed("forward", lambda answer, wrong=wrong: answer * wrong), prove=lambda *given: [])
-        for module in ("benchmarks.peers.child", "benchmarks.peers.race"):
-            monkeypatch.setattr(f"{module}.CONTENDERS", {**CONTENDERS, "wrong": broken})
+        races(monkeypatch, wrong=broken)
         assert message in rows_of(["wrong"])["wrong"]["error"]
+
+
+def last_only(answer: Tensor) -> Tensor:
+    return torch.cat([answer[:-1], answer[-1:].flip(1)])
+
+
+@pytest.mark.parametrize("name", ["forward", "forward_backward", "relprop", "relprop_stable", "relprop_attnlrp"])
+@pytest.mark.parametrize("change", [lambda answer: answer.flip(0), lambda answer: answer.flip(1), last_only])
+def test_no_time_for_an_answer_that_is_wrong_where_it_is_timed(
+    name: str, change: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Right at the size of its check; wrong at the point's, for all samples or the last alone."""
+
+    def make(case: Case, options: Options) -> Callable[[], Tensor]:
+        run = CONTENDERS[name].make(case, options)
+        return (lambda: change(run())) if len(case.inputs) > 2 else run
+
+    races(monkeypatch, wrong=replace(CONTENDERS[name], make=make))
+    rows = rows_of(["wrong", name], replace(SMALL, batch=3))
+    assert rows["wrong"]["error"].startswith("wrong answer where it is timed: "), rows["wrong"]
+    assert all(rows["wrong"][column] == "" for column in race.COLUMNS[:11])
+    assert "timed answer, first and last sample, against float64" in rows[name]["check"]
+
+
+def test_no_time_for_an_answer_that_goes_wrong_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as one that is replayed from a record, when the first run was not."""
+
+    def make(case: Case, options: Options) -> Callable[[], Tensor]:
+        run, calls = CONTENDERS["relprop"].make(case, options), iter(range(100))
+        return lambda: run().flip(1) if next(calls) > 2 else run()
+
+    races(monkeypatch, wrong=replace(CONTENDERS["relprop"], make=make))
+    assert "wrong answer where it is timed" in rows_of(["wrong"])["wrong"]["error"]
+
+
+def test_what_is_not_compared_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the truth is not affordable, or there is none: the time stands, and its check says what it lacks."""
+
+    def hungry(case: Case) -> Tensor:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 10000000000 bytes")
+
+    known = timed.TRUTHS["chefer"]
+    dear = {"dear": replace(known, passes=1e9), "large": replace(known, ways=(hungry, hungry))}
+    second = {"second": replace(known, ways=(hungry, known.ways[0]))}
+    monkeypatch.setattr(timed, "TRUTHS", {**timed.TRUTHS, **dear, **second})
+    names = {truth or "drawn": replace(CONTENDERS["relprop"], truth=truth) for truth in ("", *dear, *second)}
+    races(monkeypatch, **names)
+    checks = {name: row["check"].split("; ")[-1] for name, row in rows_of(list(names)).items()}
+    assert checks["drawn"] == "the timed answer was not compared: it is drawn at random"
+    assert checks["dear"].startswith("the timed answer was not compared: about ")
+    assert checks["dear"].endswith(" s in float64, over the budget of 4000 s")
+    assert checks["large"] == "the timed answer was not compared: over the memory budget of 5 GiB in float64"
+    assert checks["second"].startswith("timed answer, first and last sample, against float64, ")
+
+
+def test_a_truth_is_computed_once_for_all_that_share_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = [timed.ends(CONTENDERS["relprop"].make(case_of(SMALL), OPTIONS)())]
+    first = timed.compare("relprop", case_of(SMALL), answers, OPTIONS, tmp_path)
+    monkeypatch.setattr(timed, "_computed", None)
+    assert timed.compare("authors", case_of(SMALL), answers, OPTIONS, tmp_path) == first
+    wrong = [answers[0], answers[0].flip(0)]
+    with pytest.raises(timed.Refused, match="wrong answer where it is timed: timed answer, first and last sample"):
+        timed.compare("authors", case_of(SMALL), wrong, OPTIONS, tmp_path)
+
+
+def test_truths() -> None:
+    """Every contender's is known, in every product that it runs in, and its ways agree."""
+    case = case_of(SMALL).to(torch.float64)
+    for name, contender in CONTENDERS.items():
+        if contender.truth:
+            for dtype in ("float32", "bfloat16"):
+                assert timed.products(contender.make, dtype) in truths.TRUTHS[contender.truth].tolerances, name
+    assert timed.products(CONTENDERS["relprop_medium"].make, "float32") == "medium"
+    for name, truth in truths.TRUTHS.items():
+        if name != "cp_lrp":
+            found = [way(case).detach() for way in truth.ways]
+            assert all(proofs.same(name, one, found[0]).passed for one in found), name
 
 
 def test_budgets(monkeypatch: pytest.MonkeyPatch) -> None:
     def hungry(*given: Any) -> Any:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 10000000000 bytes")
 
-    known = {**CONTENDERS, "slow": replace(CONTENDERS["forward"], passes=1e9)}
-    known["hungry"] = replace(CONTENDERS["forward"], make=hungry, prove=lambda *given: [])
-    for module in ("benchmarks.peers.child", "benchmarks.peers.race"):
-        monkeypatch.setattr(f"{module}.CONTENDERS", known)
+    broken = replace(CONTENDERS["forward"], make=hungry, prove=lambda *given: [])
+    races(monkeypatch, slow=replace(CONTENDERS["forward"], passes=1e9), hungry=broken)
     rows = rows_of(["slow", "hungry"])
     assert "over the budget of 1000 s: about 1e+09 forward passes" in rows["slow"]["error"]
     assert rows["hungry"]["error"] == "over the memory budget of 5 GiB"
@@ -171,12 +317,35 @@ def test_peers_that_are_missing_or_cannot_say_so(monkeypatch: pytest.MonkeyPatch
     assert all(row["error"] for name, row in rows.items() if name != "forward")
 
 
+def test_a_module_that_a_package_wants_and_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not an error of the race's: the package has no answer here."""
+
+    def missing(name: str) -> Any:
+        raise ModuleNotFoundError("No module named 'ttach'", name="ttach")
+
+    monkeypatch.setattr(packages, "version", lambda package: f"{package} 1.0")
+    monkeypatch.setattr(packages.importlib, "import_module", missing)
+    row = rows_of(["grad_cam"])["grad_cam"]
+    assert row["error"] == "cannot explain: grad-cam 1.0 needs ttach, which is not installed"
+
+
 @pytest.mark.parametrize("model", ["small bert", "small llama"])
 def test_texts(model: str) -> None:
     pytest.importorskip("transformers")
     rows = rows_of(["forward_backward", "relprop", "relprop_attnlrp", "grad_cam"], Point(model, 2, 9))
     assert not rows["relprop_attnlrp"]["error"] and not rows["forward_backward"]["error"], rows
     assert bool(rows["relprop"]["error"]) == (model == "small llama")
+
+
+def test_proofs_in_float64_are_of_the_cpu_wherever_the_run_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run on CUDA is proved in float64 by kernels that have it; no CUDA is touched here."""
+    cut, options = proof_of(SMALL), replace(OPTIONS, device="cuda")
+    ours = [name for name, contender in CONTENDERS.items() if contender.package == "relprop"]
+    monkeypatch.setattr(contenders, "native_bfloat16", lambda: False)
+    for name in ours:
+        if name not in ("relprop_cp_lrp", "relprop_ig"):
+            found = CONTENDERS[name].prove(CONTENDERS[name].make, cut, replace(cut, point=SMALL), options)
+            assert found and all(proof.passed for proof in found), (name, found)
 
 
 def test_points() -> None:
@@ -197,14 +366,11 @@ def test_points() -> None:
 def test_proofs_can_fail() -> None:
     x = torch.randn(2, 5)
     assert proofs.same("", x, x * (1 + 1e-6)).passed and not proofs.same("", x, x * 1.1).passed
+    assert proofs.aligned("", x * 3, x, 1e-3).passed and not proofs.aligned("", x.flip(1), x, 0.1).passed
     assert not proofs.same("", x * torch.nan, x).passed and not proofs.same("", x[:, 1:], x).passed
     assert proofs.complete("", x, x.sum(1), 1e-3).passed and not proofs.complete("", x, x.sum(1) * 1.1, 1e-3).passed
     noise = torch.randn(400, generator=torch.Generator().manual_seed(0))
     assert proofs.centred("", noise).passed and not proofs.centred("", noise + 0.5).passed
-    cam = torch.rand(2, 4, 4)
-    cam = (cam - cam.amin((1, 2), True)) / (cam - cam.amin((1, 2), True)).amax((1, 2), True)
-    assert proofs.in_range("", cam, (2, 4, 4)).passed
-    assert not proofs.in_range("", cam * 1.1, (2, 4, 4)).passed and not proofs.in_range("", cam, (2, 4, 5)).passed
 
 
 def test_command(tmp_path: Path) -> None:
@@ -228,6 +394,44 @@ def test_command(tmp_path: Path) -> None:
     assert not command.merged(out, [rows["relprop"]])  # a point measured anew keeps no row of an earlier run
     kept = command.merged(out, [{**rows["relprop"], "tokens": 5}])
     assert [row["contender"] for row in kept] == list(rows)
+
+
+def test_a_point_without_a_time_has_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its forward pass's, which says why."""
+
+    def late(*given: Any, **options: Any) -> Any:
+        raise race.Out("over the budget: did not prepare within 240 s")
+
+    monkeypatch.setattr(command, "compete", late)
+    out = tmp_path / "rows.csv"
+    assert command.main(["--quick", "--tokens", "17", "--out", str(out)]) == 1
+    with out.open() as stream:
+        (row,) = csv.DictReader(stream)
+    assert (row["contender"], row["error"]) == ("forward", "over the budget: did not prepare within 240 s")
+    assert not row["ms_median"]
+
+
+def test_memory_of_a_gpu_is_limited_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a stand-in for a GPU of 80 GiB of which this process has 2 reserved."""
+    asked: list[float] = []
+    gib, options = 2**30, replace(OPTIONS, device="cuda", memory=40.0)
+    for name, found in {
+        "current_device": lambda: 0,
+        "get_device_properties": lambda device: SimpleNamespace(total_memory=80 * gib),
+        "set_per_process_memory_fraction": asked.append,
+        "memory_reserved": lambda: 2 * gib,
+        "mem_get_info": lambda: (60 * gib, 80 * gib),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, found)
+    child._limit(options.memory, "cuda")
+    child._limit(1000.0, "cuda")
+    assert asked == [0.5, 1.0]
+    assert child._own("cuda") == 2 * gib
+    full = torch.OutOfMemoryError("CUDA out of memory.")
+    assert reason(full, options) == "over the memory budget of 40 GiB"
+    assert reason(RuntimeError("Triton Error [CUDA]: out of memory"), options) == "over the memory budget of 40 GiB"
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (gib, 80 * gib))
+    assert reason(full, options).startswith("the device's memory was full before the budget of 40 GiB was: CUDA out")
 
 
 def test_memory_of_a_process_is_limited() -> None:
