@@ -100,7 +100,7 @@ def test_dry_run(tmp_path: Path) -> None:
         ("llama", "bfloat16", "1", "attnlrp", "yes"),
         ("vit", "float32", "1", "transformer_attribution", ""),
     } <= swept
-    assert any(", " in row["kind"] for row in steps if row["fused"]) and len(swept) == 8
+    assert any(", " in row["kind"] for row in steps if row["fused"]) and len(swept) == 9
     timed = rows_of(tmp_path / "tiles_timed.csv")
     assert {row["table"] for row in timed} >= {"linear_share_out", "linear_back", "attention_keys_values"}
     assert {row["tabled"] for row in timed} == {"True", "False"} and not [row for row in timed if row["failed"]]
