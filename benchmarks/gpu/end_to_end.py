@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.contenders import (
+    Explaining,
     Run,
     attempt,
     backends,
@@ -67,7 +68,7 @@ class LargeBatch:
 
         def contender() -> Run:
             made.append(engine_of(machine, model, given, graph, backend=backend, composite=composite))
-            return lambda: made[0](given, target=target)
+            return Explaining(made[0], (given,), target)
 
         key = key_of("vit", ATTRIBUTION, composite, backend, graph, dtype)
         row = {"dtype": NAMES[dtype], "batch": batch}
@@ -161,7 +162,7 @@ def tokens(machine: Machine) -> None:
 
         def contender(b: str = backend) -> Run:
             engine = engine_of(machine, model, given, graph=False, backend=b)
-            return lambda: engine(given, target=5)
+            return Explaining(engine, (given,), 5)
 
         key = key_of("vit", ATTRIBUTION, "chefer", backend, False, torch.bfloat16)
         label = label_of(backend, "chefer", False)
@@ -181,7 +182,7 @@ def language_model(machine: Machine) -> None:
         def contender() -> Run:
             made = {"backend": backend, "method": "attnlrp", "output": "logits"}
             engine = engine_of(machine, model, ((ids,), options), graph, **made)
-            return lambda: engine(ids, target=(0, 7), **options)
+            return Explaining(engine, (ids,), (0, 7), options)
 
         key = key_of("llama", "attnlrp", "attnlrp", backend, graph, torch.bfloat16)
         attempt(machine, label_of(backend, "attnlrp", graph), contender, checked=key, model=model, **row)
