@@ -369,7 +369,8 @@ class Engine:
 
         Of an engine that records passes (`tape`, `cuda_graph` of `compile`) it is what the first call of a batch takes:
         the padded size, at most 64 samples at a time, with the copies that recordings have of inputs and answers.
-        Later calls take no more. What torch.compile makes of a pass (`compile=True`) is forecast as the plan's.
+        Later calls take no more. Of several runs with large answers it is a bound. What torch.compile makes of a pass
+        (`compile=True`) is forecast as the plan's.
 
         Measured once per engine and number of targets, on two small batches of inputs shaped like the example, and
         continued from there allocation by allocation.

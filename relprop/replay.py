@@ -227,13 +227,16 @@ class Replays:
         for count, size in runs:
             taken = passes.peak(size) - (inputs(size) if count == size else 0)
             work[size] = max(taken, work.get(size, 0))
-        own, copied = 0, runs[:-1]
+        samples, holds = sum(pieces), self.recorder is not None and self.recorder.holds
+        own, copied, spare = 0, runs[:-1], 0
         if self.recorder is not None:
             own, copied = sum(inputs(size) for size in work), runs
-        samples = sum(pieces)
-        joined = passes.answer.at(samples) if len(runs) > 1 else 0
-        made = sum(work.values()) if self.recorder is not None and self.recorder.holds else max(work.values())
-        return inputs(samples) + own + made + sum(passes.answer.at(size) for _, size in copied) + joined
+            # The plan has its seed, as large as the logits, to the end; a tape until its last use.
+            spare = 0 if holds else passes.answer.at(max(work))
+        answers = sum(passes.answer.at(size) for _, size in copied)
+        answers += passes.answer.at(samples) if len(runs) > 1 else 0
+        made = sum(work.values()) if holds else max(work.values())
+        return inputs(samples) + own + made + max(0, answers - spare)
 
     def _runs(self, batch: int) -> list[tuple[int, int]]:
         """Of each run that a batch takes the samples, without and with padding."""

@@ -88,13 +88,16 @@ def test_prediction_of_padded_runs(method: str, batch: int) -> None:
     assert len(engine.recordings) == (1 if batch < 64 else 2)
 
 
-@pytest.mark.parametrize("batch", [33, 80])
-def test_prediction_of_large_answers(batch: int) -> None:
-    """They are copied out of the recording, one run's after the other's, and joined."""
-    engine = relprop.compile(vit(embed_dim=96, depth=6, num_classes=30000), (images(2),), tape=True)
-    predicted = engine.memory(batch) - engine.derived_memory
-    real = allocated(lambda: engine(images(batch), target=1), warm=False)
-    assert abs(predicted - real) < 0.1 * real, (predicted, real)
+def test_prediction_of_large_answers() -> None:
+    """They are copied out of the recording, where the plan had its seed; those of several runs are joined."""
+    model = vit(embed_dim=96, depth=6, num_classes=30000)
+    real, predicted = {}, {}
+    for batch in (33, 80):
+        engine = relprop.compile(model, (images(2),), tape=True)
+        predicted[batch] = engine.memory(batch) - engine.derived_memory
+        real[batch] = allocated(lambda e=engine, b=batch: e(images(b), target=1), warm=False)
+    assert abs(predicted[33] - real[33]) < 0.1 * real[33], (predicted, real)
+    assert real[80] < predicted[80] < 1.25 * real[80], (predicted, real)  # a tape is tighter than the plan
 
 
 class Forgetful:
