@@ -2,8 +2,9 @@
 
     python -m benchmarks.cost_model [--out FILE] [--tiny]
 
-The H200's ceilings are assumed. The CPU's are measured first, and every step beside its prediction. Steps of one kind,
-shape and set of streams are one row. Needs timm and transformers.
+The H200's ceilings are assumed, and its products are those of the Triton kernels. The CPU's ceilings are measured
+first, and every step beside its prediction. Steps of one kind, shape and set of streams are one row. Needs timm and
+transformers.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch import nn
 import relprop
 from benchmarks.numerics.rows import RESULTS, write_rows
 from relprop import execute
-from relprop.cost import H200, Ceilings, StepCost, predict
+from relprop.cost import H200, Ceilings, StepCost, predict, sizes
 from relprop.engine import Engine
 from relprop.graph import Node
 from relprop.program import ForwardStep
@@ -43,8 +44,8 @@ LLAMA_METHOD = "attnlrp"
 def vit(tiny: bool, dtype: torch.dtype) -> Engine:
     """ViT-B/16 with random weights."""
     torch.manual_seed(0)
-    sizes = {"embed_dim": 48, "depth": 1, "num_heads": 4} if tiny else {}
-    model = timm.models.VisionTransformer(**sizes).eval().to(dtype)
+    small = {"embed_dim": 48, "depth": 1, "num_heads": 4} if tiny else {}
+    model = timm.models.VisionTransformer(**small).eval().to(dtype)
     return relprop.compile(model, (torch.randn(2, 3, 224, 224, dtype=dtype),))
 
 
@@ -63,23 +64,25 @@ def llama(tiny: bool, tokens: int) -> Engine:
 
 
 def rows(
-    model: str, engine: Engine, ceilings: Ceilings, batch: int, measured: dict[Any, float]
+    model: str, engine: Engine, ceilings: Ceilings, batch: int, measured: dict[Any, float], kernels: str | None = None
 ) -> Iterator[dict[str, Any]]:
     """One per kind of step, the dearest first, then the whole pass.
 
     Args:
+        kernels: the backend whose kernels take attention layers; the plan's own by default.
         measured: seconds by phase and operation; empty where there was no device to measure on.
     """
     groups: dict[tuple[str, str, str, str], list[StepCost]] = {}
-    for step in predict(engine.program, ceilings, batch):
-        shape = "x".join(str(size) for size in step.node.outputs[0].shape[1:])
+    for step in predict(engine.program, ceilings, batch, kernels=kernels):
+        shape = "x".join(str(size) for size in sizes(step.node.outputs[0], engine.program.batch_symbols)[1:])
         groups.setdefault((step.phase, step.node.kind, step.streams, shape), []).append(step)
-    whole = {"ms": 0.0, "flop": 0.0, "bytes": 0.0, "measured": 0.0}
+    whole = {"ms": 0.0, "flop": 0.0, "executed": 0.0, "bytes": 0.0, "measured": 0.0}
     found = []
     for (phase, kind, streams, shape), steps in groups.items():
         sums = {
             "ms": 1e3 * sum(step.seconds for step in steps),
             "flop": sum(step.flops for step in steps),
+            "executed": sum(step.executed for step in steps),
             "bytes": sum(step.nbytes for step in steps),
             "measured": 1e3 * sum(measured.get((step.phase, step.node), 0.0) for step in steps),
         }
@@ -98,6 +101,7 @@ def rows(
             "batch": batch,
             **head,
             "flop": sums["flop"],
+            "executed_flop": sums["executed"],
             "bytes": sums["bytes"],
             "predicted_ms": sums["ms"],
             "measured_ms": sums["measured"] if measured else "not measured",
@@ -167,9 +171,9 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="small models, to see that it runs")
     given = parser.parse_args()
     tiny = given.tiny
-    found = list(rows("ViT-B/16", vit(tiny, torch.bfloat16), H200, 2 if tiny else 64, {}))
+    found = list(rows("ViT-B/16", vit(tiny, torch.bfloat16), H200, 2 if tiny else 64, {}, "triton"))
     tokens = 32 if tiny else 4096
-    found += rows(f"Llama 1B, {tokens} tokens", llama(tiny, tokens), H200, 1, {})
+    found += rows(f"Llama 1B, {tokens} tokens", llama(tiny, tokens), H200, 1, {}, "triton")
     engine, batch = vit(tiny, torch.float32), 2
     measured = measure(engine, torch.randn(batch, 3, 224, 224), 1 if tiny else 5)
     found += rows("ViT-B/16", engine, cpu_ceilings(tiny), batch, measured)

@@ -179,7 +179,8 @@ def linear_back_add(
         stabiliser: of the add
     Returns:
         a', b' [T, B, ..., K], their scales [T, B, 2] in float32, and gradients [T, B, ..., K] or None. The same bits
-        for any batch around a sample.
+        from run to run, and for any batch around a sample whose rows have the same class of tiles, at most 32 or more;
+        the classes differ by rounding, as their tiles cut the sum over N in other places.
     Raises:
         ShapeError, DTypeError, DeviceError, OptionError
     Source: Chefer et al., CVPR 2021, section 3.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -304,7 +305,8 @@ class Engine:
             inputs = self._bind(args, kwargs)
             batched = frozenset(i for i, is_batch in self._batched.items() if is_batch)
             batch = next((len(inputs[i]) for i in inputs if i in batched), 1)
-            size = self._fitting(inputs, target, batch) if batch_size == "auto" else batch_size
+            runs = self._runs(target, ledger, check)
+            size = self._fitting(inputs, target, batch, runs) if batch_size == "auto" else batch_size
             if size is not None and int(size) < batch and self._pairs():
                 raise OptionError(
                     "batch_size: expected a batch in one piece, as the output scores every sample with every sample"
@@ -323,8 +325,9 @@ class Engine:
             return replace(join(parts), inputs=named)
 
     def _explained(self, inputs: dict[int, Any], target: TargetLike, ledger: bool, check: bool) -> Explanation:
-        if self._replays is not None and not (ledger or check or callable(target) or isinstance(target, Contrast)):
-            replayed = self._replayed(self._replays, inputs, target)
+        runs = self._runs(target, ledger, check)
+        if runs is not None:
+            replayed = self._replayed(runs, inputs, target)
             if replayed is not None:
                 return replayed
         explanation, resolved, reading = self._explain(inputs, target, ledger)
@@ -350,6 +353,10 @@ class Engine:
         explanation = replace(explanation, disagreement=disagreement, trustworthy=disagreement <= limit)
         return of_own_targets(explanation) if resolved.apart else explanation
 
+    def _runs(self, target: TargetLike, ledger: bool, check: bool) -> Replays | None:
+        """What explains a call by runs of fixed shapes, None where the plan does."""
+        return None if ledger or check or callable(target) or isinstance(target, Contrast) else self._replays
+
     def _replayed(self, replays: Replays, inputs: dict[int, Any], target: TargetLike) -> Explanation | None:
         """A run of fixed shapes, where there is one; the target is checked before, as nothing within reads values."""
         shape = output_shape(self.program.graph, inputs)
@@ -373,8 +380,12 @@ class Engine:
 
     def memory(self, batch: int, *, targets: int = 1) -> int:
         """Peak bytes of explaining a batch, beside the model's own weights: the inputs, what is derived from weights,
-        and what lives during the pass. A recorded pass (`tape` of `compile`) takes as much, to within the gaps between
-        its intermediates and one more copy of the inputs.
+        and what lives during the pass.
+
+        Of an engine that records passes (`tape`, `cuda_graph` of `compile`) it is what the first call of a batch takes:
+        the padded size, at most 64 samples at a time, with the copies that recordings have of inputs and answers.
+        Later calls take no more. Of several runs with large answers it is a bound. What torch.compile makes of a pass
+        (`compile=True`) is forecast as the plan's.
 
         Measured once per engine and number of targets, on two small batches of inputs shaped like the example, and
         continued from there allocation by allocation.
@@ -387,7 +398,20 @@ class Engine:
         """
         check_count("batch", batch)
         check_count("targets", targets)
-        return self._forecast(self._sizes(), targets, batch) + self.derived_memory
+        return self._peak(self._sizes(), targets, [batch], self._replays) + self.derived_memory
+
+    def _peak(
+        self, sizes: Mapping[int, tuple[int, ...]], targets: int, batches: Sequence[int], runs: Replays | None
+    ) -> int:
+        """Of batches one after the other, beside what is derived from weights."""
+        passes = self._forecast(sizes, targets)
+        if runs is None:
+            return passes.peak(max(batches))
+        return runs.peak(batches, passes, lambda count: self._input_bytes(sizes, count))
+
+    def _input_bytes(self, sizes: Mapping[int, tuple[int, ...]], batch: int) -> int:
+        shapes = {i: (batch if is_batch else sizes[i][0], *sizes[i][1:]) for i, is_batch in self._batched.items()}
+        return sum(math.prod(shape) * self.program.graph.values[i].dtype.itemsize for i, shape in shapes.items())
 
     @property
     def derived_memory(self) -> int:
@@ -407,17 +431,25 @@ class Engine:
             for i, is_batch in self._batched.items()
         }
 
-    def _probe(self, sizes: Mapping[int, tuple[int, ...]], targets: int, batch: int) -> None:
+    def _probe(self, sizes: Mapping[int, tuple[int, ...]], targets: int, batch: int) -> Explanation:
         axes = self.program.graph.output.rank - 1
         index = None if self._pairs() else torch.zeros(batch, targets, *([axes] if axes > 1 else []), dtype=torch.int64)
         with torch.no_grad():
-            self._explain(self._example(sizes, batch), index, False)
+            return self._explain(self._example(sizes, batch), index, False)[0]
 
-    def _fitting(self, inputs: dict[int, Any], target: TargetLike, batch: int) -> int:
+    def _fitting(self, inputs: dict[int, Any], target: TargetLike, batch: int, runs: Replays | None) -> int:
         """As many samples as the free memory holds."""
         sizes = {i: (1 if is_batch else len(inputs[i]), *inputs[i].shape[1:]) for i, is_batch in self._batched.items()}
+        targets = count_targets(target)
+
+        def forecast(count: int) -> int:
+            return self._peak(sizes, targets, [count, *([batch % count] if batch % count else [])], runs)
+
+        forecast(1)  # the first one derives from the weights what every pass needs: that memory is not free after it
+        if runs is not None:
+            runs.release()
         budget = int(memory.SHARE * memory.available(self._device))
-        return memory.largest_batch(lambda count: self._forecast(sizes, count_targets(target), count), budget, batch)
+        return memory.largest_batch(forecast, budget, range(1, batch + 1) if runs is None else runs.cuts(batch))
 
     def export(self, path: str | Path, *, targets: int | None = None, compiled: bool = False) -> Path:
         """Write the forward and relevance pass as one `.pt2` file that runs without relprop.

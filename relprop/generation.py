@@ -181,7 +181,7 @@ def explain_generation(
         budget = int(memory.SHARE * memory.available(ids.device))
         if memory_limit is not None:
             budget = memory_limit - chosen.derived_memory
-        fitting = memory.largest_batch(forecast.peak, budget, window)
+        fitting = memory.largest_batch(forecast.peak, budget, range(1, window + 1))
         predicted = forecast.peak(fitting) + chosen.derived_memory
         if fitting < window:
             window, chosen = fitting, engine(fitting)

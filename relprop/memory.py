@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,12 +26,13 @@ class Allocations(TorchDispatchMode):
 
     Attributes:
         history: one number per new storage.
+        alive: bytes of those that are there now.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.history: list[int] = []
-        self._alive = 0
+        self.alive = 0
         self._known: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -48,12 +49,12 @@ class Allocations(TorchDispatchMode):
 
     def _allocated(self, storage: Any) -> None:
         size = storage.nbytes()
-        self._alive += size
-        self.history.append(self._alive)
+        self.alive += size
+        self.history.append(self.alive)
         weakref.finalize(storage, self._freed, size)
 
     def _freed(self, size: int) -> None:
-        self._alive -= size
+        self.alive -= size
 
 
 def _tensors(structure: Any) -> list[Tensor]:
@@ -61,64 +62,85 @@ def _tensors(structure: Any) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(structure) if isinstance(leaf, Tensor) and not is_fake(leaf)]
 
 
+class Line(NamedTuple):
+    """Bytes as a function of the batch."""
+
+    constant: float
+    per_sample: float
+
+    def at(self, batch: int) -> int:
+        """At a batch size."""
+        return int(self.constant + batch * self.per_sample)
+
+
 @dataclass(frozen=True)
 class Memory:
-    """Bytes alive at every allocation of a pass, as functions of the batch: `constant + batch * per_sample`."""
+    """Bytes of a pass at any batch size.
 
-    constant: list[float] = field(default_factory=list)
-    per_sample: list[float] = field(default_factory=list)
+    Attributes:
+        alive: at every allocation.
+        answer: of what the pass gives.
+    """
+
+    alive: list[Line]
+    answer: Line
 
     def peak(self, batch: int) -> int:
-        """The largest, at a batch size."""
-        found = zip(self.constant, self.per_sample, strict=True)
-        return max((int(a + batch * b) for a, b in found), default=0)
+        """The most that is alive."""
+        return max((line.at(batch) for line in self.alive), default=0)
 
 
-def measure(run: Callable[[int], None]) -> Memory:
+def measure(run: Callable[[int], object]) -> Memory:
     """Probe a pass.
 
     Args:
-        run: explains a batch of a given size; called once before anything is counted.
+        run: explains a batch of a given size and gives the answer; called once before anything is counted.
     """
     run(PROBES[0])
-    histories = []
+    histories, answers = [], []
     for batch in PROBES:
         with fresh_results(), Allocations() as counted:
-            run(batch)
+            answer = run(batch)
         histories.append(counted.history)
+        answers.append(counted.alive)
+        del answer
     if len(histories[0]) != len(histories[1]):  # the batch decided which way was taken: only the peaks compare
         histories = [[max(history, default=0)] for history in histories]
+    return Memory([_line(*found) for found in zip(*histories, strict=True)], _line(*answers))
+
+
+def _line(*probed: int) -> Line:
     few, many = PROBES
-    slopes = [(b - a) / (many - few) for a, b in zip(*histories, strict=True)]
-    return Memory([a - few * slope for a, slope in zip(histories[0], slopes, strict=True)], slopes)
+    slope = (probed[1] - probed[0]) / (many - few)
+    return Line(probed[0] - few * slope, slope)
 
 
 class Forecast:
-    """Peak bytes of passes, probed once for inputs of given sizes and a number of targets.
+    """Memory of passes, probed once for inputs of given sizes and a number of targets.
 
     Args:
         probe: explains a batch: the inputs' sizes, the number of targets, the number of samples.
     """
 
-    def __init__(self, probe: Callable[[Mapping[int, tuple[int, ...]], int, int], None]) -> None:
+    def __init__(self, probe: Callable[[Mapping[int, tuple[int, ...]], int, int], object]) -> None:
         self._probe = probe
         self._known: dict[Any, Memory] = {}
 
-    def __call__(self, sizes: Mapping[int, tuple[int, ...]], targets: int, batch: int) -> int:
-        """Bytes at a batch size, beside weights and what is derived from them."""
+    def __call__(self, sizes: Mapping[int, tuple[int, ...]], targets: int) -> Memory:
+        """Of a pass, beside weights and what is derived from them."""
         key = (tuple(sizes.items()), targets)
         if key not in self._known:
             self._known[key] = measure(lambda count: self._probe(sizes, targets, count))
-        return self._known[key].peak(batch)
+        return self._known[key]
 
 
-def largest_batch(memory: Callable[[int], int], budget: int, batch: int) -> int:
-    """The largest batch up to `batch` whose memory is within a budget; 1 where none is."""
-    low, high = 1, batch
+def largest_batch(memory: Callable[[int], int], budget: int, sizes: Sequence[int]) -> int:
+    """The largest of ascending batch sizes whose memory is within a budget; the first where none is."""
+    low, high = 0, len(sizes) - 1
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if memory(middle) <= budget else (low, middle - 1)
-    return low
+        low, high = (middle, high) if memory(sizes[middle]) <= budget else (low, middle - 1)
+    return sizes[low]
 
 
 def available(device: torch.device) -> int:

@@ -53,6 +53,13 @@ class Recurring(Replays):
             self._answer = None
             self._turn.release()
 
+    def cuts(self, batch: int) -> Sequence[int]:
+        """Any."""
+        return range(1, batch + 1)
+
+    def _runs(self, batch: int) -> list[tuple[int, int]]:
+        return [(batch, batch)]
+
     def _make(self, inputs: Sequence[Tensor], weights: list[Tensor], index: Tensor | None) -> Made:
         key = run_key(inputs, index)
         if len(self._came) >= _REMEMBERED:

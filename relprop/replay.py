@@ -15,6 +15,7 @@ from torch import Tensor
 
 from relprop.graph import Graph, Value
 from relprop.lowering import DerivedKey, Layout, Outcome, PassFunction, lower, outcome_of
+from relprop.memory import Memory
 from relprop.tape import unrecorded
 from relprop.weights import DerivedWeights, DeriveOnce
 
@@ -50,8 +51,26 @@ class Recording(Protocol):
         """The run once more, on what its inputs hold now."""
 
 
+class Recorder(Protocol):
+    """Makes recordings, which share their memory.
+
+    Attributes:
+        holds: whether that memory stays theirs while another run is made.
+    """
+
+    holds: bool
+
+    def __call__(self, run: Callable[[], Sequence[Tensor]]) -> Recording:
+        """Make a run, perhaps several times, and record it."""
+
+    def release(self) -> None:
+        """Give back what is not held, until the next turn; nobody is within one."""
+
+
 class CudaRecorder:
     """Records runs as CUDA graphs that share one pool of memory, so that all of them need what the largest needs."""
+
+    holds = True
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -74,6 +93,9 @@ class CudaRecorder:
                 outputs = run()
         return _CudaRecording(self, graph, outputs)
 
+    def release(self) -> None:
+        """Nothing: the pool lives as long as its graphs."""
+
 
 @dataclass
 class _CudaRecording:
@@ -90,9 +112,6 @@ class _CudaRecording:
     def replay(self) -> None:
         with torch.cuda.device(self.recorder.device):
             self.graph.replay()
-
-
-Recorder = Callable[[Callable[[], Sequence[Tensor]]], Recording]
 
 
 class Noted(DeriveOnce):
@@ -186,6 +205,50 @@ class Replays:
             ]
         return _joined([outcome for outcome, _ in found]), found[0][1]
 
+    def cuts(self, batch: int) -> Sequence[int]:
+        """Sizes that pieces of a batch may have, ascending: those that take no padding, and the whole."""
+        below = range(1, min(batch, self.largest + 1))
+        return [*(size for size in below if padded_size(size, self.largest) == size), batch]
+
+    def peak(self, pieces: Sequence[int], passes: Memory, inputs: Callable[[int], int]) -> int:
+        """Bytes of explaining batches that no run is there for, one after the other, beside weights.
+
+        Beside the given inputs every recording has a copy of its own, and what fills a batch up is another; a pass
+        that is made while the recordings before it hold their memory adds to that; answers are copied out of where
+        recordings have them, and joined where they are several.
+
+        Args:
+            pieces: samples of each batch.
+            passes: the plan's, with its inputs.
+            inputs: bytes of the inputs of a batch.
+        """
+        runs = [run for piece in pieces for run in self._runs(piece)]
+        work: dict[int, int] = {}
+        for count, size in runs:
+            taken = passes.peak(size) - (inputs(size) if count == size else 0)
+            work[size] = max(taken, work.get(size, 0))
+        samples, holds = sum(pieces), self.recorder is not None and self.recorder.holds
+        own, copied, spare = 0, runs[:-1], 0
+        if self.recorder is not None:
+            own, copied = sum(inputs(size) for size in work), runs
+            # The plan has its seed, as large as the logits, to the end; a tape until its last use.
+            spare = 0 if holds else passes.answer.at(max(work))
+        answers = sum(passes.answer.at(size) for _, size in copied)
+        answers += passes.answer.at(samples) if len(runs) > 1 else 0
+        made = sum(work.values()) if holds else max(work.values())
+        return inputs(samples) + own + made + max(0, answers - spare)
+
+    def _runs(self, batch: int) -> list[tuple[int, int]]:
+        """Of each run that a batch takes the samples, without and with padding."""
+        counts = [min(self.largest, batch - at) for at in range(0, batch, self.largest)]
+        return [(count, padded_size(count, self.largest)) for count in counts]
+
+    def release(self) -> None:
+        """Give back the memory that recordings keep between their turns, where they can."""
+        if self.recorder is not None:
+            with self._replaying:
+                self.recorder.release()
+
     def clear(self) -> None:
         """Forget every run."""
         with self._lock:
@@ -226,6 +289,7 @@ class Replays:
         return made
 
     def _make(self, inputs: Sequence[Tensor], weights: list[Tensor], index: Tensor | None) -> Made:
+        self.release()
         noted = Noted(self.function.program.graph, self.derived)
         self.function([*inputs, *weights], index, noted)
         layout = self.function.layout

@@ -254,6 +254,8 @@ class CpuRecorder:
             kernels' results come from, which keeps a bounded amount of memory for whoever asks next.
     """
 
+    holds = False
+
     def __init__(self, keep: bool = True) -> None:
         self.keep = keep
         self._block: Tensor | None = None
@@ -263,6 +265,10 @@ class CpuRecorder:
         NotTaped: the run depends on values.
         """
         return CpuRecording(self, *_record(run))
+
+    def release(self) -> None:
+        """Give the block back."""
+        self._block = None
 
     @contextlib.contextmanager
     def block(self, nbytes: int) -> Iterator[Tensor]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from benchmarks.gpu.case import STABILISER, TOLERANCE, Case, name_of, size_of
 from benchmarks.gpu.machine import Machine
 from relprop import native_cuda
+from relprop.cost import tiled_attention_products
 from relprop.kernels.attention_relevance import attention_relevance
 
 _CUDA_QK = {"half": "half", "alpha_beta": "positive", "none": "detached"}
@@ -115,7 +116,7 @@ def attention(machine: Machine, dtype: torch.dtype, precision: str, layer: Layer
     g = machine.randn(layer.targets, *full, seed=4)
     r = machine.randn(layer.targets, *full, seed=5) * o.float()
     row = machine.randn(layer.targets, layer.batch, layer.queries, seed=6).abs()
-    name = name_of(dtype, precision)
+    name, passed = name_of(dtype, precision), (layer.qk != "none",) * 2 + (True,)
     shared: dict[str, Any] = {"mask": mask, "causal": layer.causal, "row": row, "edge": layer.edge}
     shared |= {"qk_stabiliser": STABILISER, "av_stabiliser": STABILISER}
 
@@ -124,8 +125,7 @@ def attention(machine: Machine, dtype: torch.dtype, precision: str, layer: Layer
         return (*found.gradients, *relevances, found.row)
 
     def run() -> tuple[Tensor, ...]:
-        wanted = (layer.qk != "none",) * 2 + (True,)
-        options = {"qk": layer.qk, "precision": precision, "relevances_wanted": wanted}
+        options = {"qk": layer.qk, "precision": precision, "relevances_wanted": passed}
         return parts(attention_relevance(q, k, v, o, g, r, **shared, **options))
 
     def run_cuda() -> tuple[Tensor, ...]:
@@ -137,8 +137,8 @@ def attention(machine: Machine, dtype: torch.dtype, precision: str, layer: Layer
             )
         )
 
-    # Statistics 1, then per target the query side 5 and the key side 7 products; half of the map where it is causal.
-    products = 1 + 12 * layer.targets
+    maps = layer.edge.split("_x_")
+    products = tiled_attention_products((True,) * 3, passed, layer.qk, maps, layer.d, layer.targets)
     flops = 2.0 * products * layer.batch * layer.heads * layer.queries * layer.key_shape[2] * layer.d
     return Case(
         "attention_relevance",
@@ -146,7 +146,7 @@ def attention(machine: Machine, dtype: torch.dtype, precision: str, layer: Layer
         "x".join(str(size) for size in (layer.targets, *full[:3], layer.key_shape[2], layer.d)),
         {"triton": run, "cuda": run_cuda},
         lambda: exact(layer, q, k, v, o, g, r, row, mask),
-        flops / 2 if layer.causal else flops,
+        flops / 2 if layer.causal else flops,  # half of the map
         size_of(q, k, v, o, g, r) * 2,
         TOLERANCE[name],
         layer.variant,

@@ -8,7 +8,8 @@ import gc
 import importlib
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,27 @@ def unpatched_after(module_name: str) -> Iterator[None]:
                     setattr(kind, name, value)
 
 
+@dataclass(frozen=True)
+class Explaining:
+    """One engine on one input, shaped as its example."""
+
+    engine: relprop.Engine
+    args: tuple[Tensor, ...]
+    target: Any
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def __call__(self) -> Any:
+        return self.engine(*self.args, target=self.target, **self.kwargs)
+
+    def forecast_mb(self) -> float:
+        """What the engine says it takes, beside weights and inputs; NaN where its probes, of 4 samples, do not fit."""
+        given = sum(tensor.nbytes for tensor in self.args)
+        try:
+            return (self.engine.memory(len(self.args[0])) - given) / 2**20
+        except torch.OutOfMemoryError:
+            return float("nan")
+
+
 def weights_mb(model: nn.Module) -> float:
     """What parameters and buffers take."""
     return sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())) / 2**20
@@ -180,7 +202,8 @@ def attempt(
 
     Args:
         checked: what must have passed for a time to be taken; None for other people's code
-        model: whose weights are no part of `beyond_weights_mb`; nothing that was made of them before stays
+        model: whose weights are no part of `beyond_weights_mb`; nothing that was made of them before stays, so that an
+            engine's forecast and what was there before it make `predicted_mb`, which stands beside `peak_mb`
     """
     if checked is not None and checked not in machine.passed():
         machine.add(run=name, **row, failed="no check of it passed")
@@ -190,8 +213,12 @@ def attempt(
     gc.collect()
     if not machine.dry:
         torch.cuda.empty_cache()  # what another one left, or what did not fit
+    before = machine.allocated_mb()
     try:
-        found = machine.time(run())
+        made = run()
+        found = machine.time(made)
+        if model is not None and isinstance(made, Explaining):
+            found["predicted_mb"] = before + made.forecast_mb()
     except Exception as problem:
         machine.add(run=name, **row, failed=told(problem))
         return float("nan")

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.contenders import (
+    Explaining,
     Run,
     attempt,
     backends,
@@ -68,7 +69,7 @@ class LargeBatch:
         def contender() -> Run:
             options = {"backend": backend, "composite": composite, "compile": compiled}
             made.append(engine_of(machine, model, given, graph, **options))
-            return lambda: made[0](given, target=target)
+            return Explaining(made[0], (given,), target)
 
         key = key_of("vit", ATTRIBUTION, composite, backend, graph, dtype, compiled)
         row, label = {"dtype": NAMES[dtype], "batch": batch}, label_of(backend, composite, graph, compiled)
@@ -162,7 +163,7 @@ def tokens(machine: Machine) -> None:
 
         def contender(b: str = backend) -> Run:
             engine = engine_of(machine, model, given, graph=False, backend=b)
-            return lambda: engine(given, target=5)
+            return Explaining(engine, (given,), 5)
 
         key = key_of("vit", ATTRIBUTION, "chefer", backend, False, torch.bfloat16)
         label = label_of(backend, "chefer", False)
@@ -184,7 +185,7 @@ class LanguageModel:
         def contender() -> Run:
             made = {"backend": backend, "method": "attnlrp", "output": "logits", "compile": compiled}
             engine = engine_of(self.machine, self.model, ((self.ids,), self.options), graph, **made)
-            return lambda: engine(self.ids, target=(0, 7), **self.options)
+            return Explaining(engine, (self.ids,), (0, 7), self.options)
 
         key = key_of("llama", "attnlrp", "attnlrp", backend, graph, torch.bfloat16, compiled)
         label = label_of(backend, "attnlrp", graph, compiled)

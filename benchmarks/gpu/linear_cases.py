@@ -13,15 +13,18 @@ from benchmarks.gpu.case import CUDA_PRECISIONS, STABILISER, TOLERANCE, Case, Ru
 from benchmarks.gpu.machine import Machine
 from relprop import native_cuda
 from relprop.backends.cuda import back_product, share_out_product
+from relprop.cost import back_products, share_out_products
 from relprop.kernels.linear_alpha_beta import linear_alpha_beta_back, linear_alpha_beta_share_out
 from relprop.kernels.linear_back import linear_back
 from relprop.kernels.linear_back_add import linear_back_add
 from relprop.kernels.linear_back_gated import linear_back_gated
 from relprop.kernels.linear_epsilon import linear_epsilon_back, linear_epsilon_share_out
 from relprop.kernels.linear_gamma import linear_gamma_back, linear_gamma_share_out
+from relprop.rules import LinearAlphaBeta, LinearEpsilon, LinearGamma
 
 Back = native_cuda.Back
 GAMMA = 0.25
+ALPHA_BETA, EPSILON, GAMMA_RULE = LinearAlphaBeta(), LinearEpsilon(), LinearGamma(gamma=GAMMA)
 
 
 class _Layer:
@@ -100,7 +103,7 @@ def share_outs(layer: _Layer) -> Iterator[Case]:
         lambda: linear_alpha_beta_share_out(r, x, w, **triton)[:1],
         lambda: plain()[:1],
         lambda: (r.double() / layer.signed()[0],),
-        2,
+        share_out_products(ALPHA_BETA, False),
         once,
     )
     epsilon = through(native_cuda.linear_epsilon_share_out, settled)
@@ -109,7 +112,7 @@ def share_outs(layer: _Layer) -> Iterator[Case]:
         lambda: (linear_epsilon_share_out(settled, x, w, **triton),),
         lambda: (epsilon(),),
         lambda: (settled.double() / (x.double() @ w.double().T),),
-        1,
+        share_out_products(EPSILON, False),
         once,
     )
     yield layer.case(
@@ -117,7 +120,7 @@ def share_outs(layer: _Layer) -> Iterator[Case]:
         lambda: linear_gamma_share_out(settled, x, w, gamma=GAMMA, **triton),
         through(native_cuda.linear_gamma_share_out, settled, gamma=GAMMA),
         layer.gamma_shares,
-        2,
+        share_out_products(GAMMA_RULE, False),
         once + size_of(r),
     )
     if layer.targets == 1:
@@ -126,7 +129,7 @@ def share_outs(layer: _Layer) -> Iterator[Case]:
             lambda: linear_alpha_beta_share_out(r, x, w, alpha=2.0, beta=1.0, **triton),
             through(native_cuda.linear_alpha_beta_share_out, r, alpha=2.0, beta=1.0),
             layer.opposed_shares,
-            2,
+            share_out_products(ALPHA_BETA, False),
             once + size_of(r),
             "alpha2_beta1",
         )
@@ -149,7 +152,7 @@ def ways_back(layer: _Layer) -> Iterator[Case]:
         lambda: linear_alpha_beta_back(r, r, x, w, **triton)[:1],
         through(Back(r, r, 0.5, 0.5)),
         lambda: (layer.select(r, r, 0.5, 0.5),),
-        2 * targets,
+        back_products(ALPHA_BETA) * targets,
         size_of(x, w, r) + written,
     )
     yield layer.case(
@@ -157,7 +160,7 @@ def ways_back(layer: _Layer) -> Iterator[Case]:
         lambda: linear_alpha_beta_back(r, r, x, w, g, **triton),
         through(Back(r, r, 0.5, 0.5), Back(g)),
         lambda: (layer.select(r, r, 0.5, 0.5), gradient()),
-        3 * targets,
+        (back_products(ALPHA_BETA) + 1) * targets,
         size_of(x, w, r, g) + 2 * written,
         "fused_targets" if targets > 1 else "fused",
     )
@@ -166,7 +169,7 @@ def ways_back(layer: _Layer) -> Iterator[Case]:
         lambda: linear_epsilon_back(r, x, w, **triton)[:1],
         through(Back(r, None, 1.0)),
         lambda: (layer.select(r, r, 1.0, 0.0),),
-        targets,
+        back_products(EPSILON) * targets,
         size_of(x, w, r) + written,
     )
     yield layer.case(
@@ -174,7 +177,7 @@ def ways_back(layer: _Layer) -> Iterator[Case]:
         lambda: linear_gamma_back(r, g, x, w, gamma=GAMMA, **triton)[:1],
         through(Back(r, g, 1 + GAMMA / 2, GAMMA / 2)),
         lambda: (layer.select(r, g, 1 + GAMMA / 2, GAMMA / 2),),
-        2 * targets,
+        back_products(GAMMA_RULE) * targets,
         size_of(x, w, r, g) + written,
     )
     yield layer.case(
@@ -249,7 +252,7 @@ def residual(machine: Machine, dtype: torch.dtype, precision: str, batch: int, t
         scaled = (t * sums[0] * total.abs() / whole / total for t, total in zip(parts, sums[1:], strict=True))
         return (*scaled, g.double() @ d)
 
-    flops = 3 * 2.0 * batch * tokens * n * k
+    flops = (back_products(ALPHA_BETA) + 1) * 2.0 * batch * tokens * n * k
     nbytes = size_of(x, w, a, b, p, g) + 4 * size_of(other)
     return Case(
         "linear_back_add", name, f"{batch}x{tokens}x{n}x{k}", {"triton": run}, exact, flops, nbytes, TOLERANCE[name]

@@ -90,6 +90,10 @@ class Machine:
         low, *_, high = statistics.quantiles(times, n=5)
         return {"ms": statistics.median(times), "ms_p20": low, "ms_p80": high, "peak_mb": peak / 2**20}
 
+    def allocated_mb(self) -> float:
+        """Memory of the device that tensors hold now."""
+        return 0.0 if self.dry else torch.cuda.memory_allocated() / 2**20
+
     def wait(self) -> None:
         """Until the device has done what it was given."""
         if self.device.type == "cuda":

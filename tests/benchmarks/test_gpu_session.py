@@ -43,10 +43,10 @@ POINTS = {
 # Columns that hold what a point asks for.
 COLUMNS = {
     "parity": {"error", "bound", "error_torch_own_streams", "replay_difference", "inputs_apart"},
-    "vit": {"share_of_matrix_rate", "explanations_s", "over_forward", "over_reference"},
+    "vit": {"predicted_mb", "share_of_matrix_rate", "explanations_s", "over_forward", "over_reference"},
     "latency": {"ms", "ms_p99", "p99_over_p50"},
-    "tokens": {"beyond_weights_mb"},
-    "llama": {"over_forward", "over_relprop", "beyond_weights_mb"},
+    "tokens": {"beyond_weights_mb", "predicted_mb"},
+    "llama": {"over_forward", "over_relprop", "beyond_weights_mb", "predicted_mb"},
     "several": {"forwards_per_target"},
     "inductor": {"error", "bound", "over_not_compiled"},
 }

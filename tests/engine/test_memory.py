@@ -77,6 +77,52 @@ def test_recording_and_replaying_take_what_the_plan_takes(method: str) -> None:
         assert len(engine.recordings) == (calls > 1)
 
 
+@pytest.mark.parametrize("batch", [33, 48, 112, 200])
+@pytest.mark.parametrize("method", ["transformer_attribution", "full", "attnlrp"])
+def test_prediction_of_padded_runs(method: str, batch: int) -> None:
+    """33 samples are 48 that run, 112 are 64 and then 48, 200 are 64 three times and then 8."""
+    engine = relprop.compile(vit(embed_dim=96, depth=6), (images(2),), method=method, tape=True)
+    predicted = engine.memory(batch) - engine.derived_memory
+    real = allocated(lambda: engine(images(batch), target=1), warm=False)
+    assert abs(predicted - real) < 0.1 * real, (predicted, real)
+    assert len(engine.recordings) == (1 if batch < 64 else 2)
+
+
+def test_prediction_of_large_answers() -> None:
+    """They are copied out of the recording, where the plan had its seed; those of several runs are joined."""
+    model = vit(embed_dim=96, depth=6, num_classes=30000)
+    real, predicted = {}, {}
+    for batch in (33, 80):
+        engine = relprop.compile(model, (images(2),), tape=True)
+        predicted[batch] = engine.memory(batch) - engine.derived_memory
+        real[batch] = allocated(lambda e=engine, b=batch: e(images(b), target=1), warm=False)
+    assert abs(predicted[33] - real[33]) < 0.1 * real[33], (predicted, real)
+    assert real[80] < predicted[80] < 1.25 * real[80], (predicted, real)  # a tape is tighter than the plan
+
+
+class Forgetful:
+    """A recorder that keeps every recording's memory, as one of graphs does."""
+
+    holds = True
+
+    def __call__(self, run: Callable[[], Any]) -> Any:
+        raise NotImplementedError
+
+    def release(self) -> None:
+        raise NotImplementedError
+
+
+def test_prediction_where_recordings_hold_their_memory() -> None:
+    """The second shape's pass is made beside the first one's."""
+    engine = relprop.compile(vit(embed_dim=96), (images(2),), tape=True)
+    engine.memory(1)
+    apart = {batch: engine.memory(batch) - engine.derived_memory for batch in (48, 64, 112)}
+    engine._replays.recorder = Forgetful()  # type: ignore[union-attr]
+    held = {batch: engine.memory(batch) - engine.derived_memory for batch in apart}
+    assert held[48] == apart[48] and held[64] == apart[64]
+    assert apart[112] + 0.8 * apart[48] < held[112] < apart[112] + apart[48]
+
+
 def test_derived_weights_count() -> None:
     engine = relprop.compile(vit(), (images(2),), backend="torch")
     engine.memory(1)
@@ -116,6 +162,38 @@ def test_automatic_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(found.relevance, whole.relevance)
     assert torch.equal(found.target, whole.target)
     assert found.trustworthy is not None and found.trustworthy.shape == (11,)
+
+
+@pytest.mark.parametrize(("batch", "sizes"), [(49, [48, 1]), (130, [48, 48, 34]), (40, [40])])
+def test_automatic_batches_take_no_padding(monkeypatch: pytest.MonkeyPatch, batch: int, sizes: list[int]) -> None:
+    """Where 48 fit and 64 do not, 49 are no piece: they would run as 64."""
+    engine = relprop.compile(vit(embed_dim=96), (images(2),), tape=True)
+    budget = (engine.memory(48) + engine.memory(64)) // 2 - engine.derived_memory
+    monkeypatch.setattr(memory, "available", lambda device: int(budget / memory.SHARE) + 1)
+    seen: list[int] = []
+    explained = engine._explained
+
+    def noted(inputs: dict[int, torch.Tensor], *rest: Any) -> Any:
+        seen.append(len(next(iter(inputs.values()))))
+        return explained(inputs, *rest)
+
+    monkeypatch.setattr(engine, "_explained", noted)
+    engine(images(batch), target=1, batch_size="auto")
+    assert seen == sizes
+
+
+def test_automatic_batches_leave_room_for_derived_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The forecast's own passes derive them: what is free is asked after that."""
+    engine = relprop.compile(vit(), (images(2),), backend="torch")
+    asked: list[int] = []
+
+    def available(device: torch.device) -> int:
+        asked.append(engine.derived_memory)
+        return 10**9
+
+    monkeypatch.setattr(memory, "available", available)
+    engine(images(3), batch_size="auto")
+    assert asked == [engine.derived_memory] and asked[0] > 0
 
 
 def test_pieces_of_a_given_size() -> None:

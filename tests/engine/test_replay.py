@@ -22,6 +22,8 @@ from tests.engine.models import vit
 class FakeRecorder:
     """Replays by running again on the recorded inputs, into one memory that all recordings share."""
 
+    holds = True
+
     def __init__(self) -> None:
         self.recorded = 0
         self.replays: list[object] = []
@@ -31,6 +33,9 @@ class FakeRecorder:
     def __call__(self, run: Callable[[], Sequence[Tensor]]) -> FakeRecording:
         self.recorded += 1
         return FakeRecording(self, run)
+
+    def release(self) -> None:
+        pass
 
 
 class FakeRecording:
