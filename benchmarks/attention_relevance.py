@@ -4,8 +4,8 @@
 
 Both streams and the walked row of one layer, rule half, float32, 12 heads of 64. The two take turns; reported are
 medians of paired ratios; `share_of_rate` is of the rate of torch's matrix products on as many threads, measured in the
-same run, which is the ceiling of both. Peak memory is what one call adds to a fresh process, its outputs included. No time is written
-for a wrong answer: the row is compared first.
+same run, which is the ceiling of both. Peak memory is what one call adds to a fresh process, its outputs included. No
+time is written for a wrong answer: the row is compared first.
 """
 
 from __future__ import annotations

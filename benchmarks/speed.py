@@ -7,9 +7,9 @@ as it comes (a tape, from the second call of a shape on), step by step (`relprop
 kernels of AVX2 where the CPU has AVX-512 (`relprop_avx2`: torch's products, which keep what instructions they have,
 and fused kernels around them), and (where a checkout is given) the authors' code, one image after the other as it is
 only right at batch 1. LXT, where it is installed, explains torchvision's vit_b_16, in a run of its own with the same
-rules of ours. Reported are medians of the paired ratios to that round's forward pass, so that a machine whose speed drifts
-does not decide. No time is written for a wrong answer: answers are compared first. `gflop` counts the products of the
-plan, also the part that the kernels leave out because no relevance arrives there (queries and keys in
+rules of ours. Reported are medians of the paired ratios to that round's forward pass, so that a machine whose speed
+drifts does not decide. No time is written for a wrong answer: answers are compared first. `gflop` counts the products
+of the plan, also the part that the kernels leave out because no relevance arrives there (queries and keys in
 `chefer_stable`), so that `share_of_rate` may exceed what was multiplied.
 """
 
