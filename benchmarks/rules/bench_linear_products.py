@@ -130,6 +130,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
     kinds = [kind for kind in (torch.float32, torch.bfloat16) if native.products_fast(kind)]
+    if not kinds:
+        raise SystemExit(f"expected a CPU with AVX-512, and RELPROP_ISA not below it, got {native.info().get('isa')}")
     rows = [row for kind in kinds for shape in SHAPES for row in measure(*shape, operands=kind, rounds=options.rounds)]
     write_rows(options.out, rows)
 

@@ -34,3 +34,10 @@ def test_wrong_answers_are_not(wrong: str, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(native, wrong, lambda *given, **options: 1.01 * kernel(*given, **options))
     with pytest.raises(SystemExit, match="answers differ by 0.00990?[0-9]*; nothing is timed"):
         measured(torch.float32)
+
+
+def test_a_cpu_without_such_products_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "products_fast", lambda _: False)
+    monkeypatch.setattr("sys.argv", ["bench_linear_products"])
+    with pytest.raises(SystemExit, match="expected a CPU with AVX-512, and RELPROP_ISA not below it, got "):
+        bench_linear_products.main()
