@@ -3,8 +3,9 @@
     python -m benchmarks.attention_relevance [--tokens 197 1024 4096] [--threads 1 2] [--rounds 5] [--out FILE]
 
 Both streams and the walked row of one layer, rule half, float32, 12 heads of 64. The two take turns; reported are
-medians of paired ratios. Peak memory is what one call adds to a fresh process, its outputs included. No time is written
-for a wrong answer: the row is compared first.
+medians of paired ratios; `share_of_rate` is of the rate of torch's matrix products on as many threads, measured in the
+same run, which is the ceiling of both. Peak memory is what one call adds to a fresh process, its outputs included. No
+time is written for a wrong answer: the row is compared first.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.numerics.rows import RESULTS, write_rows
+from benchmarks.timing import matrix_rate
 from relprop import native
 from relprop.rules import REFERENCE
 
@@ -128,6 +130,7 @@ def measure(tokens: int, threads: int, rounds: int) -> list[dict[str, Any]]:
             start = time.perf_counter()
             run(**given)
             seconds[name].append(time.perf_counter() - start)
+    rate = matrix_rate(torch.float32)
     gflop = 9 * 2 * HEADS * tokens**2 * WIDTH / 1e9
     peaks = {name: peak(name, tokens, threads) for name in CONTENDERS}
     found = []
@@ -150,6 +153,8 @@ def measure(tokens: int, threads: int, rounds: int) -> list[dict[str, Any]]:
                 "peak_to_maps": peaks[name] / peaks["maps"],
                 "gflop": gflop,
                 "gflop_per_s": gflop / median,
+                "matrix_gflop_per_s": rate,
+                "share_of_rate": gflop / median / rate,
                 "rounds": rounds,
                 "used_threads": threads,
             }

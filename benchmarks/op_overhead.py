@@ -3,10 +3,11 @@
 Of one kernel, as the engine calls it and as a custom op: what is timed is checks, dispatch and the call itself.
 
 Of one Transformer block in a whole explanation, as the difference between two depths of a model of width 16. `engine`
-is the engine as it comes, which replays a tape from the second call on, `plan` the engine with tape=False, step by
-step, `calls` the tape's own calls of torch's and our kernels in a bare loop, inputs and answer not counted. engine -
-calls and plan - calls are Python's share; beside them what the model's forward pass and forward with autograd's
-backward take in plain PyTorch.
+is the engine as it comes, which takes the plan at the first call of a shape, records a tape at the second and replays
+it from the third on; `plan` the engine with tape=False, step by step, at every call; `calls` the tape's own calls of
+torch's and our kernels in a bare loop, inputs and answer not counted. `engine - calls` and `plan - calls`, differences
+of the same round, are Python's share; beside them what the model's forward pass and forward with autograd's backward
+take in plain PyTorch. `first call` and `second call` are those of an engine that was just compiled.
 """
 
 from __future__ import annotations
@@ -115,6 +116,20 @@ def blocks(rounds: int, shallow: int = 4, deep: int = 12) -> list[dict[str, Any]
         for name, found in times.items():
             less, more = (microseconds(way[name], 1, calls=5)[0] for way in ways)
             found.append((more - less) / (deep - shallow))
+    for way in ("engine", "plan"):
+        times[f"{way} - calls"] = [a - b for a, b in zip(times[way], times["calls"], strict=True)]
+    return [summary("block", name, found) for name, found in times.items()]
+
+
+def new_engines(rounds: int, shallow: int = 4, deep: int = 12) -> list[dict[str, Any]]:
+    """One row per call of an engine that was just compiled: microseconds of a block."""
+    x, target = torch.randn(1, 3, 16, 16), torch.tensor([3])
+    times: dict[str, list[float]] = {"first call": [], "second call": []}
+    for _ in range(rounds):
+        engines = [relprop.compile(tiny(depth), (x,)) for depth in (shallow, deep)]
+        for found in times.values():
+            less, more = (microseconds(lambda e=e: e(x, target=target), 1, calls=1)[0] for e in engines)  # type: ignore[misc]
+            found.append((more - less) / (deep - shallow))
     return [summary("block", name, found) for name, found in times.items()]
 
 
@@ -125,7 +140,7 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     with torch.no_grad():
-        rows = kernels(given.rounds) + blocks(5 * given.rounds)
+        rows = kernels(given.rounds) + blocks(5 * given.rounds) + new_engines(given.rounds)
     write_rows(given.out, rows)
     for row in rows:
         print(f"{row['what']:<28} {row['call']:<20} {row['us_median']:>7.1f} us")

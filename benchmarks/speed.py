@@ -3,11 +3,13 @@
     python -m benchmarks.speed [--reference CHECKOUT] [--models ...] [--batches 1 4] [--rounds 9] [--out FILE]
 
 In each round every contender runs once, in turn: the forward pass without gradients, forward and backward, relprop
-with each backend, and (where a checkout is given) the authors' code, one image after the other as it is only right at
-batch 1. LXT, where it is installed, explains torchvision's vit_b_16, in a run of its own with the same rules of ours.
-Reported are medians of the paired ratios to that round's forward pass, so that a machine whose speed drifts
-does not decide. No time is written for a wrong answer: answers are compared first. `gflop` counts the products of the
-plan, also the part that the kernels leave out because no relevance arrives there (queries and keys in
+as it comes (a tape, from the second call of a shape on), step by step (`relprop_plan`), with plain PyTorch rules, with
+kernels of AVX2 where the CPU has AVX-512 (`relprop_avx2`: torch's products, which keep what instructions they have,
+and fused kernels around them), and (where a checkout is given) the authors' code, one image after the other as it is
+only right at batch 1. LXT, where it is installed, explains torchvision's vit_b_16, in a run of its own with the same
+rules of ours. Reported are medians of the paired ratios to that round's forward pass, so that a machine whose speed
+drifts does not decide. No time is written for a wrong answer: answers are compared first. `gflop` counts the products
+of the plan, also the part that the kernels leave out because no relevance arrives there (queries and keys in
 `chefer_stable`), so that `share_of_rate` may exceed what was multiplied.
 """
 
@@ -16,7 +18,8 @@ from __future__ import annotations
 import argparse
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,7 @@ from benchmarks.numerics.lxt import Lxt, available, error_to
 from benchmarks.numerics.reference import Reference
 from benchmarks.numerics.rows import write_rows
 from benchmarks.timing import in_turn, matrix_rate, spread
+from relprop import native
 from relprop.rules.linear_map import native_bfloat16
 
 _LXT = "torchvision vit_b_16"
@@ -54,6 +58,16 @@ def passes(model: Any, images: Tensor) -> dict[str, Callable[[], Any]]:
     return {"forward": forward, "forward_backward": forward_backward}
 
 
+@contextmanager
+def instructions(isa: str) -> Iterator[None]:
+    """Our kernels do without the instruction sets above one; torch's own keep them."""
+    native._C.set_isa(isa)
+    try:
+        yield
+    finally:
+        native._C.set_isa("")
+
+
 def contenders(model: Any, images: Tensor, reference: Path | None) -> dict[str, Callable[[], Any]]:
     """What is timed, by name. images: [B, 3, H, W]"""
     targets, found = torch.full((len(images),), 5), passes(model, images)
@@ -66,10 +80,19 @@ def contenders(model: Any, images: Tensor, reference: Path | None) -> dict[str, 
             if native_bfloat16()
             else {}
         ),
-        "relprop_tape": {"tape": True},
+        "relprop_plan": {"tape": False},
     }.items():
         engine = relprop.compile(model, (images,), **options)  # type: ignore[arg-type]
         found[name] = lambda engine=engine: engine(images, target=targets)
+    if "avx512" in native.info().get("isas_supported", []):
+        with instructions("avx2"):
+            engine = relprop.compile(model, (images,))
+
+        def on_avx2(engine: Any = engine) -> None:
+            with instructions("avx2"):
+                engine(images, target=targets)
+
+        found["relprop_avx2"] = on_avx2
     if native_bfloat16():
         half, halves = copy.deepcopy(model).bfloat16(), images.bfloat16()
         engine = relprop.compile(half, (halves,), composite="chefer_stable", precision="medium")

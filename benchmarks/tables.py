@@ -13,6 +13,21 @@ from benchmarks.peers.names import NAMES
 
 README = Path(__file__).parents[1] / "README.md"
 NOT_YET = "not yet measured"
+# Contenders of speed_cpu.csv; the forward pass is what the others are shown beside.
+NAMES_OF_SPEED = {
+    "relprop": "relprop",
+    "relprop_stable": "relprop, `chefer_stable`",
+    "relprop_stable_medium": 'relprop, `chefer_stable`, `precision="medium"`',
+    "relprop_stable_bfloat16": 'relprop, `chefer_stable`, bfloat16 model, `precision="medium"`',
+    "relprop_plan": "relprop, `tape=False`",
+    "relprop_avx2": "relprop, kernels of AVX2",
+    "relprop_torch": "relprop, plain PyTorch rules",
+    "forward_backward": "forward and backward",
+    "reference": "the authors' code",
+    "relprop_cp_lrp": "relprop, `cp_lrp`",
+    "relprop_attnlrp": "relprop, `attnlrp`",
+    "lxt": "LXT (CP-LRP)",
+}
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -26,28 +41,15 @@ def speed() -> str:
     path = RESULTS / "speed_cpu.csv"
     if not path.exists():
         return NOT_YET
-    names = {
-        "relprop": "relprop",
-        "relprop_stable": "relprop, `chefer_stable`",
-        "relprop_stable_medium": 'relprop, `chefer_stable`, `precision="medium"`',
-        "relprop_stable_bfloat16": 'relprop, `chefer_stable`, bfloat16 model, `precision="medium"`',
-        "relprop_tape": "relprop, `tape=True`",
-        "relprop_torch": "relprop, plain PyTorch rules",
-        "forward_backward": "forward and backward",
-        "reference": "the authors' code",
-        "relprop_cp_lrp": "relprop, `cp_lrp`",
-        "relprop_attnlrp": "relprop, `attnlrp`",
-        "lxt": "LXT (CP-LRP)",
-    }
     rows = []
     found = read_rows(path)
     for row in found:
-        if row["contender"] in names:
+        if row["contender"] in NAMES_OF_SPEED:
             rows.append(
                 [
                     row["model"],
                     row["batch"],
-                    names[row["contender"]],
+                    NAMES_OF_SPEED[row["contender"]],
                     f"{float(row['ms_median']):.0f}",
                     f"{float(row['ratio_to_forward']):.2f}",
                 ]

@@ -48,7 +48,7 @@ def launches(architecture: int, dry: bool) -> list[Launch]:
     found: dict[Any, Launch] = {}
     with recording(architecture) as recorded:
         for sizes in PASSES:
-            machine = Outline(dry, Path(), tiny=sizes.get("tiny", False), backends=("triton",))
+            machine = Outline(dry, Path(), tiny=sizes.get("tiny", False), backends=("triton", "library"))
             for case, backend in chosen(machine, large=sizes["large"]):
                 case.runs[backend]()
         for case, *_ in tried(Outline(dry, Path(), backends=("triton",)), architecture):

@@ -1,4 +1,5 @@
-"""Every Triton and CUDA kernel on the device: first held to float64, then timed against the device's ceilings.
+"""Every Triton and CUDA kernel, and a linear layer's rules with the library's products, on the device: first held to
+float64, then timed against the device's ceilings.
 
     python -m benchmarks.gpu.kernels [check] [measure] [run] [--backend NAME] [--dry-run] [--tiny] [--out FOLDER]
 
@@ -41,7 +42,7 @@ def error_of(case: Case, backend: str) -> float:
 
 def usable(machine: Machine) -> set[str]:
     """The backends whose kernels are there; a missing one is said."""
-    found = {"triton"}
+    found = {"triton", "library"}
     right, reason = native_cuda.available()
     if right and native_cuda.device_type() == machine.device.type:
         found.add("cuda")
@@ -52,7 +53,7 @@ def usable(machine: Machine) -> set[str]:
 
 def chosen(machine: Machine, *, large: bool) -> Iterator[tuple[Case, str]]:
     """Every case on every backend that is there and asked for."""
-    backends = usable(machine) & (set(machine.backends) or {"triton", "cuda"})
+    backends = usable(machine) & (set(machine.backends) or {"triton", "cuda", "library"})
     for case in cases(machine, large=large):
         for backend in sorted(backends & set(case.runs)):
             if backend == "cuda" or not machine.tiny or in_brief(case):

@@ -1,8 +1,10 @@
-"""Linear layers: share-outs and ways back of every rule, alone and fused with what lies below."""
+"""Linear layers: share-outs and ways back of every rule, alone and fused with what lies below; our kernels' and the
+library's products side by side."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.gpu.case import CUDA_PRECISIONS, STABILISER, TOLERANCE, Case, Runs, name_of, size_of
+from benchmarks.gpu.library import FLAG, Library
 from benchmarks.gpu.machine import Machine
 from relprop import native_cuda
 from relprop.backends.cuda import back_product, share_out_product
@@ -43,6 +46,8 @@ class _Layer:
         self.cuda = {"stabiliser": STABILISER, "product": share}
         self.back_product = back_product(dtype, precision) if self.in_cuda else ""
         self.y = self.x @ self.w.T if share == "float32" else None
+        # Of one target, and once for the precisions that the library does not tell apart.
+        self.library = Library(self.x, self.w, precision) if targets == 1 and precision in FLAG else None
         z = self.x.float() @ self.w.float().T
         # One rounding is the whole of a z near 0, and of its sign.
         self.settled = self.r * (z.abs() > 0.5 * z.square().mean().sqrt())
@@ -80,10 +85,13 @@ class _Layer:
         products: float,
         nbytes: float,
         variant: str = "",
+        library: Callable[[Library], Any] | None = None,
     ) -> Case:
         runs: Runs = {"triton": triton}
         if self.in_cuda and cuda is not None:
             runs["cuda"] = cuda
+        if self.library is not None and library is not None:
+            runs["library"] = partial(library, self.library)
         name = variant or ("targets" if self.targets > 1 else "")
         return Case(op, self.name, self.shape, runs, exact, products * self.one, nbytes, TOLERANCE[self.name], name)
 
@@ -105,6 +113,7 @@ def share_outs(layer: _Layer) -> Iterator[Case]:
         lambda: (r.double() / layer.signed()[0],),
         share_out_products(ALPHA_BETA, False),
         once,
+        library=lambda own: (own.share_out(r, positive=True),),
     )
     epsilon = through(native_cuda.linear_epsilon_share_out, settled)
     yield layer.case(
@@ -114,6 +123,7 @@ def share_outs(layer: _Layer) -> Iterator[Case]:
         lambda: (settled.double() / (x.double() @ w.double().T),),
         share_out_products(EPSILON, False),
         once,
+        library=lambda own: (own.share_out(settled, positive=False),),
     )
     yield layer.case(
         "linear_gamma_share_out",
@@ -140,6 +150,7 @@ def ways_back(layer: _Layer) -> Iterator[Case]:
     x, w, r, g, targets = layer.x, layer.w, layer.r, layer.g, layer.targets
     triton = {"precision": layer.precision}
     written = 4.0 * targets * x.numel()
+    cast_r, cast_g = (t if layer.library is None else layer.library.cast(t) for t in (r, g))
 
     def through(*backs: Back) -> Callable[[], Any]:
         return lambda: native_cuda.linear_back(backs, x, w, product=layer.back_product)
@@ -154,6 +165,7 @@ def ways_back(layer: _Layer) -> Iterator[Case]:
         lambda: (layer.select(r, r, 0.5, 0.5),),
         back_products(ALPHA_BETA) * targets,
         size_of(x, w, r) + written,
+        library=lambda own: (own.back(cast_r, cast_r, (0.5, 0.5)),),
     )
     yield layer.case(
         "linear_alpha_beta_back",
@@ -163,6 +175,7 @@ def ways_back(layer: _Layer) -> Iterator[Case]:
         (back_products(ALPHA_BETA) + 1) * targets,
         size_of(x, w, r, g) + 2 * written,
         "fused_targets" if targets > 1 else "fused",
+        library=lambda own: (own.back(cast_r, cast_r, (0.5, 0.5)), own.product(cast_g, own.w)),
     )
     yield layer.case(
         "linear_epsilon_back",
@@ -171,6 +184,7 @@ def ways_back(layer: _Layer) -> Iterator[Case]:
         lambda: (layer.select(r, r, 1.0, 0.0),),
         back_products(EPSILON) * targets,
         size_of(x, w, r) + written,
+        library=lambda own: (own.back(cast_r, None, (1.0, 0.0)),),
     )
     yield layer.case(
         "linear_gamma_back",
@@ -179,6 +193,7 @@ def ways_back(layer: _Layer) -> Iterator[Case]:
         lambda: (layer.select(r, g, 1 + GAMMA / 2, GAMMA / 2),),
         back_products(GAMMA_RULE) * targets,
         size_of(x, w, r, g) + written,
+        library=lambda own: (own.back(cast_r, cast_g, (1 + GAMMA / 2, GAMMA / 2)),),
     )
     yield layer.case(
         "linear_back",
@@ -187,6 +202,7 @@ def ways_back(layer: _Layer) -> Iterator[Case]:
         lambda: (gradient(),),
         targets,
         size_of(w, g) + written,
+        library=lambda own: (own.product(cast_g, own.w),),
     )
 
 

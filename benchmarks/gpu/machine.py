@@ -191,7 +191,7 @@ def machine_of(arguments: Iterable[str] | None = None) -> Machine:
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT") or RESULTS))
     parser.add_argument("--tiny", action="store_true", help="tiny sizes on the device")
     parser.add_argument(
-        "--backend", nargs="*", default=[], choices=("triton", "cuda"), help="whose kernels; all if none"
+        "--backend", nargs="*", default=[], choices=("triton", "cuda", "library"), help="whose kernels; all if none"
     )
     given = parser.parse_args(None if arguments is None else list(arguments))
     if not given.dry_run and not torch.cuda.is_available():

@@ -20,7 +20,7 @@ def test_every_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cuda_module
     from benchmarks.gpu import kernels
 
     machine = Machine(dry=True, out=tmp_path)
-    assert kernels.usable(machine) == {"triton", "cuda"}
+    assert kernels.usable(machine) == {"triton", "cuda", "library"}
     machine.backends = ("cuda",)
     launched, run = set(), call.Call.run
 

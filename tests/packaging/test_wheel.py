@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.nvcc import NO_NVCC, NVCC
+
 ROOT = Path(__file__).resolve().parents[2]
 
 pytestmark = pytest.mark.full
@@ -112,7 +114,7 @@ def test_wheel_works_outside_the_checkout(wheel: Path, tmp_path: Path) -> None:
     assert "not built: RELPROP_NO_CUDA was set when relprop was built" in info
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH")
+@pytest.mark.skipif(not NVCC, reason=NO_NVCC)
 def test_wheel_with_cuda_kernels(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", tmp_path, checkout(tmp_path)]
     run(*command, cwd=tmp_path, RELPROP_NO_CUDA="")

@@ -1,0 +1,55 @@
+"""What CI runs beyond `make test`: tests that are left out there for the time they take."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def selections(script: str) -> list[list[str]]:
+    """The arguments of every pytest of a script of .ci/ that names test files."""
+    text = (ROOT / ".ci" / script).read_text().replace("\\\n", " ")
+    found = re.findall(r"python\" -m pytest (tests/\S+\.py .*?)(?:\|\||\n)", text)
+    return [[word for word in shlex.split(part) if word != "-q"] for part in found]
+
+
+def collected(arguments: list[str]) -> set[str]:
+    """Names of the tests that pytest would run."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *arguments, "-n", "0", "--collect-only", "-q"],
+        cwd=ROOT,
+        env={**os.environ, "RELPROP_NO_CUDA": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return {line.partition("::")[2] for line in done.stdout.splitlines() if "::" in line}
+
+
+def test_every_kernel_is_compiled_for_every_architecture() -> None:
+    (arguments,) = (found for found in selections("run") if "test_cuda_compiled.py" in found[0])
+    cases = {f"test_resources[{path.name}-sm_{a}]" for path in (ROOT / "csrc").glob("*.cu") for a in (80, 90)}
+    assert cases <= collected(arguments)
+
+
+def test_one_binary_runs_under_two_versions_of_torch() -> None:
+    (arguments,) = selections("versions")
+    assert collected(arguments) == {"test_one_binary_under_two_versions_of_torch"}
+
+
+def test_no_nvcc_is_a_failure_unless_none_is_asked_for() -> None:
+    text = (ROOT / ".ci" / "run").read_text()
+    check = re.findall(r"^if \[\[ -n \"\$no_nvcc\".*?^fi\n", text, re.MULTILINE | re.DOTALL)[0]
+
+    def status(no_nvcc: str, no_cuda: str) -> int:
+        environment = {**os.environ, "no_nvcc": no_nvcc, "RELPROP_NO_CUDA": no_cuda}
+        return subprocess.run(["bash", "-euc", check], env=environment, capture_output=True).returncode
+
+    assert status("no nvcc was found", "") == 1 and status("no nvcc was found", "0") == 1
+    assert status("RELPROP_NO_CUDA was set", "1") == 0 and status("", "") == 0
