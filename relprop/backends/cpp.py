@@ -90,7 +90,7 @@ def divides_by_sums(node: Node, rules: Mapping[str, Rule]) -> bool:
     return rounded and isinstance(rule, LinearAlphaBeta) and rule.beta == 0 and not kernel_reasons(node, rule)
 
 
-def joint_kernel(node: Node, rules: Mapping[str, Rule], edge: str | None) -> JointKernel | None:
+def joint_kernel(node: Node, rules: Mapping[str, Rule], edge: str | None, device: torch.device) -> JointKernel | None:
     """The kernel that takes all streams of a step at once, None where there is none."""
     if node.kind != "attention" or cpp_attention.kernel_reasons(node, rules, edge):
         return None

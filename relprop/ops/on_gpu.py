@@ -1,7 +1,7 @@
 """The custom ops on a GPU: a table from op to the launcher of its CUDA kernel, or of its Triton kernel.
 
 A launcher has the op's own signature. Ops without one, builds without the CUDA extension, and calls that a kernel does
-not take (float64, layer tensors of different dtypes, heads of more than 256 channels) run `relprop.ops.reference`.
+not take (float64, layer tensors of different dtypes, heads too large for the device) run `relprop.ops.reference`.
 `relprop info` says which ops have a kernel. Left out are the elementwise halves of the linear rules, which on a GPU are
 inside the products' kernels, and what is a product and nothing else (`linear_apply`).
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from relprop import native_cuda
 from relprop.native_cuda import Back
-from relprop.native_cuda.attention_relevance import LARGEST_HEAD
+from relprop.native_cuda.attention_relevance import largest_head
 from relprop.ops import attention
 
 _FACTORS = (torch.float32, torch.bfloat16)
@@ -163,7 +163,8 @@ def _taken(name: str, arguments: dict[str, Any]) -> bool:
     if name == "attention_relevance":
         others = [tensor for key in ("mask", "row") for tensor in given.get(key, [])]
         plain = all(tensor.dtype in (torch.bool, *native_cuda.DTYPES) for tensor in others)
-        return plain and all(given[key][0].dim() != 4 or given[key][0].shape[3] <= LARGEST_HEAD for key in "qv")
+        heads = [given[key][0] for key in "qv" if given[key][0].dim() == 4]
+        return plain and all(t.shape[3] <= largest_head(t.dtype, t.device) for t in heads)
     return True
 
 
