@@ -154,9 +154,9 @@ class Rounding(TorchDispatchMode):
     """A device that rounds the factors of float32 products to bfloat16 where torch's flag lets it."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (aten.mm.default, aten.bmm.default, aten.addmm.default, aten.linear.default):
-            if torch.backends.mkldnn.matmul.fp32_precision == "bf16":
-                args = [t.bfloat16().to(t.dtype) if isinstance(t, torch.Tensor) and t.dim() > 1 else t for t in args]
+        products = (aten.mm.default, aten.bmm.default, aten.addmm.default, aten.linear.default)
+        if func in products and torch.backends.mkldnn.matmul.fp32_precision == "bf16":
+            args = [t.bfloat16().to(t.dtype) if isinstance(t, torch.Tensor) and t.dim() > 1 else t for t in args]
         return func(*args, **(kwargs or {}))
 
 
