@@ -420,9 +420,7 @@ struct Launcher {
     const int64_t heads = kByKeys ? in.key_heads : in.heads;
     const int64_t widest = kByKeys ? std::max(in.d, in.dv) : in.d;
     const int64_t slices = kSliced ? count_blocks(widest, kSlice<sweep, product, positive>) : 1;
-    const auto shared_for = [&](int threads) {
-      return tile_bytes<product>(in.width, own_tiles, other_tiles, threads);
-    };
+    const auto shared_for = [&](int threads) { return tile_bytes<product>(in.width, own_tiles, other_tiles, threads); };
     const size_t room = std::min(kMostTiles, tile_room(stream.device));
     const int threads = shared_for(kThreads) <= room ? kThreads : kFewThreads;
     const int64_t blocks = count_blocks(kByKeys ? in.keys : in.queries, threads / 2);
