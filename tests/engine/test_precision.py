@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import copy
+import functools
 import threading
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import relprop
 from relprop import native
 from relprop.backends import cpp, products
-from relprop.rules import linear_map
+from relprop.rules import LinearAlphaBeta, linear_map
 from relprop.torch_flags import exact_products
 from tests.engine.models import relative, vit
 from tests.engine.test_memory import allocated
+from tests.rules.rule_checks import Op, random
 
 needs_products = pytest.mark.skipif(
     not (linear_map.native_bfloat16() and native.available()[0] and native.products_fast(torch.bfloat16)),
@@ -116,6 +119,25 @@ def test_few_rows_take_the_model_s_own_product() -> None:
     truth = relprop.explain(model, x, target=1, composite="chefer_stable", backend="torch").relevance
     assert relative(alone.relevance[0, 1:], truth[0, 1:]) < 0.05
     assert relative(engine(x, target=1).relevance[0, 1:], truth[0, 1:]) < 0.05
+
+
+@pytest.mark.parametrize("rows", [3, 40])
+@pytest.mark.parametrize("beta", [0.0, 1.0])
+@pytest.mark.parametrize("backend", ["torch", "cpp"])
+def test_both_parts_of_z_plus_are_of_the_same_factors(
+    backend: str, beta: float, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A z+ of about 2 % of |x| |w|, whose factors bfloat16 holds and whose sums it does not."""
+    monkeypatch.setattr(linear_map, "native_bfloat16", lambda: True)
+    x, layer = torch.randint(1, 256, (rows, 256)).double() / 256, nn.Linear(256, 32, bias=False).double()
+    with torch.no_grad():
+        layer.weight.copy_(torch.randint(1, 256, (32, 256)) / 256 * torch.where(torch.arange(256) < 5, 1, -1))
+    rule, op, relevance = LinearAlphaBeta(alpha=1 + beta, beta=beta), Op(layer, x, kind="linear"), random(2, rows, 32)
+    (want, *_) = rule.propagate(op.call((x,)), relevance)
+    call = op.call((x.float(),), torch.float32).at_precision("medium")
+    run = rule.propagate if backend == "torch" else functools.partial(cpp.linear_alpha_beta, rule)
+    (found, *_) = run(call, relevance.float())
+    assert relative(found, want) < 0.01
 
 
 @needs_products
