@@ -137,7 +137,8 @@ def test_both_parts_of_z_plus_are_of_the_same_factors(
     call = op.call((x.float(),), torch.float32).at_precision("medium")
     run = rule.propagate if backend == "torch" else functools.partial(cpp.linear_alpha_beta, rule)
     (found, *_) = run(call, relevance.float())
-    assert relative(found, want) < 0.01
+    # bfloat16 rounds to 2^-9 on the way back, where with beta both products cancel.
+    assert relative(found, want) < (0.03 if beta else 0.01)
 
 
 @needs_products
