@@ -11,7 +11,7 @@ namespace relprop {
 // slices of columns, so that their sums fit into registers whatever the head size.
 constexpr int kThreads = 128;
 constexpr int kFewThreads = 64;  // where rows are so wide that tiles for more would not fit into shared memory
-constexpr size_t kMostShared = 160 * 1024;
+constexpr size_t kMostTiles = 160 * 1024;  // that kThreads threads ask for, where a device has more
 
 __device__ __forceinline__ int own_rows() { return static_cast<int>(blockDim.x) / 2; }
 

@@ -377,6 +377,32 @@ __global__ void __launch_bounds__(kThreads)
 
 int64_t count_blocks(int64_t size, int64_t block) { return (size + block - 1) / block; }
 
+// Elements of a head's row in shared memory.
+template <Product product>
+int row_width(int64_t channels) {
+  return static_cast<int>(count_blocks(channels, 16)) * 16 + Tiled<product>::kPadding;
+}
+
+// Bytes of a block's tiles: so many of its own rows, so many of the other side's.
+template <Product product>
+size_t tile_bytes(int width, int own_tiles, int other_tiles, int threads) {
+  return sizeof(typename Tiled<product>::Element) *
+         static_cast<size_t>(width * (own_tiles * threads / 2 + other_tiles * kOther));
+}
+
+// What a device has for them beside the keys' array of Softmax.
+size_t tile_room(int device) { return most_shared(device) - kOther * sizeof(Softmax); }
+
+template <Product product>
+int64_t largest_head(int device) {
+  int64_t channels = kLargestHead;
+  const auto bytes = [&](int own, int other) {
+    return tile_bytes<product>(row_width<product>(channels), own, other, kFewThreads);
+  };
+  while (std::max(bytes(3, 2), bytes(2, 3)) > tile_room(device)) channels -= 16;
+  return channels;
+}
+
 dim3 grid_of(int64_t blocks) {
   if (blocks > 2147483647) throw std::invalid_argument("attention_relevance: expected fewer than 2^31 blocks");
   return dim3(static_cast<unsigned>(blocks));
@@ -384,7 +410,6 @@ dim3 grid_of(int64_t blocks) {
 
 template <Product product, typename V, bool positive>
 struct Launcher {
-  using E = typename Tiled<product>::Element;
   const Layer<V>& in;
   Stream stream;
 
@@ -395,10 +420,9 @@ struct Launcher {
     const int64_t heads = kByKeys ? in.key_heads : in.heads;
     const int64_t widest = kByKeys ? std::max(in.d, in.dv) : in.d;
     const int64_t slices = kSliced ? count_blocks(widest, kSlice<sweep, product, positive>) : 1;
-    const auto shared_for = [&](int threads) {
-      return sizeof(E) * static_cast<size_t>(in.width * (own_tiles * threads / 2 + other_tiles * kOther));
-    };
-    const int threads = shared_for(kThreads) <= kMostShared ? kThreads : kFewThreads;
+    const auto shared_for = [&](int threads) { return tile_bytes<product>(in.width, own_tiles, other_tiles, threads); };
+    const size_t room = std::min(kMostTiles, tile_room(stream.device));
+    const int threads = shared_for(kThreads) <= room ? kThreads : kFewThreads;
     const int64_t blocks = count_blocks(kByKeys ? in.keys : in.queries, threads / 2);
     launch("attention_relevance", attention_relevance_kernel<sweep, product, V, positive>,
            grid_of(targets * in.batch * heads * blocks * slices), dim3(static_cast<unsigned>(threads)),
@@ -422,7 +446,6 @@ Layer<V> layer_of(const AttentionRelevanceCuda& from) {
   const bool logits = there(from.gradient_q) || there(from.gradient_k);
   const bool relevance_edge = from.edge == Edge::kGradientRelevance || from.edge == Edge::kRelevance;
   const bool gradient_edge = from.edge == Edge::kGradientRelevance || from.edge == Edge::kGradientAttention;
-  const int widest = static_cast<int>(count_blocks(std::max(from.d, from.dv), 16)) * 16;
   const int64_t statistics = from.batch * from.heads * from.queries;
   return {from.targets,
           from.batch,
@@ -432,7 +455,7 @@ Layer<V> layer_of(const AttentionRelevanceCuda& from) {
           static_cast<int>(from.keys),
           static_cast<int>(from.d),
           static_cast<int>(from.dv),
-          widest + Tiled<product>::kPadding,
+          row_width<product>(std::max(from.d, from.dv)),
           from.q,
           from.k,
           from.v,
@@ -501,6 +524,11 @@ void run_dtypes(const AttentionRelevanceCuda& from, Stream stream) {
 int64_t attention_relevance_workspace(const AttentionRelevanceCuda& from) {
   const int64_t parts = from.edge == Edge::kNone ? 0 : from.row_targets * from.batch * from.key_heads * from.keys;
   return (2 + std::max(from.targets, from.row_targets)) * from.batch * from.heads * from.queries + parts;
+}
+
+int64_t attention_relevance_largest_head(DType values, int device) {
+  return values == DType::kBFloat16 ? largest_head<Product::kBFloat16>(device)
+                                    : largest_head<Product::kTFloat32>(device);
 }
 
 void attention_relevance_cuda(const AttentionRelevanceCuda& from, Stream stream) {

@@ -39,6 +39,11 @@ struct AttentionRelevanceCuda {
 
 int64_t attention_relevance_workspace(const AttentionRelevanceCuda& arguments);
 
+constexpr int64_t kLargestHead = 256;  // channels
+
+// How many channels a head may have for tiles of its rows to fit into a device's shared memory: kLargestHead at most.
+int64_t attention_relevance_largest_head(DType values, int device);
+
 void attention_relevance_cuda(const AttentionRelevanceCuda& arguments, Stream stream);
 
 }  // namespace relprop

@@ -45,7 +45,12 @@ void run(const Context& context, int product, const AttentionSizes& sizes, const
   in.qk = checked_kind("qk", qk, QkRule::kDetached), in.edge = checked_kind("edge", edge, Edge::kAttention);
   in.qk_stabiliser = stabiliser_of(qk_stabiliser), in.av_stabiliser = stabiliser_of(av_stabiliser);
   check_attention(tensors, sizes, in.qk, in.edge, in.exact_output);
-  if (in.d > 256 || in.dv > 256) throw std::invalid_argument("d, dv: expected heads of at most 256 channels");
+  const int64_t largest = attention_relevance_largest_head(in.values, stream_of(context).device);
+  if (in.d > largest || in.dv > largest) {
+    throw std::invalid_argument("d, dv: expected heads of at most " + std::to_string(largest) +
+                                " channels on this device, got " + std::to_string(in.d) + " and " +
+                                std::to_string(in.dv));
+  }
   if (const auto* row = in.edge == Edge::kNone ? nullptr : tensors.find("row", 2)) {
     in.row = as<float>(row->first), in.row_target = row->second[0], in.row_batch = row->second[1];
     in.row_out = as<float>(tensors.find("row_out", 2)->first);
@@ -66,6 +71,8 @@ int64_t workspace(const AttentionSizes& sizes, int edge) {
 const Bindings bindings([](py::module_& module) {
   module.def("attention_relevance", &run, release_gil());
   module.def("attention_relevance_workspace", &workspace);
+  module.def("attention_relevance_largest_head",
+             [](int values, int device) { return attention_relevance_largest_head(dtype_of(values), device); });
 });
 
 }  // namespace

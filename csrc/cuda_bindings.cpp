@@ -230,6 +230,8 @@ PYBIND11_MODULE(_cuda, module) {
   module.def("set_order", &set_cuda_order, py::arg("order"),
              "Emulation only: fibres run forwards (0), backwards (1) or shuffled (2). For tests.");
   module.def("launches", &cuda_launches, "Emulation only: how many kernels were launched. For tests.");
+  module.def("set_most_shared", &set_cuda_most_shared, py::arg("bytes"),
+             "Emulation only: shared memory that one block may have. For tests.");
   module.attr("DEVICE_TYPE") = cuda_device_type();  // where tensors must lie
   module.attr("MAX_BACKS") = kMaxBacks;
   module.attr("MAX_FANOUT") = kMaxFanout;

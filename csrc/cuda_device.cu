@@ -26,6 +26,10 @@ std::string cuda_reason() {
 void set_cuda_order(int) { throw std::logic_error("set_order: expected the host emulation, got a build for GPUs"); }
 
 int64_t cuda_launches() { throw std::logic_error("launches: expected the host emulation, got a build for GPUs"); }
+
+void set_cuda_most_shared(int64_t) {
+  throw std::logic_error("set_most_shared: expected the host emulation, got a build for GPUs");
+}
 #else
 std::string cuda_compiler() { return "host emulation"; }
 
@@ -36,6 +40,8 @@ std::string cuda_reason() { return ""; }
 void set_cuda_order(int order) { emulation::set_order(static_cast<emulation::Order>(order)); }
 
 int64_t cuda_launches() { return emulation::launches(); }
+
+void set_cuda_most_shared(int64_t bytes) { emulation::set_most_shared(static_cast<size_t>(bytes)); }
 #endif
 
 }  // namespace relprop

@@ -21,4 +21,7 @@ void set_cuda_order(int order);
 // How many kernels the emulation has launched; throws std::logic_error elsewhere.
 int64_t cuda_launches();
 
+// The shared memory that a block has in the emulation; throws std::logic_error elsewhere.
+void set_cuda_most_shared(int64_t bytes);
+
 }  // namespace relprop

@@ -28,9 +28,9 @@ namespace relprop {
 
 constexpr unsigned kFullWarp = 0xffffffffu;
 
-#if defined(__CUDACC__)
 inline void check_cuda(cudaError_t status, const char* what) {
   if (status == cudaSuccess) return;
+  cudaGetLastError();  // what is said here is not the next launch's error
   throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status) + " (" + cudaGetErrorName(status) +
                            ")");
 }
@@ -48,26 +48,31 @@ class DeviceGuard {
  private:
   int before_ = 0;
 };
-#endif
+
+// Shared memory that one block may have on a device, in bytes.
+inline size_t most_shared(int device) {
+  int bytes = 0;
+  check_cuda(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "cudaDeviceGetAttribute");
+  return static_cast<size_t>(bytes);
+}
 
 // kernel<<<grid, block, dynamic_shared, stream>>>(args...); throws std::runtime_error where it cannot be launched.
 template <class... Parameters, class... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t dynamic_shared,
             Stream stream, Arguments... arguments) {
-#if defined(__CUDACC__)
   const DeviceGuard guard(stream.device);
   if (dynamic_shared > 48 * 1024) {
     check_cuda(
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(dynamic_shared)),
         name);
   }
+#if defined(__CUDACC__)
   kernel<<<grid, block, dynamic_shared, static_cast<cudaStream_t>(stream.handle)>>>(
       static_cast<Parameters>(arguments)...);
-  check_cuda(cudaGetLastError(), name);
 #else
-  (void)stream;
   emulation::run_grid(name, grid, block, dynamic_shared, [&] { kernel(static_cast<Parameters>(arguments)...); });
 #endif
+  check_cuda(cudaGetLastError(), name);
 }
 
 // cp.async: 16 bytes from global to shared memory, of which those from `bytes` on are zeros.

@@ -45,6 +45,7 @@ from relprop.targets import (
     resolve_target,
     sent,
 )
+from relprop.torch_flags import exact_products
 from relprop.weights import DerivedWeights, DeriveOnce, Weights
 
 PRECISIONS = ("highest", "high", "medium")
@@ -364,7 +365,8 @@ class Engine:
         if target is not None or len(shape) != 2:
             index, several = find_index(target, torch.empty(shape, device="meta"))
             index = sent(index, self._device)
-        found = replays([inputs[i] for i in self._batched], index)
+        with exact_products():
+            found = replays([inputs[i] for i in self._batched], index)
         if found is None:
             return None
         outcome, layout = found
@@ -543,18 +545,19 @@ class Engine:
                 program, readout, repeated, derive, forward, aimed, aim_again, self._dtype, self._precision
             )
 
-        result = run_pass(
-            program,
-            bound,
-            aim,
-            derive,
-            self._dtype,
-            self._precision,
-            move=None if moved is None else trust.mover(graph, moved),
-            ledger=ledger,
-            trace=trace,
-            instead=sampled if isinstance(readout, SampledMap) else None,
-        )
+        with exact_products():
+            result = run_pass(
+                program,
+                bound,
+                aim,
+                derive,
+                self._dtype,
+                self._precision,
+                move=None if moved is None else trust.mover(graph, moved),
+                ledger=ledger,
+                trace=trace,
+                instead=sampled if isinstance(readout, SampledMap) else None,
+            )
         return self._explanation(result), result.target, result.reading
 
     def _pairs(self) -> bool:

@@ -7,6 +7,7 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #if !defined(__x86_64__)
@@ -38,8 +39,7 @@ constexpr size_t kStack = 512 * 1024;
 constexpr size_t kStack = 128 * 1024;
 #endif
 
-// What a kernel may use on every GPU from sm_80 on.
-constexpr size_t kMaxShared = 163 * 1024;
+constexpr size_t kMaxShared = 227 * 1024;  // of any GPU
 constexpr size_t kMaxStaticShared = 48 * 1024;
 constexpr size_t kGuard = 64;
 constexpr unsigned char kGuardByte = 0xFA;
@@ -169,6 +169,8 @@ struct Block {
 Block block;
 Order turns = Order::kForward;
 int64_t launch_count = 0;
+size_t shared_limit = 163 * 1024;
+cudaError_t last_error = cudaSuccess;
 alignas(128) unsigned char arena[2 * kMaxShared + 64 * kGuard];
 
 [[noreturn]] void fail(const std::string& problem) {
@@ -328,6 +330,11 @@ void run_block() {
   block.running = nullptr;
 }
 
+void check_shared(size_t bytes) {
+  if (bytes <= shared_limit) return;
+  fail("expected at most " + std::to_string(shared_limit) + " bytes of shared memory, got " + std::to_string(bytes));
+}
+
 void check_launch(Dim3 grid, Dim3 size, size_t dynamic_shared) {
   block.running = nullptr;
   const uint64_t threads = uint64_t{size.x} * size.y * size.z;
@@ -336,7 +343,7 @@ void check_launch(Dim3 grid, Dim3 size, size_t dynamic_shared) {
     fail("expected a grid of 1 to 2^31-1, 65535, 65535 blocks, got " + std::to_string(grid.x) + ", " +
          std::to_string(grid.y) + ", " + std::to_string(grid.z));
   }
-  if (dynamic_shared > kMaxShared) fail("expected at most 163 KiB of shared memory");
+  check_shared(dynamic_shared);
 }
 
 }  // namespace
@@ -344,6 +351,14 @@ void check_launch(Dim3 grid, Dim3 size, size_t dynamic_shared) {
 void set_order(Order order) { turns = order; }
 
 int64_t launches() { return launch_count; }
+
+void set_most_shared(size_t bytes) {
+  if (bytes < kMaxStaticShared || bytes > kMaxShared) {
+    throw std::invalid_argument("most_shared: expected " + std::to_string(kMaxStaticShared) + " to " +
+                                std::to_string(kMaxShared) + " bytes, got " + std::to_string(bytes));
+  }
+  shared_limit = bytes;
+}
 
 void run_grid(const char* kernel, Dim3 grid, Dim3 size, size_t dynamic_shared, const std::function<void()>& body) {
   block.kernel = kernel;
@@ -376,7 +391,7 @@ void* shared_variable(const void* key, size_t size, size_t alignment) {
   }
   block.static_shared += size;
   if (block.static_shared > kMaxStaticShared) fail("expected at most 48 KiB of static shared memory");
-  if (block.static_shared + block.dynamic_size > kMaxShared) fail("expected at most 163 KiB of shared memory");
+  check_shared(block.static_shared + block.dynamic_size);
   return arena + place(key, size, std::max<size_t>(alignment, 16));
 }
 
@@ -436,3 +451,36 @@ void wait_copies(int groups_left) {
 }
 
 }  // namespace relprop::emulation
+
+namespace {
+
+cudaError_t ended(bool well) {
+  if (well) return cudaSuccess;
+  return relprop::emulation::last_error = cudaErrorInvalidValue;
+}
+
+}  // namespace
+
+cudaError_t cudaGetLastError() { return std::exchange(relprop::emulation::last_error, cudaSuccess); }
+
+const char* cudaGetErrorName(cudaError_t status) {
+  return status == cudaSuccess ? "cudaSuccess" : "cudaErrorInvalidValue";
+}
+
+const char* cudaGetErrorString(cudaError_t status) { return status == cudaSuccess ? "no error" : "invalid argument"; }
+
+cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+
+cudaError_t cudaSetDevice(int device) { return ended(device == 0); }
+
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int device) {
+  *value = static_cast<int>(relprop::emulation::shared_limit);
+  return ended(device == 0);
+}
+
+cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int value) {
+  return ended(static_cast<size_t>(value) <= relprop::emulation::shared_limit);
+}

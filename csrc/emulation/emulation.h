@@ -6,7 +6,8 @@
 //   - shared memory holds NaN (all bits set) when a block starts, with guard zones around every array; a copy by
 //     cp.async arrives at the wait for its group, not before; each is an error or NaN in a result where it is misused;
 //   - fibres run in several orders (set_order): a missing barrier gives another result in one of them;
-//   - a barrier that some threads never reach, a launch outside the hardware's limits, a misaligned copy: an exception.
+//   - a barrier that some threads never reach, a launch outside the hardware's limits, a misaligned copy: an exception;
+//   - a call of the runtime that fails leaves its error for cudaGetLastError, as the runtime does.
 // Under AddressSanitizer the guard zones are poisoned, so that an access out of bounds is reported where it happens.
 #pragma once
 
@@ -44,6 +45,10 @@ void set_order(Order order);
 
 // How many kernels have been launched, for tests that a kernel did run.
 int64_t launches();
+
+// Shared memory that one block may have, in bytes: at first an A100's 163 KiB; GPUs of compute capability 8.6, 8.9 and
+// 12.x have 99 KiB.
+void set_most_shared(size_t bytes);
 
 // Runs body once for every thread of every block. Throws std::runtime_error with the kernel's name for what a GPU would
 // refuse or where it would hang.
@@ -95,6 +100,24 @@ T shuffle(const char* operation, unsigned mask, T value, int lane) {
 #define gridDim (::relprop::emulation::grid_size)
 
 using dim3 = relprop::emulation::Dim3;
+
+// The part of the runtime's interface that launches use, for one device of which only the shared memory has a limit.
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 };
+
+cudaError_t cudaGetLastError();
+const char* cudaGetErrorName(cudaError_t status);
+const char* cudaGetErrorString(cudaError_t status);
+cudaError_t cudaGetDevice(int* device);
+cudaError_t cudaSetDevice(int device);
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value);
+
+template <class... Parameters>
+cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribute attribute, int value) {
+  return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), attribute, value);
+}
 
 inline void __syncthreads() { relprop::emulation::sync_block(); }
 

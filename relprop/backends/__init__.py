@@ -63,7 +63,7 @@ def choose_kernels(
         return used, kernel
 
     def joint(node: Node, rules: Mapping[str, Rule], edge: str | None) -> tuple[str, JointKernel] | None:
-        kernel = backend.joint_kernel(node, rules, edge)
+        kernel = backend.joint_kernel(node, rules, edge, device)
         return None if kernel is None else (f"{used} (joint)", kernel)
 
     def forward(node: Node) -> ForwardKernel | None:
@@ -107,7 +107,7 @@ def _measured(dtype: torch.dtype, device: torch.device, batch: int) -> Kernels:
 
     def joint(node: Node, rules: Mapping[str, Rule], edge: str | None) -> tuple[str, JointKernel] | None:
         name = agreed(node, rules)
-        kernel = usable[name].joint_kernel(node, rules, edge) if name else None
+        kernel = usable[name].joint_kernel(node, rules, edge, device) if name else None
         return None if kernel is None else (f"{name} (joint)", kernel)
 
     def fused(

@@ -34,7 +34,7 @@ from relprop.rules import (
     SoftmaxTaylor,
 )
 from relprop.rules.attention_composed import heads
-from relprop.rules.linear_map import bias_of, multiply, rounding, weight_of
+from relprop.rules.linear_map import multiply, weight_of
 
 DTYPES = (torch.float32, torch.float64)
 
@@ -90,7 +90,7 @@ def divides_by_sums(node: Node, rules: Mapping[str, Rule]) -> bool:
     return rounded and isinstance(rule, LinearAlphaBeta) and rule.beta == 0 and not kernel_reasons(node, rule)
 
 
-def joint_kernel(node: Node, rules: Mapping[str, Rule], edge: str | None) -> JointKernel | None:
+def joint_kernel(node: Node, rules: Mapping[str, Rule], edge: str | None, device: torch.device) -> JointKernel | None:
     """The kernel that takes all streams of a step at once, None where there is none."""
     if node.kind != "attention" or cpp_attention.kernel_reasons(node, rules, edge):
         return None
@@ -99,16 +99,14 @@ def joint_kernel(node: Node, rules: Mapping[str, Rule], edge: str | None) -> Joi
 
 def linear_alpha_beta(rule: Any, call: Call, relevance: Tensor) -> Relevances:
     """z+ shares in one pass over memory, the selection in another. relevance: [T, ..., N] -> [T, ..., K]"""
-    made_of = products.of_call(call) if rule.beta == 0 else None
-    if made_of is not None:
+    made_of = products.of_call(call)
+    if made_of is not None and rule.beta == 0:
         return products.alpha_beta(rule, call, relevance, made_of)
+    if made_of is None:  # few rows, which take no less time in bfloat16
+        call = call.at_precision("highest")
     x, weight, magnitude = stored(call, call.node.operands[0]), weight_of(call), weight_of(call, "abs")
     dtype = factor_dtype(call)
-    factor = x.to(dtype)
-    absolute = factor.abs() @ magnitude.mT
-    y, bias = call.tensors.get(call.node.outputs[0].index), bias_of(call)
-    if y is None or y.dtype != call.dtype:
-        y, bias = factor @ weight.mT, None
+    y, bias, absolute = products.terms(call)
     p1, p2 = native.share_out(
         relevance,
         y,
@@ -117,7 +115,7 @@ def linear_alpha_beta(rule: Any, call: Call, relevance: Tensor) -> Relevances:
         alpha=rule.alpha,
         beta=rule.beta,
         stabiliser=rule.stabiliser.code,
-        tolerance=4 * rounding(call, call.dtype),
+        tolerance=4 * torch.finfo(call.dtype).eps,
         dtype=dtype,
     )
     c1, c2 = p1 @ weight, p2 @ magnitude

@@ -18,7 +18,7 @@ from relprop.backends import cpp, cpp_attention, elementwise
 from relprop.backends.elementwise import ACTIVATIONS, NORMS, Rows, only_first
 from relprop.graph import Node, Value
 from relprop.native_cuda import Back
-from relprop.native_cuda.attention_relevance import LARGEST_HEAD
+from relprop.native_cuda.attention_relevance import largest_head
 from relprop.program import JointKernel, JointStream
 from relprop.rules import (
     AddEpsilon,
@@ -142,17 +142,17 @@ def linear(rule: Any, call: Call, relevance: Tensor) -> Relevances:
     return only_first(call, layer.back(_prepared(rule, layer, relevance))[0])
 
 
-def joint_kernel(node: Node, rules: Mapping[str, Rule], edge: str | None) -> JointKernel | None:
+def joint_kernel(node: Node, rules: Mapping[str, Rule], edge: str | None, device: torch.device) -> JointKernel | None:
     """The kernel that takes all streams of a step at once, None where there is none."""
-    if joint_reasons(node, rules, edge):
+    if joint_reasons(node, rules, edge, device):
         return None
     return attention if node.kind == "attention" else joint_linear
 
 
-def joint_reasons(node: Node, rules: Mapping[str, Rule], edge: str | None) -> list[str]:
-    """Why no joint kernel takes this node with these rules by stream; empty where one does."""
+def joint_reasons(node: Node, rules: Mapping[str, Rule], edge: str | None, device: torch.device) -> list[str]:
+    """Why no joint kernel takes this node with these rules by stream on a device; empty where one does."""
     if node.kind == "attention":
-        return cpp_attention.kernel_reasons(node, rules, edge) + _head_reasons(node)
+        return cpp_attention.kernel_reasons(node, rules, edge) + _head_reasons(node, device)
     if node.kind != "linear" or edge is not None or len(rules) < 2:
         return ["the joint kernels are for attention and for several streams of a linear layer"]
     lacking = [rule for rule in rules.values() if KERNELS.get(type(rule)) not in (linear, gradient)]
@@ -160,11 +160,14 @@ def joint_reasons(node: Node, rules: Mapping[str, Rule], edge: str | None) -> li
     return reasons + [reason for rule in rules.values() for reason in kernel_reasons(node, rule)]
 
 
-def _head_reasons(node: Node) -> list[str]:
-    widths = [value.shape[-1] for value in node.operands[:3] if value is not None]
-    if all(isinstance(width, int) and width <= LARGEST_HEAD for width in widths):
+def _head_reasons(node: Node, device: torch.device) -> list[str]:
+    values = [value for value in node.operands[:3] if value is not None]
+    widths, dtypes = [value.shape[-1] for value in values], {value.dtype for value in (*values, node.outputs[0])}
+    as_they_are = len(dtypes) == 1 and dtypes <= set(native_cuda.DTYPES)  # as `alike` will find them
+    largest = largest_head(dtypes.pop() if as_they_are else torch.float32, device)
+    if all(isinstance(width, int) and width <= largest for width in widths):
         return []
-    return [f"the joint kernel takes heads of at most {LARGEST_HEAD} channels, not {max(map(str, widths))}"]
+    return [f"the joint kernel takes heads of at most {largest} channels on {device}, not {max(map(str, widths))}"]
 
 
 def attention(

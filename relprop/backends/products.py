@@ -98,6 +98,25 @@ def _product(call: Call) -> tuple[Tensor | None, Tensor | None]:
     return sums, None
 
 
+def terms(call: Call) -> tuple[Tensor, Tensor | None, Tensor]:
+    """x wᵀ, the bias in it, and |x||w|ᵀ, all sums of the same factors in the streams' dtype. [..., N], [N], [..., N]
+
+    In bfloat16 where the forward pass was (`forward`), else in the streams' dtype as that was.
+    """
+    value = call.node.operands[1]
+    assert value is not None
+    y, bias = _product(call)
+    if of_call(call) == torch.bfloat16:
+        x, weight = call.x, _weight(call)
+        magnitude = call.derive(value, weight, "abs", torch.bfloat16)
+        if y is None:
+            y = native.linear_apply(x, weight, None, operands=torch.bfloat16)
+        return y, bias, native.linear_apply(x.abs(), magnitude, None, operands=torch.bfloat16)
+    if y is None:
+        y = call.x @ call.tensor(value).mT
+    return y, bias, call.x.abs() @ call.tensor(value, "abs").mT
+
+
 def transpose(call: Call, s: Tensor, made_of: torch.dtype) -> Tensor:
     """s w. s: [T, ..., N] -> [T, ..., K]"""
     return native.linear_transpose(s, _weight(call), operands=made_of, packed=_packed(call, False, made_of))

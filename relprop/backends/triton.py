@@ -291,7 +291,7 @@ def attention(
     return {name: passed[name] for name in streams}, found.row
 
 
-def joint_kernel(node: Node, rules: Mapping[str, Rule], edge: str | None) -> JointKernel | None:
+def joint_kernel(node: Node, rules: Mapping[str, Rule], edge: str | None, device: torch.device) -> JointKernel | None:
     """The kernel that takes all streams of a step at once, None where there is none."""
     if node.kind == "attention" and not _attention_reasons(node, rules, edge):
         return attention

@@ -16,10 +16,18 @@ from relprop.native.attention import (
     widened,
 )
 from relprop.native.tensors import is_aligned
-from relprop.native_cuda.call import PRODUCTS, Call, Stabiliser, code_of, compiled, empty, text_of
+from relprop.native_cuda.call import DTYPES, PRODUCTS, Call, Stabiliser, code_of, compiled, empty, text_of
 
-LARGEST_HEAD = 256  # channels
 _ALL: Wanted = (True, True, True)
+
+
+def largest_head(dtype: torch.dtype, device: torch.device) -> int:
+    """How many channels a head may have on a device: 256, or as many as its shared memory has room for.
+
+    Args:
+        dtype: of the layer's tensors, float32 | bfloat16 | float16
+    """
+    return compiled().attention_relevance_largest_head(DTYPES[dtype], device.index or 0)
 
 
 def attention_relevance(
@@ -46,7 +54,7 @@ def attention_relevance(
     """Gradient and relevance through attention, and row E; see `relprop.native.attention_relevance`.
 
     Args:
-        q: d and dv are at most 256. [B, H, Nq, d], float32 | bfloat16 | float16
+        q: d and dv are at most `largest_head`. [B, H, Nq, d], float32 | bfloat16 | float16
         k, v: [B, Hk, Nk, d], [B, Hk, Nk, dv], as q
         output: O. [B, H, Nq, dv], as q
         mask: True where a key is seen, or a float32 summand of the logits. broadcastable to [B, H, Nq, Nk]

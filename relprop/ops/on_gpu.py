@@ -3,7 +3,7 @@
 A launcher has the op's own signature. Where both kernels take a call, the one that was measured to be the faster runs
 (`choices.json`, which the engine's steps are chosen by too), CUDA's where nothing was measured; what was measured to be
 slower than plain PyTorch does not run. Ops without a kernel, and calls that no kernel takes (float64, layer tensors of
-different dtypes, heads of more than 256 channels), run `relprop.ops.reference`. `relprop info` says which ops have a
+different dtypes, heads too large for the device), run `relprop.ops.reference`. `relprop info` says which ops have a
 kernel. Left out are the elementwise halves of the linear rules, which on a GPU are inside the products' kernels, and
 what is a product and nothing else (`linear_apply`); shares of a product and of maps of attention have CUDA's alone, for
 Triton has them inside attention's.
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from relprop import native_cuda
 from relprop.native_cuda import Back
-from relprop.native_cuda.attention_relevance import LARGEST_HEAD
+from relprop.native_cuda.attention_relevance import largest_head
 from relprop.ops import attention, on_triton
 
 _FACTORS = (torch.float32, torch.bfloat16)
@@ -144,7 +144,7 @@ def launcher(name: str, arguments: dict[str, Any]) -> Callable[..., Any] | None:
     """The kernel that runs this call of an op with these arguments by name, None for the reference."""
     found: dict[str, Callable[..., Any]] = {}
     if (name in CUDA or name in TRITON) and _taken(name, arguments):
-        if name in CUDA and native_cuda.available()[0] and _cuda_takes(arguments):
+        if name in CUDA and native_cuda.available()[0] and _cuda_takes(name, arguments):
             found["cuda"] = CUDA[name]
         if name in TRITON and _triton_runs(arguments) and on_triton.takes(name, arguments):
             found["triton"] = TRITON[name]
@@ -188,9 +188,12 @@ def _layer_dtype(arguments: dict[str, Any]) -> torch.dtype:
     return operands or next(tensors).dtype
 
 
-def _cuda_takes(arguments: dict[str, Any]) -> bool:
+def _cuda_takes(name: str, arguments: dict[str, Any]) -> bool:
     if "relevances" in arguments:
         return len(arguments["relevances"]) <= native_cuda.call.compiled().MAX_FANOUT
+    if name == "attention_relevance":
+        heads = [arguments[key] for key in "qv" if arguments[key].dim() == 4]
+        return all(t.shape[3] <= largest_head(t.dtype, t.device) for t in heads)
     return True
 
 
@@ -214,8 +217,7 @@ def _taken(name: str, arguments: dict[str, Any]) -> bool:
         return len(arguments["relevances"]) > 0
     if name == "attention_relevance":
         others = [tensor for key in ("mask", "row") for tensor in given.get(key, [])]
-        plain = all(tensor.dtype in (torch.bool, *native_cuda.DTYPES) for tensor in others)
-        return plain and all(given[key][0].dim() != 4 or given[key][0].shape[3] <= LARGEST_HEAD for key in "qv")
+        return all(tensor.dtype in (torch.bool, *native_cuda.DTYPES) for tensor in others)
     return True
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import Any, ClassVar, TypeVar, cast
 
@@ -85,6 +86,12 @@ class Call:
         """A weight as the CPU kernels' products of this dtype read it; None where it is not the model's own."""
         value = self.node.operands[position]
         return None if value is None else self.derive.packed(value, self.tensors[value.index], transpose, dtype)
+
+    def at_precision(self, precision: str) -> Call:
+        """The same moment, with matrix products at another precision."""
+        other = copy.copy(self)
+        other.precision = precision
+        return other
 
     @property
     def x(self) -> Tensor:

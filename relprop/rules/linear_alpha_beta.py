@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from relprop.rules.base import Call, Relevances, Rule, register_rule
-from relprop.rules.linear_map import apply, bias_of, preactivation, rounding, transpose, weight_of
+from relprop.rules.linear_map import apply, bias_of, preactivation, reduced_precision, transpose, weight_of
 from relprop.rules.stabiliser import Stabiliser
 
 
@@ -49,7 +49,7 @@ class LinearAlphaBeta(Rule):
         if not self.joint:
             return self._separate(call, relevance), None, None
         x, weight, magnitude = call.x, weight_of(call), weight_of(call, "abs")
-        product, absolute = preactivation(call), apply(call, call.x.abs(), magnitude)
+        product, absolute = self._terms(call)
         bias = bias_of(call) if self.bias else None
         s = self._share(call, relevance, (product + absolute) / 2, absolute, bias, positive=True)
         plain = magnified = self.alpha * s
@@ -59,11 +59,18 @@ class LinearAlphaBeta(Rule):
         back = x * transpose(call, plain, weight) + x.abs() * transpose(call, magnified, magnitude)
         return back / 2, None, None
 
+    def _terms(self, call: Call) -> tuple[Tensor, Tensor]:
+        """x w and |x| |w|, both at the precision of the streams: rounded factors are for the way back alone."""
+        if not reduced_precision(call):
+            return preactivation(call), apply(call, call.x.abs(), weight_of(call, "abs"))
+        whole = call.at_precision("highest")  # the stored output may be of rounded factors
+        return apply(whole, call.x, weight_of(whole)), apply(whole, call.x.abs(), weight_of(whole, "abs"))
+
     def _share(
         self, call: Call, relevance: Tensor, z: Tensor, absolute: Tensor, bias: Tensor | None, positive: bool
     ) -> Tensor:
         # Half a difference of nearly equal numbers is rounding, not signal: it has no share to give.
-        tolerance = 4 * rounding(call, z.dtype) * absolute
+        tolerance = 4 * torch.finfo(z.dtype).eps * absolute
         z = torch.where(z <= tolerance if positive else z >= -tolerance, 0.0, z)
         if bias is not None:
             taken = bias.clamp(min=0) if positive else bias.clamp(max=0)

@@ -30,11 +30,6 @@ def reduced_precision(call: Call) -> bool:
     return first.is_cuda or native_bfloat16()
 
 
-def rounding(call: Call, dtype: torch.dtype) -> float:
-    """Relative rounding of one product at the call's precision."""
-    return torch.finfo(torch.bfloat16 if reduced_precision(call) else dtype).eps
-
-
 def multiply(call: Call, left: Tensor, right: Tensor) -> Tensor:
     """left @ right at the call's precision, in the streams' dtype.
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from relprop.native_cuda import call
 from tests.csrc import emulated
 
+ORDERS = {"forward": 0, "reverse": 1, "shuffled": 2}
 GUARD = 64  # elements on both sides of every result
 
 
@@ -56,9 +57,17 @@ def results(monkeypatch: pytest.MonkeyPatch, cuda_module: Any) -> Iterator[Resul
     made.check()
 
 
-@pytest.fixture(params=["forward", "shuffled"])
+@pytest.fixture
+def little_memory(cuda_module: Any) -> Iterator[None]:
+    """The shared memory that a block has on GPUs of compute capability 8.6, 8.9 and 12.x."""
+    cuda_module.set_most_shared(99 * 1024)
+    yield
+    cuda_module.set_most_shared(163 * 1024)
+
+
+@pytest.fixture(params=ORDERS)
 def order(request: pytest.FixtureRequest, cuda_module: Any) -> Iterator[str]:
     """The order in which the emulation gives threads their turns: a missing barrier shows in one of them."""
-    cuda_module.set_order({"forward": 0, "reverse": 1, "shuffled": 2}[request.param])
+    cuda_module.set_order(ORDERS[request.param])
     yield request.param
     cuda_module.set_order(0)

@@ -136,7 +136,9 @@ void probe(const std::string& name, Pointer out, Pointer in, Pointer other, int 
   if (is("warp")) return launch("warp", warp_kernel, dim3(1), dim3(32), 0, kStream, f, x);
   if (is("count")) return launch("count", count_kernel, dim3(3), dim3(64), 0, kStream, as<int>(out));
   if (is("too_many_threads")) return launch("count", count_kernel, dim3(1), dim3(2048), 0, kStream, as<int>(out));
-  if (is("too_much_memory")) return launch("read", read_unwritten_kernel, dim3(1), dim3(32), 1 << 20, kStream, f);
+  if (is("memory")) {
+    return launch("read", read_unwritten_kernel, dim3(1), dim3(32), static_cast<size_t>(argument), kStream, f);
+  }
   if (is("mma_tf32")) return launch("mma", mma_kernel<Product::kTFloat32>, dim3(1), dim3(32), 0, kStream, f, x, y);
   if (is("mma_bf16")) return launch("mma", mma_kernel<Product::kBFloat16>, dim3(1), dim3(32), 0, kStream, f, x, y);
   if (is("mma_fp16")) return launch("mma", mma_kernel<Product::kFloat16>, dim3(1), dim3(32), 0, kStream, f, x, y);
@@ -155,5 +157,6 @@ void probe(const std::string& name, Pointer out, Pointer in, Pointer other, int 
 PYBIND11_MODULE(emulation_probes, module) {
   module.def("probe", &relprop::probe, py::arg("name"), py::arg("out") = 0, py::arg("in") = 0, py::arg("other") = 0,
              py::arg("argument") = 0);
+  module.def("set_most_shared", &relprop::emulation::set_most_shared);
   module.def("set_order", [](int order) { relprop::emulation::set_order(relprop::emulation::Order(order)); });
 }

@@ -14,6 +14,7 @@ import relprop
 from relprop import native_cuda
 from relprop.backends import choices, choose_kernels, cuda
 from relprop.errors import BackendError, OptionError
+from relprop.ops import on_gpu
 from relprop.program import JointStream, Kernels
 from relprop.rules import (
     EXACT,
@@ -156,7 +157,7 @@ def test_a_gradient_needs_no_layer_input() -> None:
 def test_streams_of_a_linear_layer_share_a_launch(cuda_module: Any) -> None:
     op, inputs = op_of("linear"), inputs_of("linear", 3)
     rules = {"gradient": Gradient(), "relevance": LinearAlphaBeta(2.0, 1.0)}
-    assert cuda.joint_reasons(op.node, rules, None) == []
+    assert cuda.joint_reasons(op.node, rules, None, torch.device("cpu")) == []
     streams = {
         name: JointStream(rule, op.relevance(inputs, 2, seed=i).float(), (True, False, False))
         for i, (name, rule) in enumerate(rules.items())
@@ -176,7 +177,7 @@ def test_attention_in_tiles(rules: Rule | None, half: torch.dtype) -> None:
     op, inputs = op_of("attention"), inputs_of("attention", 3)
     by_stream = {"gradient": Gradient(), **({} if rules is None else {"relevance": rules})}
     edge = "gradient_x_attention" if rules is None else "gradient_x_relevance"
-    assert cuda.joint_kernel(op.node, by_stream, edge) is cuda.attention
+    assert cuda.joint_kernel(op.node, by_stream, edge, torch.device("cpu")) is cuda.attention
     calls = [op.call(inputs, half) for _ in range(2)]
     for call in calls:
         call.dtype = torch.float32
@@ -216,15 +217,28 @@ def test_only_an_explicit_choice_takes_it(monkeypatch: pytest.MonkeyPatch) -> No
     assert "cuda" not in {stream.backend for step in program.reverse for stream in step.streams}
 
 
+def test_heads_that_a_device_has_no_shared_memory_for(little_memory: None) -> None:
+    module, cpu = module_of(lambda x: attend(x).relu()), torch.device("cpu")
+    fits, wide = (Op(module, random(2, 5, width), kind="attention").node for width in (288, 320))
+    assert cuda.joint_reasons(fits, {"gradient": Gradient()}, None, cpu) == []
+    assert cuda.joint_reasons(wide, {"gradient": Gradient()}, None, cpu) == [
+        "the joint kernel takes heads of at most 144 channels on cpu, not 160"
+    ]
+    q = {"q": torch.zeros(1, 1, 2, 160), "k": torch.zeros(1, 1, 2, 160), "v": torch.zeros(1, 1, 2, 160)}
+    assert on_gpu.launcher("attention_relevance", q) is None
+    assert on_gpu.launcher("attention_relevance", {name: t[..., :144] for name, t in q.items()}) is not None
+
+
 def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
     op, wide = op_of("linear"), Op(module_of(lambda x: attend(x).relu()), random(2, 5, 520), kind="attention")
-    assert cuda.joint_reasons(op.node, {"gradient": Gradient()}, None) == [
+    assert cuda.joint_reasons(op.node, {"gradient": Gradient()}, None, cpu) == [
         "the joint kernels are for attention and for several streams of a linear layer"
     ]
-    assert cuda.joint_reasons(wide.node, {"gradient": Gradient()}, None) == [
-        "the joint kernel takes heads of at most 256 channels, not 260"
+    assert cuda.joint_reasons(wide.node, {"gradient": Gradient()}, None, cpu) == [
+        "the joint kernel takes heads of at most 256 channels on cpu, not 260"
     ]
-    assert cuda.joint_kernel(wide.node, {"gradient": Gradient()}, None) is None
+    assert cuda.joint_kernel(wide.node, {"gradient": Gradient()}, None, cpu) is None
     monkeypatch.setattr(native_cuda.call, "_cuda", native_cuda.call._Missing("an import error: no such file"))
     reasons = [
         "the compiled module relprop._cuda cannot be used: an import error: no such file",

@@ -13,6 +13,7 @@ from torch import Tensor
 from relprop import native_cuda
 from relprop.errors import DTypeError, OptionError, ShapeError
 from relprop.methods.attention_maps import EDGES
+from relprop.native_cuda.attention_relevance import largest_head
 from relprop.rules import EXACT, REFERENCE, Stabiliser
 from tests.csrc.attention_checks import (
     ROUGH,
@@ -113,6 +114,30 @@ def test_edges(name: str, edge: str) -> None:
 @pytest.mark.parametrize("d", [32, 96, 128, 256])
 def test_head_sizes(d: int, kind: str) -> None:
     compare(Case(34, 33, 1, 1, 1, d, d, 1, scale=d**-0.5), "half", kind, "relevance")
+
+
+# The largest heads for which a block of 128 threads has room there, the next larger, and the largest of all.
+@pytest.mark.parametrize(
+    ("kind", "d"), [("float32", 80), ("float32", 96), ("float16", 144), ("bfloat16", 192), ("bfloat16", 256)]
+)
+def test_little_shared_memory(d: int, kind: str, little_memory: None) -> None:
+    compare(Case(34, 33, 1, 1, 1, d, d, 1, scale=d**-0.5), "half", kind, "relevance")
+
+
+def test_largest_head(little_memory: None) -> None:
+    cpu = torch.device("cpu")
+    assert [largest_head(dtype, cpu) for dtype in (FLOAT, BF16, FP16)] == [144, 256, 144]
+    wide = torch.zeros(1, 1, 2, 160)
+    with pytest.raises(
+        ValueError, match="^d, dv: expected heads of at most 144 channels on this device, got 160 and 4"
+    ):
+        native_cuda.attention_relevance(
+            wide, wide, wide[..., :4], scale=1.0, edge="attention", row=torch.zeros(1, 1, 2)
+        )
+
+
+def test_largest_head_where_there_is_more() -> None:
+    assert {largest_head(dtype, torch.device("cpu")) for dtype in (FLOAT, BF16, FP16)} == {256}
 
 
 @pytest.mark.parametrize("stabiliser", [Stabiliser(), EXACT, REFERENCE], ids=["signed", "exact", "reference"])
@@ -218,7 +243,7 @@ def test_errors() -> None:
     assert message(OptionError, qk="whole") == "qk: expected one of half, positive, detached, got 'whole'"
     assert message(OptionError, product="float16") == "product: expected one of float32, tfloat32, got 'float16'"
     both = {"q": torch.zeros(2, 3, 5, 300, dtype=BF16), "k": wide}
-    assert message(ValueError, **both) == "d, dv: expected heads of at most 256 channels"
+    assert message(ValueError, **both) == "d, dv: expected heads of at most 256 channels on this device, got 300 and 6"
 
 
 def test_more_rows_than_are_counted() -> None:

@@ -121,7 +121,29 @@ def test_what_a_gpu_would_let_pass_is_caught(probes: Any) -> None:
     assert "a write next to a shared array" in message(probes, "write_past_end")
     assert "cp.async: misaligned by its size of 16" in message(probes, "misaligned_copy", out.data_ptr(), x.data_ptr())
     assert "expected 1 to 1024 threads in a block" in message(probes, "too_many_threads", out.data_ptr())
-    assert "expected at most 163 KiB of shared memory" in message(probes, "too_much_memory", out.data_ptr())
+
+
+def test_shared_memory_is_a_gpu_s(probes: Any) -> None:
+    out = torch.zeros(32)
+    try:
+        probes.set_most_shared(99 * 1024)
+        for asked in (99 * 1024 + 1, 1 << 20):
+            with pytest.raises(RuntimeError, match=r"read: invalid argument \(cudaErrorInvalidValue\)"):
+                probes.probe("memory", out.data_ptr(), argument=asked)
+        probes.probe("memory", out.data_ptr(), argument=99 * 1024)
+    finally:
+        probes.set_most_shared(163 * 1024)
+    probes.probe("memory", out.data_ptr(), argument=163 * 1024)
+    with pytest.raises(ValueError, match=r"most_shared: expected 49152 to 232448 bytes, got 1"):
+        probes.set_most_shared(1)
+
+
+def test_a_failed_launch_is_not_the_next_one_s_error(probes: Any) -> None:
+    x, out = random(512), poisoned(512)
+    with pytest.raises(RuntimeError, match=r"read: invalid argument \(cudaErrorInvalidValue\)"):
+        probes.probe("memory", out.data_ptr(), argument=1 << 20)
+    probes.probe("reverse", out.data_ptr(), x.data_ptr(), argument=1)
+    assert torch.equal(out, x.view(2, 256).flip(1).flatten())
 
 
 def test_a_barrier_that_not_all_reach_is_an_error(probes: Any, order: str) -> None:

@@ -1,19 +1,26 @@
-"""precision="medium": bfloat16 products where the hardware has them, no global flag touched."""
+"""precision="medium": bfloat16 products where the hardware has them; torch's own flags decide nothing."""
 
 from __future__ import annotations
 
 import copy
+import functools
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import relprop
 from relprop import native
 from relprop.backends import cpp, products
-from relprop.rules import linear_map
+from relprop.rules import LinearAlphaBeta, linear_map
+from relprop.torch_flags import exact_products
 from tests.engine.models import relative, vit
 from tests.engine.test_memory import allocated
+from tests.rules.rule_checks import Op, random
 
 needs_products = pytest.mark.skipif(
     not (linear_map.native_bfloat16() and native.available()[0] and native.products_fast(torch.bfloat16)),
@@ -114,6 +121,26 @@ def test_few_rows_take_the_model_s_own_product() -> None:
     assert relative(engine(x, target=1).relevance[0, 1:], truth[0, 1:]) < 0.05
 
 
+@pytest.mark.parametrize("rows", [3, 40])
+@pytest.mark.parametrize("beta", [0.0, 1.0])
+@pytest.mark.parametrize("backend", ["torch", "cpp"])
+def test_both_parts_of_z_plus_are_of_the_same_factors(
+    backend: str, beta: float, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A z+ of about 2 % of |x| |w|, whose factors bfloat16 holds and whose sums it does not."""
+    monkeypatch.setattr(linear_map, "native_bfloat16", lambda: True)
+    x, layer = torch.randint(1, 256, (rows, 256)).double() / 256, nn.Linear(256, 32, bias=False).double()
+    with torch.no_grad():
+        layer.weight.copy_(torch.randint(1, 256, (32, 256)) / 256 * torch.where(torch.arange(256) < 5, 1, -1))
+    rule, op, relevance = LinearAlphaBeta(alpha=1 + beta, beta=beta), Op(layer, x, kind="linear"), random(2, rows, 32)
+    (want, *_) = rule.propagate(op.call((x,)), relevance)
+    call = op.call((x.float(),), torch.float32).at_precision("medium")
+    run = rule.propagate if backend == "torch" else functools.partial(cpp.linear_alpha_beta, rule)
+    (found, *_) = run(call, relevance.float())
+    # bfloat16 rounds to 2^-9 on the way back, where with beta both products cancel.
+    assert relative(found, want) < (0.03 if beta else 0.01)
+
+
 @needs_products
 def test_memory_counts_the_sums(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = vit(embed_dim=96).bfloat16(), torch.randn(2, 3, 32, 32).bfloat16()
@@ -133,3 +160,96 @@ def test_memory_counts_the_sums(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "(sums)" not in str(without.program)
     grown = engine.memory(32) - without.memory(32)
     assert grown > 0, grown
+
+
+aten = torch.ops.aten
+
+
+@pytest.fixture
+def flag() -> Iterator[None]:
+    """torch's own flag for float32 products as it is set to round them."""
+    torch.set_float32_matmul_precision("medium")
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
+class Rounding(TorchDispatchMode):
+    """A device that rounds the factors of float32 products to bfloat16 where torch's flag lets it."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        products = (aten.mm.default, aten.bmm.default, aten.addmm.default, aten.linear.default)
+        if func in products and torch.backends.mkldnn.matmul.fp32_precision == "bf16":
+            args = [t.bfloat16().to(t.dtype) if isinstance(t, torch.Tensor) and t.dim() > 1 else t for t in args]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpp"])
+def test_torch_s_flag_does_not_round_what_z_plus_is_made_of(backend: str, flag: None) -> None:
+    """z+ of products that are all negative is the rounding of x w: with its own exact |x| |w| it would be noise."""
+    model, x = vit(), torch.randn(2, 3, 32, 32)
+    engine = relprop.compile(model, (x,), backend=backend, tape=False)
+    with Rounding():
+        found = engine(x, target=1)
+        rounded = model(x)
+    torch.set_float32_matmul_precision("highest")
+    assert not torch.equal(rounded, model(x))
+    want = engine(x, target=1)
+    assert torch.equal(found.relevance, want.relevance) and torch.equal(found.logits, want.logits)
+
+
+@pytest.mark.parametrize("tape", [False, True])
+def test_torch_s_flag_changes_no_bit(tape: bool) -> None:
+    """Of a pass that is run, taped under another flag, and replayed."""
+    model, x = vit(embed_dim=72), torch.randn(4, 3, 32, 32)
+    engine = relprop.compile(model, (x,), tape=tape)
+    want = relprop.compile(copy.deepcopy(model), (x,), tape=False)(x, target=1).relevance
+    try:
+        for precision in ("medium", "highest", "high", "medium"):
+            torch.set_float32_matmul_precision(precision)
+            assert torch.equal(engine(x, target=1).relevance, want)
+            assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_flags_come_back_when_the_last_pass_has_ended(flag: None) -> None:
+    before, entered, leave = _flags(), threading.Event(), threading.Event()
+
+    def other() -> None:
+        with exact_products():
+            entered.set()
+            leave.wait()
+
+    thread = threading.Thread(target=other)
+    with exact_products():
+        thread.start()
+        entered.wait()
+    assert torch.get_float32_matmul_precision() == "highest"
+    leave.set()
+    thread.join()
+    assert _flags() == before
+
+
+@pytest.mark.parametrize("of", [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv])
+def test_flags_by_their_newer_names(of: Any) -> None:
+    before, others = of.fp32_precision, _flags()[1]
+    rounded = "tf32" if of is torch.backends.cuda.matmul else "bf16"
+    of.fp32_precision = rounded
+    try:
+        with exact_products():
+            assert of.fp32_precision in ("ieee", "none")
+        assert of.fp32_precision == rounded
+    finally:
+        of.fp32_precision = before
+    assert _flags()[1] == others
+
+
+def test_an_allowance_for_gpus_alone_comes_back() -> None:
+    torch.backends.cuda.matmul.allow_tf32 = True
+    before = _flags()
+    try:
+        with exact_products():
+            assert not torch.backends.cuda.matmul.allow_tf32
+        assert torch.backends.cuda.matmul.allow_tf32 and _flags() == before
+    finally:
+        torch.set_float32_matmul_precision("highest")

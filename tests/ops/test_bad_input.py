@@ -97,7 +97,7 @@ def test_any_strides(implementation: str, name: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ELEMENTWISE)
-def test_misaligned_inputs(name: str, dtype: torch.dtype) -> None:
+def test_misaligned_inputs(implementation: str, name: str, dtype: torch.dtype) -> None:
     given = arguments(name, dtype)
     want = results(name, overload(name)(*given))
     for place in tensors_of(given):
