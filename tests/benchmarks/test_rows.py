@@ -14,7 +14,6 @@ FILES = sorted(RESULTS.rglob("*.csv"))
 GONE = {
     "cost_model.csv": {"232a361"},
     "families_cpu.csv": {"48b0ee7"},
-    "sentence_similarity.csv": {"48b0ee7"},
 }
 
 
