@@ -30,12 +30,12 @@ latency 25 45
 llama 60 100
 tokens 25 50
 several 20 40
-kernels 30 60
+kernels 34 65
 steps 40 70
 inductor 50 100
 tiles 12 25
 sanitizer 40 80
-peers 25 45'
+peers 21 45'
 if [ "${1:-}" = "--dry-run" ]; then # an interpreter's times say nothing of a GPU's
   budget=$(awk '$1 != "build" { print $1, $2, 3600 }' <<<"$budget")
   TOTAL=${TOTAL:-3600}
