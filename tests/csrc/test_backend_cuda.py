@@ -225,8 +225,8 @@ def test_heads_that_a_device_has_no_shared_memory_for(little_memory: None) -> No
         "the joint kernel takes heads of at most 144 channels on cpu, not 160"
     ]
     q = {"q": torch.zeros(1, 1, 2, 160), "k": torch.zeros(1, 1, 2, 160), "v": torch.zeros(1, 1, 2, 160)}
-    assert on_gpu.launcher("attention_relevance", q) is None
-    assert on_gpu.launcher("attention_relevance", {name: t[..., :144] for name, t in q.items()}) is not None
+    assert not on_gpu._cuda_takes("attention_relevance", q)
+    assert on_gpu._cuda_takes("attention_relevance", {name: t[..., :144] for name, t in q.items()})
 
 
 def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -119,7 +119,8 @@ def test_prediction_where_recordings_hold_their_memory() -> None:
     apart = {batch: engine.memory(batch) - engine.derived_memory for batch in (48, 64, 112)}
     engine._replays.recorder = Forgetful()  # type: ignore[union-attr]
     held = {batch: engine.memory(batch) - engine.derived_memory for batch in apart}
-    assert held[48] == apart[48] and held[64] == apart[64]
+    for batch in (48, 64):  # one run: its answer is copied out beside what the recording holds
+        assert 0 <= held[batch] - apart[batch] <= batch * 1000, (held, apart)
     assert apart[112] + 0.8 * apart[48] < held[112] < apart[112] + apart[48]
 
 

@@ -152,7 +152,7 @@ def test_bad_options(taken: dict[str, int], name: str, place: int, value: str, t
 @pytest.mark.parametrize("name", sorted(on_gpu.TRITON))
 def test_what_was_measured_decides(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native_cuda, "available", lambda: (True, ""))
-    monkeypatch.setattr(on_gpu, "_cuda_takes", lambda given: True)
+    monkeypatch.setattr(on_gpu, "_cuda_takes", lambda name, given: True)
     table: dict[str, str] = {}
     monkeypatch.setattr(choices, "choices_for", lambda device: (table, ""))
     with FakeTensorMode():
