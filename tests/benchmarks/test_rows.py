@@ -12,7 +12,6 @@ from benchmarks.numerics.rows import RESULTS, read_rows
 FILES = sorted(RESULTS.rglob("*.csv"))
 # Measured before commits were rewritten, and not anew since: by file, the commits that are gone.
 GONE = {
-    "cost_model.csv": {"232a361"},
     "families_cpu.csv": {"48b0ee7"},
 }
 
