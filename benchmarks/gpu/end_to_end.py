@@ -248,8 +248,8 @@ def inductor(machine: Machine) -> bool:
     What compiling costs is in no row.
     """
     right = compiled_parity(machine)
-    LargeBatch(machine).ours(torch.bfloat16, "triton", "chefer", True, compiled=True)
-    machine.amend(over_not_compiled=_over(machine, "vit", label_of("triton", "chefer", True)))
+    LargeBatch(machine).ours(torch.bfloat16, "triton", "chefer_stable", True, compiled=True)
+    machine.amend(over_not_compiled=_over(machine, "vit", label_of("triton", "chefer_stable", True)))
     LanguageModel(machine).ours("triton", True, compiled=True)
     machine.amend(over_not_compiled=_over(machine, "llama", label_of("triton", "attnlrp", True)))
     return right

@@ -38,7 +38,7 @@ POINTS = {
         "lxt",
     },
     "several": {"forward_compiled", "relprop_triton_transformer_attribution", "relprop_triton_attnlrp"},
-    "inductor": {"error", "relprop_triton_chefer_compiled_graph", "relprop_triton_attnlrp_compiled_graph"},
+    "inductor": {"error", "relprop_triton_chefer_stable_compiled_graph", "relprop_triton_attnlrp_compiled_graph"},
 }
 # Columns that hold what a point asks for.
 COLUMNS = {
