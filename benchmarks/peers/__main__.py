@@ -2,10 +2,10 @@
 
     python -m benchmarks.peers [--reference CHECKOUT] [--quick | --all] [--models ...] [--batches ...] [--tokens ...]
                                [--dtypes ...] [--contenders ...] [--device cuda] [--budget 30] [--memory 5]
-                               [--minutes 25] [--out FILE]
+                               [--minutes 40] [--out FILE]
 
-Six points in at most 25 minutes by default; what their time did not suffice for keeps the rows it has. A contender runs
-as many rounds as the budget of its point has, `rounds` says how many. `--all` has every point and no limit, `--models`
+Six points in at most 40 minutes by default. A contender runs as many rounds as the budget of its point has, `rounds`
+says how many. `--all` has every point and no limit, `--models`
 with `--batches`, `--tokens` and `--dtypes` the combinations of them, `--quick` two tiny models.
 
 Every contender's answer is checked first, on two layers of the model, and the timed answers themselves in the end: the
@@ -14,8 +14,8 @@ first and the last sample of the first and of the last run, each held to its tru
 in turn with the others: times are medians of interleaved rounds, ratios are to the forward pass of the same round,
 `peak_bytes` is what its first run took beyond what its process held before it (the model is loaded and its weights are
 read), `process_bytes` the process's own peak. Contenders that are not installed, cannot explain a model, or run out of
-the budget of time or memory are rows that say so. Rows of other points in the file stay. Pictures are made with
-`python -m benchmarks.peers.pictures`.
+the budget of time or memory are rows that say so. Rows of other points in the file stay, and those of a point that has
+more contenders there than this run had time for. Pictures are made with `python -m benchmarks.peers.pictures`.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from benchmarks.peers.race import Out, compete, without_a_time
 
 POINT = tuple(field.name for field in dataclasses.fields(Point))
 DTYPES = ("float32", "bfloat16")
+MINUTES = 40
 
 
 def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -54,7 +55,7 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--contenders", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS))
     parser.add_argument("--budget", type=float, default=30.0, help="seconds of a contender's runs of one point")
     parser.add_argument("--memory", type=float, default=5.0, help="GiB that a contender's process may allocate")
-    parser.add_argument("--minutes", type=float, help="of the whole run; 25 by default, no limit with --all")
+    parser.add_argument("--minutes", type=float, help=f"of the whole run; {MINUTES} by default, no limit with --all")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--out", type=Path, help="peers_DEVICE.csv among the results by default")
@@ -77,10 +78,21 @@ def points(given: argparse.Namespace) -> list[Point]:
 
 def merged(path: Path, rows: list[dict[str, Any]]) -> list[dict[str, str]]:
     """Rows of an earlier file at other points: those of one point are always of one run."""
-    if not path.is_file():
-        return []
-    new = {tuple(str(row[key]) for key in POINT) for row in rows}
-    return [row for row in read_rows(path) if tuple(row[key] for key in POINT) not in new]
+    return [row for row in _earlier(path) if not _shared(row, rows)]
+
+
+def lacking(path: Path, rows: list[dict[str, Any]]) -> list[str]:
+    """Contenders that an earlier file has at the point of `rows` and these have not."""
+    found = {row["contender"] for row in rows}
+    return [row["contender"] for row in _earlier(path) if _shared(row, rows) and row["contender"] not in found]
+
+
+def _earlier(path: Path) -> list[dict[str, str]]:
+    return read_rows(path) if path.is_file() else []
+
+
+def _shared(row: dict[str, str], rows: list[dict[str, Any]]) -> bool:
+    return any(all(row[key] == str(new[key]) for key in POINT) for new in rows)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -91,7 +103,7 @@ def main(arguments: list[str] | None = None) -> int:
     named = {field.name: getattr(given, field.name) for field in dataclasses.fields(Options)}
     out = given.out or RESULTS / f"peers_{given.device}.csv"
     device = torch.cuda.get_device_name() if given.device == "cuda" else None
-    minutes = given.minutes or (math.inf if given.all else 25)
+    minutes = given.minutes or (math.inf if given.all else MINUTES)
     until = time.monotonic() + 60 * minutes
     for point in points(given):
         print(point, flush=True)
@@ -114,6 +126,9 @@ def main(arguments: list[str] | None = None) -> int:
                     f" {row['peak_bytes'] / 2**20:>7.0f} MiB",
                     flush=True,
                 )
+        if missing := lacking(out, rows):
+            print(f"  not written: {out} has {', '.join(missing)} at this point, this run has not (--out)", flush=True)
+            continue
         write_rows(out, rows, merged(out, rows), device=device)
     return status
 

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -394,6 +394,29 @@ def test_command(tmp_path: Path) -> None:
     assert not command.merged(out, [rows["relprop"]])  # a point measured anew keeps no row of an earlier run
     kept = command.merged(out, [{**rows["relprop"], "tokens": 5}])
     assert [row["contender"] for row in kept] == list(rows)
+
+
+def test_a_run_with_fewer_contenders_leaves_the_rows_of_a_point(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As one that ran out of time has."""
+    names = ["forward", "relprop", "lxt"]
+
+    def compete(point: Point, given: Any, options: Any, until: float) -> Any:
+        return [{**asdict(point), "contender": name, "error": "none", "note": given[0]} for name in names]
+
+    monkeypatch.setattr(command, "compete", compete)
+    out = tmp_path / "rows.csv"
+    arguments = ["--quick", "--tokens", "17", "--out", str(out), "--contenders"]
+    assert command.main([*arguments, "forward"]) == 0
+    del names[1]
+    assert command.main([*arguments, "lxt"]) == 0
+    assert f"not written: {out} has relprop at this point" in capsys.readouterr().out
+    names[1:1] = ["relprop", "zennit"]
+    assert command.main([*arguments, "relprop"]) == 0
+    with out.open() as stream:
+        found = [(row["contender"], row["note"]) for row in csv.DictReader(stream)]
+    assert found == [(name, "relprop") for name in names]
 
 
 def test_a_point_without_a_time_has_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
