@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from relprop import cost, memory, trust
+from relprop.answers import explained_names, explanation_of
 from relprop.backends import choose_kernels
 from relprop.batches import check_batch_size, check_count, join, of_own_targets, pieces
 from relprop.capture import Captured
 from relprop.composites import Composite, find_composite
 from relprop.errors import BackendError, OptionError
 from relprop.execute import Forward, PassResult, Trace, run_pass, run_sampled
-from relprop.explanation import Explanation, TokenKinds
+from relprop.explanation import Explanation
 from relprop.export import example_batch, export_program, save
 from relprop.graph import Value
 from relprop.inputs import bind_inputs, check_mode, check_weights, placement, telling_own_errors, unwrapped
@@ -28,7 +29,6 @@ from relprop.latents import module_patterns
 from relprop.lowering import PassFunction, output_shape
 from relprop.methods import Reading, find_method
 from relprop.methods.sampled import SampledMap
-from relprop.methods.topology import explained_tokens, patch_grid
 from relprop.native import available
 from relprop.plans import CACHE, plan_of
 from relprop.program import Program, build_program
@@ -228,10 +228,10 @@ class Engine:
             self._replays = Recurring(*self._parts())
 
     def _one_pass(self, what: str) -> None:
-        if len(self._explained_names()) > 1 or self._pairs():
+        if len(explained_names(self.program.graph)) > 1 or self._pairs():
             raise OptionError(
                 f"{what}: expected a model with one explained input and scores of its own for each sample, got"
-                f" {', '.join(sorted(self._explained_names()))} and an output of shape"
+                f" {', '.join(sorted(explained_names(self.program.graph)))} and an output of shape"
                 f" {self.program.graph.output.describe()}"
             )
         matrices, latents = self.program.readout.gives_matrices, len(self.program.requirements.latents)
@@ -373,7 +373,8 @@ class Engine:
         targets, batch = outcome.relevance.shape[:2]
         reading = Reading(batch, targets, outcome.profile, explained_tokens=layout.explained_tokens)
         aim = Target(outcome.relevance, outcome.index, several)
-        return self._explanation(PassResult(outcome.relevance, outcome.logits, aim, reading, layout.shapes))
+        result = PassResult(outcome.relevance, outcome.logits, aim, reading, layout.shapes)
+        return explanation_of(result, self.program, self._captured.inputs)
 
     @property
     def recordings(self) -> list[Recording]:
@@ -558,7 +559,7 @@ class Engine:
                 trace=trace,
                 instead=sampled if isinstance(readout, SampledMap) else None,
             )
-        return self._explanation(result), result.target, result.reading
+        return explanation_of(result, self.program, self._captured.inputs), result.target, result.reading
 
     def _pairs(self) -> bool:
         """Whether the output scores every sample with every sample."""
@@ -574,60 +575,6 @@ class Engine:
             return {i: t.repeat(times, *[1] * (t.ndim - 1)) if i in indices else t for i, t in bound.items()}
 
         return repeated
-
-    def _explanation(self, result: PassResult) -> Explanation:
-        method, target, reading = self.program.method, result.target, result.reading
-
-        def per_sample(found: Tensor) -> Tensor:
-            found = found.expand(reading.targets, reading.batch, *found.shape[2:])
-            return (found.transpose(0, 1) if target.several else found[0]).contiguous()
-
-        shaped = per_sample(result.relevance)
-        maps = {name: per_sample(found) for name, found in result.by_input.items()}
-        paths = {spec.placeholder: spec.path for spec in self._captured.inputs}
-        kinds, grid, size = self._layout(reading, result.shapes, shaped.shape[-1])
-        index = target.index
-        if index is not None and not target.several:
-            index = index[:, 0]
-        explained = [spec for spec in self._captured.inputs if spec.placeholder in self._explained_names()]
-        if len(explained) == 1:
-            maps = {explained[0].placeholder: shaped}
-        return Explanation(
-            relevance=shaped,
-            relevances={spec.path: maps[spec.placeholder] for spec in explained if spec.placeholder in maps},
-            logits=result.output,
-            target=index,
-            method=method.name,
-            composite=self.program.composite.name,
-            kinds=kinds if method.output == "tokens" else None,
-            grid=grid if method.output == "tokens" else None,
-            image_size=size,
-            ledger=result.books,
-            latents=result.latents,
-            matrices={
-                (paths.get(of, of), paths.get(on, on)): per_sample(found) for (of, on), found in result.matrices.items()
-            },
-        )
-
-    def _explained_names(self) -> set[str]:
-        graph = self.program.graph
-        explained = {v.index for v in graph.explained}
-        return {name for name, value in graph.inputs.items() if value.index in explained}
-
-    def _layout(
-        self, reading: Reading, shapes: Mapping[int, torch.Size], tokens: int
-    ) -> tuple[TokenKinds | None, tuple[int, int] | None, tuple[int, int] | None]:
-        """What tells the kinds of the tokens, the grid of patches, and the size of the input image."""
-        graph = self.program.graph
-        image = next((v for v in graph.explained if v.rank == 4), None)
-        size = None if image is None else tuple(int(s) for s in shapes[image.index][-2:])
-        if not self.program.requirements.profile:
-            return None, None, size  # type: ignore[return-value]
-        assert reading.profile is not None
-        explained = explained_tokens(graph, graph.attention_sites()[0], lambda i: shapes[i]) or [True] * tokens
-        plain = "patch" if image is not None else "word"
-        grid = None if size is None else patch_grid(graph, sum(explained), size, shapes)  # type: ignore[arg-type]
-        return TokenKinds(plain, explained, reading.profile[..., :tokens]), grid, size  # type: ignore[return-value]
 
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[int, Any]:
         return bind_inputs(self._model, self._captured, self.program.graph, args, kwargs)

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import relprop
+from relprop.answers import explanation_of
 from relprop.engine import Engine
 from relprop.execute import run_pass
 from relprop.targets import aimed_at, find_index, sent
@@ -79,7 +80,7 @@ def test_an_answer_is_not_waited_for(method: str) -> None:
     engine = relprop.compile(model, (images,), method=method, backend="torch")
     with FakeTensorMode():
         found, _ = pass_on_a_device(engine, model, images)
-        answer = engine._explanation(found)
+        answer = explanation_of(found, engine.program, engine._captured.inputs)
         assert answer.relevance.device.type == "cuda"
         if method == "full":
             assert answer.token_kinds == ()

@@ -13,29 +13,28 @@ from relprop import native_cuda
 from relprop.backends import choices
 from relprop.errors import OptionError
 from relprop.ops import OPS, on_gpu, on_triton, registry
-from relprop.ops.registry import PRODUCTS, SPECS, WITHOUT_OUT
+from relprop.ops.registry import PRODUCTS, SPECS
 from tests.ops.cases import arguments, random, results
+from tests.ops.checks import (
+    DTYPES,
+    HALF,
+    OPERANDS,
+    check_kernel,
+    check_products,
+    check_schema,
+    check_shares_from_a_given_output,
+    run_as_on_a_gpu,
+)
 
-HALF = [torch.bfloat16, torch.float16]
 # Parts of attention's step, which its kernel has inside.
 WITHOUT_TRITON = {"matmul_half_share", "matmul_half_attention_shares"}
 
 
 @pytest.fixture
 def taken(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-    """What is registered for the GPU runs on the CPU's tensors; how often each Triton kernel was."""
-    counted: dict[str, int] = {}
-
-    def launcher(name: str, given: dict[str, Any]) -> Any:
-        found = choose(name, given)
-        counted[name] = counted.get(name, 0) + (found is not None)
-        return found
-
-    choose = on_gpu.launcher
+    """How often each Triton kernel ran."""
     monkeypatch.setattr(native_cuda, "available", lambda: (False, "not built"))
-    monkeypatch.setattr(on_gpu, "launcher", launcher)
-    monkeypatch.setattr(registry, "run_on_cpu", registry.run_on_gpu)
-    return counted
+    return run_as_on_a_gpu(monkeypatch)
 
 
 def call_of(name: str, dtype: torch.dtype = torch.float32, half: torch.dtype | None = None) -> tuple[Any, ...]:
@@ -54,54 +53,29 @@ def test_every_op_with_a_kernel_has_a_launcher() -> None:
     assert set(on_gpu.TRITON) == (set(on_gpu.CUDA) | {"norm_sigma_constant"}) - WITHOUT_TRITON == set(on_gpu.STEPS)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "half"), [(torch.float32, None), *((dtype, half) for half in HALF for dtype in (torch.float32, half))]
-)
+@pytest.mark.parametrize(("dtype", "half"), DTYPES)
 @pytest.mark.parametrize("name", sorted(on_triton.LAUNCHERS))
 def test_kernel_equals_reference(
     taken: dict[str, int], name: str, dtype: torch.dtype, half: torch.dtype | None
 ) -> None:
-    given = call_of(name, torch.float32 if name in PRODUCTS else dtype, half)
-    got, want = results(name, OPS[name](*given)), results(name, SPECS[name].reference(*given))
-    assert taken == {name: 1}
-    for one, other in zip(got, want, strict=True):
-        assert one.dtype is other.dtype and one.shape == other.shape and one.stride() == other.stride()
-        half_layer = half is not None and name == "attention_relevance"
-        tolerance = max(2e-2 if half_layer else 1e-4, 4 * torch.finfo(one.dtype).eps)
-        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance * max(float(other.abs().max()), 1.0))
+    check_kernel(taken, name, call_of(name, torch.float32 if name in PRODUCTS else dtype, half), half)
 
 
-@pytest.mark.parametrize("operands", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("operands", OPERANDS)
 @pytest.mark.parametrize("half", [None, *HALF])
 @pytest.mark.parametrize("name", sorted(PRODUCTS & set(on_triton.LAUNCHERS)))
 def test_products(taken: dict[str, int], name: str, half: torch.dtype | None, operands: torch.dtype) -> None:
-    given = tuple(operands if isinstance(item, torch.dtype) else item for item in arguments(name, half=half))
-    got, want = results(name, OPS[name](*given)), results(name, SPECS[name].reference(*given))
-    assert taken == {name: 1}
-    for one, other in zip(got, want, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    check_products(taken, name, half, operands)
 
 
-@pytest.mark.parametrize("operands", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("operands", OPERANDS)
 def test_shares_from_a_given_output(taken: dict[str, int], operands: torch.dtype) -> None:
-    relevance, x, w = arguments("linear_alpha_beta_share_out_product")[:3]
-    bias = random(5, seed=11)
-    y = x.to(operands).float() @ w.to(operands).float().mT + bias
-    op = OPS["linear_alpha_beta_share_out_product"]
-    rest = (operands, 1.0, 1e-6, 0, 1e-6)
-    torch.testing.assert_close(op(relevance, x, w, y, bias, *rest), op(relevance, x, w, None, None, *rest))
-    assert taken == {"linear_alpha_beta_share_out_product": 2}
+    check_shares_from_a_given_output(taken, operands)
 
 
 @pytest.mark.parametrize("name", sorted(on_triton.LAUNCHERS))
 def test_opcheck(taken: dict[str, int], name: str) -> None:
-    torch.library.opcheck(OPS[name], call_of(name), test_utils=("test_schema", "test_faketensor"))
-    if name not in WITHOUT_OUT:
-        given = call_of(name)
-        made = results(name, OPS[name](*given))
-        given = (*given, *(torch.full_like(one, float("nan")) for one in made))
-        torch.library.opcheck(OPS[f"{name}_out"], given, test_utils=("test_schema", "test_faketensor"))
-    assert taken[name] > 0
+    check_schema(taken, name, call_of(name))
 
 
 def changed(name: str, **values: Any) -> tuple[str, tuple[Any, ...]]:

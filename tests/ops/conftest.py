@@ -7,25 +7,16 @@ from typing import Any
 import pytest
 
 from relprop.native_cuda import call
-from relprop.ops import on_gpu, registry
+from relprop.ops import on_gpu
 from tests.csrc.conftest import cuda_module
+from tests.ops.checks import run_as_on_a_gpu
 
 __all__ = ["cuda_module"]
 
 
 @pytest.fixture
 def ops_on_gpu(monkeypatch: pytest.MonkeyPatch, cuda_module: Any) -> dict[str, int]:
-    """What is registered for the GPU runs on the CPU's tensors; how often each kernel was taken."""
-    taken: dict[str, int] = {}
-
-    def launcher(name: str, arguments: dict[str, Any]) -> Any:
-        found = choose(name, arguments)
-        taken[name] = taken.get(name, 0) + (found is not None)
-        return found
-
-    choose = on_gpu.launcher
+    """How often each CUDA kernel ran."""
     monkeypatch.setattr(call, "_cuda", cuda_module)
     monkeypatch.setattr(on_gpu, "TRITON", {})  # its kernels need a GPU, or an interpreter
-    monkeypatch.setattr(on_gpu, "launcher", launcher)
-    monkeypatch.setattr(registry, "run_on_cpu", registry.run_on_gpu)
-    return taken
+    return run_as_on_a_gpu(monkeypatch)

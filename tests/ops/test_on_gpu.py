@@ -10,8 +10,15 @@ import torch
 from relprop.ops import OPS, on_gpu
 from relprop.ops.registry import PRODUCTS, SPECS, WITHOUT_OUT
 from tests.ops.cases import arguments, random, results
-
-HALF = [torch.bfloat16, torch.float16]
+from tests.ops.checks import (
+    DTYPES,
+    HALF,
+    OPERANDS,
+    check_kernel,
+    check_products,
+    check_schema,
+    check_shares_from_a_given_output,
+)
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -21,54 +28,29 @@ def test_what_is_registered(name: str) -> None:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"relprop::{op}", "CUDA") == with_kernel
 
 
-@pytest.mark.parametrize(
-    ("dtype", "half"), [(torch.float32, None), *((dtype, half) for half in HALF for dtype in (torch.float32, half))]
-)
+@pytest.mark.parametrize(("dtype", "half"), DTYPES)
 @pytest.mark.parametrize("name", sorted(on_gpu.CUDA))
 def test_kernel_equals_reference(
     ops_on_gpu: dict[str, int], name: str, dtype: torch.dtype, half: torch.dtype | None
 ) -> None:
-    dtype = torch.float32 if name in PRODUCTS else dtype
-    given = arguments(name, dtype, half)
-    got, want = results(name, OPS[name](*given)), results(name, SPECS[name].reference(*given))
-    assert ops_on_gpu == {name: 1}
-    for one, other in zip(got, want, strict=True):
-        assert one.dtype is other.dtype and one.shape == other.shape
-        half_layer = half is not None and name == "attention_relevance"  # multiplies what the layer's dtype holds
-        tolerance = max(2e-2 if half_layer else 1e-4, 4 * torch.finfo(one.dtype).eps)
-        scale = float(other.abs().max())
-        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance * max(scale, 1.0))
+    check_kernel(ops_on_gpu, name, arguments(name, torch.float32 if name in PRODUCTS else dtype, half), half)
 
 
-@pytest.mark.parametrize("operands", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("operands", OPERANDS)
 @pytest.mark.parametrize("half", [None, *HALF])
 @pytest.mark.parametrize("name", sorted(PRODUCTS & set(on_gpu.CUDA)))
 def test_products(ops_on_gpu: dict[str, int], name: str, half: torch.dtype | None, operands: torch.dtype) -> None:
-    given = tuple(operands if isinstance(item, torch.dtype) else item for item in arguments(name, half=half))
-    got, want = results(name, OPS[name](*given)), results(name, SPECS[name].reference(*given))
-    assert ops_on_gpu == {name: 1}
-    for one, other in zip(got, want, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    check_products(ops_on_gpu, name, half, operands)
 
 
-@pytest.mark.parametrize("operands", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("operands", OPERANDS)
 def test_shares_from_a_given_output(ops_on_gpu: dict[str, int], operands: torch.dtype) -> None:
-    relevance, x, w = arguments("linear_alpha_beta_share_out_product")[:3]
-    bias = random(5, seed=11)
-    y = x.to(operands).float() @ w.to(operands).float().mT + bias
-    op = OPS["linear_alpha_beta_share_out_product"]
-    rest = (operands, 1.0, 1e-6, 0, 1e-6)
-    torch.testing.assert_close(op(relevance, x, w, y, bias, *rest), op(relevance, x, w, None, None, *rest))
+    check_shares_from_a_given_output(ops_on_gpu, operands)
 
 
 @pytest.mark.parametrize("name", sorted(on_gpu.CUDA))
 def test_opcheck(ops_on_gpu: dict[str, int], name: str) -> None:
-    torch.library.opcheck(OPS[name], arguments(name), test_utils=("test_schema", "test_faketensor"))
-    if name not in WITHOUT_OUT:
-        made = results(name, OPS[name](*arguments(name)))
-        given = (*arguments(name), *(torch.full_like(one, float("nan")) for one in made))
-        torch.library.opcheck(OPS[f"{name}_out"], given, test_utils=("test_schema", "test_faketensor"))
-    assert ops_on_gpu[name] > 0
+    check_schema(ops_on_gpu, name, arguments(name))
 
 
 @pytest.mark.parametrize(
