@@ -278,7 +278,7 @@ CONTENDERS: Mapping[str, Contender] = {
     ),
     "captum_lime": Contender(
         _theirs(packages.lime),
-        lambda make, cut, low, options: packages.prove_lime(cut),
+        lambda make, cut, low, options: packages.prove_lime(lambda case: make(case, options), cut),
         50,
         "",
         "captum",

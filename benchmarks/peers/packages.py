@@ -123,18 +123,15 @@ def gradient_shap(case: Case) -> Answer:
     return lambda: explainer.attribute(case.inputs, baselines, target=TARGET)
 
 
-def lime(case: Case, function: Callable[[Tensor], Tensor] | None = None, mask: Tensor | None = None) -> Answer:
-    """LIME over patches or tokens, with its default of fifty samples. The shape of the inputs.
-
-    Args:
-        function: in place of the model. mask: in place of the patches.
-    """
+def lime(case: Case) -> Answer:
+    """LIME over patches or tokens, with its default of fifty samples. The shape of the inputs."""
     if importlib.util.find_spec("sklearn") is None:
         raise CannotExplain("Captum's LIME needs scikit-learn, which is not installed")
     lasso = importlib.import_module("captum._utils.models.linear_model").SkLearnLasso(alpha=LASSO)
-    explainer = _captum().Lime(function or case.model, interpretable_model=lasso)
-    found = case.patches() if mask is None else mask
-    return lambda: explainer.attribute(case.inputs, target=TARGET, feature_mask=found, perturbations_per_eval=TOGETHER)
+    explainer, patches = _captum().Lime(case.model, interpretable_model=lasso), case.patches()
+    return lambda: explainer.attribute(
+        case.inputs, target=TARGET, feature_mask=patches, perturbations_per_eval=TOGETHER
+    )
 
 
 def grad_cam(case: Case) -> Answer:
@@ -142,11 +139,9 @@ def grad_cam(case: Case) -> Answer:
     with _imported(version("grad-cam")):
         package = importlib.import_module("pytorch_grad_cam")
         target = importlib.import_module("pytorch_grad_cam.utils.model_targets").ClassifierOutputTarget(TARGET)
-    if not case.images:
-        raise CannotExplain("pytorch-grad-cam makes maps of images")
+    reshape, layers = partial(on_grid, case), [last_norm(case)]
     if case.inputs.dtype == torch.bfloat16:
         raise CannotExplain("pytorch-grad-cam computes with NumPy, which has no bfloat16")
-    reshape, layers = partial(on_grid, case), [last_norm(case)]
 
     def run() -> Tensor:
         with package.GradCAM(model=case.model, target_layers=layers, reshape_transform=reshape) as cam:
@@ -157,6 +152,8 @@ def grad_cam(case: Case) -> Answer:
 
 def last_norm(case: Case) -> nn.Module:
     """The first norm of a Vision Transformer's last block."""
+    if not case.images:
+        raise CannotExplain("pytorch-grad-cam makes maps of images")
     model: Any = case.model
     return model.blocks[-1].norm1 if case.family == "timm" else model.encoder.layers[-1].ln_1
 
@@ -221,18 +218,26 @@ def prove_gradient_shap(make: Callable[[Case], Answer], cut: Case) -> list[Proof
     ]
 
 
-def prove_lime(cut: Case) -> list[Proof]:
-    """The coefficients of a linear function of eight groups of patches."""
+class Weighted(nn.Module):
+    """A linear function of nine patches or tokens in place of a model: its whole is 1 + ... + 9 for the target."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__()
+        self.groups = [case.patches() == group for group in range(9)]
+        self.wholes = [(group * case.inputs).sum() for group in self.groups]
+        self.classes = torch.arange(TARGET + 1) / TARGET
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        parts = [(group * inputs).flatten(1).sum(1) for group in self.groups]
+        total = sum((at + 1) * part / whole for at, (part, whole) in enumerate(zip(parts, self.wholes, strict=True)))
+        return torch.as_tensor(total)[:, None] * self.classes
+
+
+def prove_lime(make: Callable[[Case], Answer], cut: Case) -> list[Proof]:
+    """The coefficients of a linear function. Those of the model are drawn at random."""
     torch.manual_seed(0)
-    mask = cut.patches() % 8
-    weights = torch.arange(1.0, 9.0)
-    sums = [((mask == group) * cut.inputs[:1]).sum() for group in range(8)]
-
-    def function(inputs: Tensor) -> Tensor:
-        groups = [((mask == g) * inputs).flatten(1).sum(1) / sums[g] * weights[g] for g in range(8)]
-        return torch.stack(groups, 1).sum(1, keepdim=True).expand(-1, TARGET + 1)
-
-    one = Case(cut.point, cut.family, cut.model, cut.inputs[:1])
-    found = lime(one, function, mask)()
-    coefficients = torch.stack([found[(mask == group).expand_as(found)].mean() for group in range(8)])
-    return [same("coefficients of a linear function", coefficients[None], weights[None], 0.05)]
+    inputs = cut.inputs[:1, :, : 3 * PATCH, : 3 * PATCH] if cut.images else cut.inputs[:1, :9]
+    one = replace(cut, inputs=inputs)
+    found = make(replace(one, model=Weighted(one)))()
+    coefficients = torch.stack([found[(one.patches() == group).expand_as(found)].mean() for group in range(9)])
+    return [same("coefficients of a linear function", coefficients[None], torch.arange(1.0, 10.0)[None], 0.05)]

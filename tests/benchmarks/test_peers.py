@@ -142,6 +142,7 @@ def other_class(name: str) -> Callable[[Case, Options], Callable[[], Tensor]]:
         ("zennit", "zennit", "small vit"),
         ("lxt", "lxt", "torchvision vit_b_16"),  # the one whose methods it puts back
         ("authors", "einops", "small vit"),
+        ("captum_lime", "captum", "small vit"),
     ],
 )
 def test_no_time_for_a_wrong_answer_of_a_package(
@@ -153,7 +154,7 @@ def test_no_time_for_a_wrong_answer_of_a_package(
     if name == "authors" and not checkout:
         pytest.skip("needs a checkout of the authors' code, named in RELPROP_REFERENCE")
     wrong = {
-        "flipped": changed(name, lambda answer: answer.flip(1)),
+        "flipped": changed(name, lambda answer: answer.flip(-1)),
         "class": replace(CONTENDERS[name], make=other_class(name)),
         **({"layer": replace(CONTENDERS[name], make=other_layer)} if name == "grad_cam" else {}),
     }
@@ -335,6 +336,7 @@ def test_texts(model: str) -> None:
     rows = rows_of(["forward_backward", "relprop_stable", "relprop_attnlrp", "grad_cam"], Point(model, 2, 9))
     assert not rows["relprop_attnlrp"]["error"] and not rows["forward_backward"]["error"], rows
     assert bool(rows["relprop_stable"]["error"]) == (model == "small llama"), rows
+    assert rows["grad_cam"]["error"] == "cannot explain: pytorch-grad-cam makes maps of images"
 
 
 def test_proofs_in_float64_are_of_the_cpu_wherever_the_run_is(monkeypatch: pytest.MonkeyPatch) -> None:
