@@ -61,10 +61,11 @@ template <class... Parameters, class... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t dynamic_shared,
             Stream stream, Arguments... arguments) {
   const DeviceGuard guard(stream.device);
-  if (dynamic_shared > 48 * 1024) {
-    check_cuda(
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(dynamic_shared)),
-        name);
+  if (dynamic_shared > 48 * 1024) {  // always the same limit: another thread may be about to launch with more
+    cudaFuncAttributes known{};
+    check_cuda(cudaFuncGetAttributes(&known, kernel), name);
+    const size_t room = most_shared(stream.device) - known.sharedSizeBytes;
+    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(room)), name);
   }
 #if defined(__CUDACC__)
   kernel<<<grid, block, dynamic_shared, static_cast<cudaStream_t>(stream.handle)>>>(

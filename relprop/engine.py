@@ -64,6 +64,7 @@ def compile(
     precision: str = "highest",
     output: str | int | Callable[..., Any] | None = None,
     latents: str | Sequence[str] = (),
+    held: tuple[str, ...] = (),
     compile: bool = False,
     cuda_graph: bool = False,
     tape: bool | None = None,
@@ -86,6 +87,8 @@ def compile(
         latents: module paths ("blocks.*.mlp", "blocks.3:input", "blocks.5.attn:heads") at which relevance is kept for
             `Explanation.at`. Of a module that is called several times every call is kept, as "path@0", "path@1". Heads
             are what each head makes of the values; where heads are mixed after the softmax, the mixed ones.
+        held: arguments of the model's forward that are held as they are: nothing is propagated into them, and methods
+            that move inputs leave them where they are. By default every floating-point tensor is explained.
         compile: run the pass as one graph through torch.compile, kernels as custom ops in it. Made once per padded
             batch size, which takes long.
         cuda_graph: record the pass as a CUDA graph once per padded batch size, and replay it.
@@ -141,7 +144,7 @@ def compile(
         )
 
     with CACHE.lock:
-        plan = plan_of(model, args, dict(kwargs or {}), output)
+        plan = plan_of(model, args, dict(kwargs or {}), output, held)
         program = plan.programs.get(key)
         if program is None:
             program = build(False)
@@ -591,6 +594,7 @@ def explain(
     precision: str = "highest",
     output: str | int | Callable[..., Any] | None = None,
     latents: str | Sequence[str] = (),
+    held: tuple[str, ...] = (),
     ledger: bool = False,
     check: bool = False,
     **kwargs: Any,
@@ -617,5 +621,6 @@ def explain(
         precision=precision,
         output=output,
         latents=latents,
+        held=held,
     )
     return engine(*args, target=target, ledger=ledger, check=check, **kwargs)

@@ -134,7 +134,6 @@ class Graph:
     explained: list[Value]  # inputs whose relevance is asked for
     output: Value
     tokens: TokenSpace = TokenSpace(None)
-    arguments: dict[str, str] = field(default_factory=dict)  # placeholder -> argument of forward
 
     def consumers(self) -> dict[int, list[Node]]:
         uses: dict[int, list[Node]] = {}

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from relprop.capture import Captured, capture, lower
+from relprop.capture import Captured, capture, held_apart, lower
 from relprop.capture.export import bind_arguments
 from relprop.graph import Graph
 from relprop.program import Program
@@ -42,15 +42,17 @@ class _Cache:
 CACHE = _Cache()
 
 
-def plan_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Plan:
-    """The model's plan for calls like this one; the caller holds the cache's lock."""
+def plan_of(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, held: tuple[str, ...] = ()
+) -> Plan:
+    """The model's plan for calls like this one, some arguments held; the caller holds the cache's lock."""
     named = bind_arguments(model, args, kwargs)
     leaves, spec = pytree.tree_flatten(named)
     inputs = tuple(_signature(leaf) for leaf in leaves)
-    key = (str(spec), inputs, output if not callable(output) else id(output), fingerprint(model))
+    key = (str(spec), inputs, output if not callable(output) else id(output), held, fingerprint(model))
     plans = CACHE.plans.setdefault(model, {})
     if key not in plans:
-        plans[key] = Plan(capture(model, args, kwargs, output))
+        plans[key] = Plan(held_apart(capture(model, args, kwargs, output), held))
     return plans[key]
 
 

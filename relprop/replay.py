@@ -67,8 +67,15 @@ class Recorder(Protocol):
         """Give back what is not held, until the next turn; nobody is within one."""
 
 
+_RECORDING = threading.Lock()  # torch records one CUDA graph at a time in a process
+
+
 class CudaRecorder:
-    """Records runs as CUDA graphs that share one pool of memory, so that all of them need what the largest needs."""
+    """Records runs as CUDA graphs that share one pool of memory, so that all of them need what the largest needs.
+
+    They are recorded on a stream that no other recorder has: libraries keep their workspaces by stream, and recordings
+    of two engines may be replayed at once.
+    """
 
     holds = True
 
@@ -77,19 +84,19 @@ class CudaRecorder:
         with torch.cuda.device(device):
             self.pool = torch.cuda.graph_pool_handle()
             self.done = torch.cuda.Event()
+            self.stream = torch.cuda.Stream(self.device)
 
     def __call__(self, run: Callable[[], Sequence[Tensor]]) -> Recording:
-        """Warm up on a stream of its own, as kernels compile and libraries allocate at first, then record."""
-        with torch.cuda.device(self.device):
-            side = torch.cuda.Stream(self.device)
-            side.wait_stream(torch.cuda.current_stream(self.device))
-            with torch.cuda.stream(side):
+        """Warm up, as kernels compile and libraries allocate at first, then record."""
+        with _RECORDING, torch.cuda.device(self.device):
+            self.stream.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(self.stream):
                 for _ in range(2):
                     run()
-            torch.cuda.current_stream(self.device).wait_stream(side)
+            torch.cuda.current_stream(self.device).wait_stream(self.stream)
             graph = torch.cuda.CUDAGraph()
             # What other threads do meanwhile, such as allocating, is no part of the recording and does not break it.
-            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
                 outputs = run()
         return _CudaRecording(self, graph, outputs)
 

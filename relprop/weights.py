@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 
 from relprop import native
 from relprop.errors import ModelStateError, ShapeError
@@ -29,12 +30,31 @@ def made(tensor: Tensor, transform: str, dtype: torch.dtype) -> Tensor:
     return _TRANSFORMS[transform](tensor.to(dtype))
 
 
+class _Made:
+    """A tensor of a GPU that one stream makes, for other streams to read."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.stream = torch.cuda.current_stream(tensor.device)
+        self.event = self.stream.record_event()
+
+    def awaited(self, tensor: Tensor) -> None:
+        """What the current stream does from now on comes after, and the memory stays until it is done.
+
+        Not within a recording, whose warm-up has waited and which keeps what it reads.
+        """
+        here = torch.cuda.current_stream(tensor.device)
+        if here != self.stream and not torch.cuda.is_current_stream_capturing():
+            here.wait_event(self.event)
+            tensor.record_stream(here)
+
+
 @dataclass
 class _Entry:
     source: weakref.ref[Tensor]
     pointer: int
     version: int
     tensor: Tensor
+    made: _Made | None = None
 
 
 class DerivedWeights:
@@ -57,11 +77,14 @@ class DerivedWeights:
         found = self._entries.get(key)
         version, pointer = -1 if tensor.is_inference() else tensor._version, tensor.data_ptr()
         if found is not None and found.version == version and found.pointer == pointer and found.source() is tensor:
+            if found.made is not None:
+                found.made.awaited(found.tensor)
             return found.tensor
         derived = made(tensor.detach(), transform, dtype)
         if keep:
+            by = _Made(derived) if derived.is_cuda and not is_fake(derived) else None
             with self._lock:
-                self._entries[key] = _Entry(weakref.ref(tensor), pointer, version, derived)
+                self._entries[key] = _Entry(weakref.ref(tensor), pointer, version, derived, by)
         return derived
 
     def clear(self) -> None:

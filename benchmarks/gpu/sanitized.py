@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -62,14 +63,21 @@ def _watched(tool: list[str], backend: str, scratch: str, seconds: float) -> tup
     kernels = ["-m", "benchmarks.gpu.kernels", "run", "--tiny", "--backend", backend, "--out", scratch]
     # Without torch's pool a tensor ends where its memory does.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    try:
-        done = subprocess.run(
-            [*tool, sys.executable, *kernels], env=environment, capture_output=True, text=True, timeout=seconds
-        )
-    except subprocess.TimeoutExpired as late:
-        ended = late.stdout or b""
-        return ended.decode() if isinstance(ended, bytes) else ended, f"not done in {seconds:.0f} s"
-    return done.stdout + done.stderr, "" if done.returncode in (0, 9) else f"exit status {done.returncode}"
+    with subprocess.Popen(
+        [*tool, sys.executable, *kernels],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    ) as running:
+        try:
+            said, _ = running.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(running.pid, signal.SIGKILL)  # what runs under the tool has the GPU
+            said, _ = running.communicate()
+            return said, f"not done in {seconds:.0f} s"
+    return said, "" if running.returncode in (0, 9) else f"exit status {running.returncode}"
 
 
 def main(machine: Machine) -> int:

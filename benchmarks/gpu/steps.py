@@ -16,6 +16,8 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,11 +43,17 @@ class Sweep:
 
     def made(self, machine: Machine) -> tuple[Any, tuple[Any, ...], dict[str, Any], dict[str, Any]]:
         """The model, its input, the call's other arguments and options of its engine."""
+        model = _model(machine.dry, self.model, self.dtype)
         if self.model == "llama":
-            model, ids = llama(machine, dtype=self.dtype), token_ids(machine, machine.size(4096, 6))
+            ids = token_ids(machine, machine.size(4096, 6))
             return model, (ids,), {"use_cache": False, "logits_to_keep": 1}, {"output": "logits"}
-        given = images(machine, machine.size(self.batch, min(self.batch, 2)), dtype=self.dtype)
-        return vit(machine, dtype=self.dtype), (given,), {}, {}
+        return model, (images(machine, machine.size(self.batch, min(self.batch, 2)), dtype=self.dtype),), {}, {}
+
+
+@cache
+def _model(dry: bool, name: str, dtype: torch.dtype) -> Any:
+    """One for all sweeps, as what is captured of a model is kept with it."""
+    return {"llama": llama, "vit": vit}[name](Machine(dry, Path()), dtype=dtype)
 
 
 _HALF, _ATTRIBUTION = torch.bfloat16, "transformer_attribution"

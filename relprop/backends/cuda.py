@@ -69,6 +69,8 @@ def kernel_reasons(node: Node, rule: Rule) -> list[str]:
     """Why the kernel for a rule does not take this node; empty where it does."""
     if isinstance(rule, Gradient):
         return elementwise.gradient_reasons(node)
+    if isinstance(rule, FanoutEpsilon) and len(node.outputs) > (most := native_cuda.most_readers()):
+        return [f"the kernel is for at most {most} uses of a value, got {len(node.outputs)}"]
     return cpp.kernel_reasons(node, rule)
 
 

@@ -8,7 +8,7 @@ gather and a `row_select`. Nothing here looks at module names or classes.
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -33,9 +33,11 @@ def is_tensor(node: Any) -> bool:
 def explained_inputs(captured: Captured) -> list[str]:
     """Placeholders whose relevance is asked for: floating-point inputs and the ids of the largest vocabulary.
 
-    An encoder's and a decoder's ids look into vocabularies of one size, and are both asked for.
+    An encoder's and a decoder's ids look into vocabularies of one size, and are both asked for. Arguments that are
+    held have no relevance.
     """
-    ids = {spec.placeholder for spec in captured.inputs if spec.is_token_ids}
+    moving = [spec for spec in captured.inputs if spec.argument not in captured.held]
+    ids = {spec.placeholder for spec in moving if spec.is_token_ids}
     tables: dict[str, int] = {}
     for node in captured.graph.nodes:
         source = token_source(node)
@@ -43,10 +45,23 @@ def explained_inputs(captured: Captured) -> list[str]:
             tables[source] = max(tables.get(source, 0), int(node.args[0].meta["val"].shape[0]))
     largest = max(tables.values(), default=0)
     return [
-        spec.placeholder
-        for spec in captured.inputs
-        if spec.dtype.is_floating_point or tables.get(spec.placeholder) == largest
+        spec.placeholder for spec in moving if spec.dtype.is_floating_point or tables.get(spec.placeholder) == largest
     ]
+
+
+def held_apart(captured: Captured, held: tuple[str, ...]) -> Captured:
+    """The same capture, some arguments of the model's forward held as they are.
+
+    Raises:
+        OptionError: they are none of its tensors' names, or nothing else is left to explain.
+    """
+    known = sorted({spec.argument for spec in captured.inputs})
+    if not isinstance(held, tuple) or not all(isinstance(name, str) for name in held):
+        raise OptionError(f"held: expected a tuple of names, got {held!r}")
+    found = replace(captured, held=held)
+    if set(held) - set(known) or (held and not explained_inputs(found)):
+        raise OptionError(f"held: expected some arguments of {', '.join(known)}, not all, got {held!r}")
+    return found
 
 
 def token_source(node: fx.Node) -> str:

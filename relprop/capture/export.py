@@ -56,6 +56,7 @@ class Captured:
     output: fx.Node
     batch_symbols: frozenset[Any]
     signature: tuple[str, ...] = field(default=())  # argument names in call order
+    held: tuple[str, ...] = ()  # arguments that no relevance is asked for
 
     def copy(self) -> Captured:
         """The same with a graph of its own, to be rewritten."""

@@ -105,10 +105,7 @@ class _Lowering:
                 self._lower_call(node)
         explained = [inputs[name] for name in inputs if name in explained_names]
         output = self.of[self.captured.output]
-        arguments = {spec.placeholder: spec.argument for spec in self.captured.inputs}
-        self.graph = Graph(
-            self.nodes, self.values, inputs, parameters, constants, explained, output, arguments=arguments
-        )
+        self.graph = Graph(self.nodes, self.values, inputs, parameters, constants, explained, output)
 
     def _is_part(self, node: fx.Node) -> bool:
         return node.target is operator.getitem and isinstance(self.of.get(node.args[0]), tuple)  # type: ignore[arg-type]

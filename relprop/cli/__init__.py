@@ -120,12 +120,12 @@ def build_parser() -> argparse.ArgumentParser:
     explain.add_argument("--composite", help="see `relprop methods` (default: the method's own)")
     explain.add_argument("--backend", default="auto", help="see `relprop info`; %(default)s")
     explain.add_argument("--device", default="cpu", help="of torch, such as cuda; %(default)s")
-    explain.add_argument("--out", type=Path, default=Path("relprop-output"), help="folder of the PNGs; %(default)s")
+    explain.add_argument("--out", type=Path, help="folder of the PNGs; relprop-output")
     explain.add_argument(
         "--report",
         type=Path,
         metavar="PAGE.html",
-        help="write one page instead: every method side by side, classes, ledger, timings, versions",
+        help="write one page instead: every method side by side, classes, timings, versions, the ledger of --method",
     )
     explain.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="images at once; %(default)s")
     explain.add_argument("--check", action="store_true", help="explain twice and say where an answer is not stable")
@@ -164,7 +164,7 @@ def _check_usage(parser: argparse.ArgumentParser, options: argparse.Namespace) -
         parser.error(f"expected images or --text, got {'both' if options.text else 'neither'}")
     if options.text:
         given = {"--arch": options.arch, "--weights": options.weights, "--image-size": options.image_size}
-        given["--check"] = options.check or None
+        given.update({"--check": options.check or None, "--out": options.out})
         wrong = [name for name, value in given.items() if value is not None]
         if wrong:
             parser.error(f"{wrong[0]}: not together with --text")
@@ -173,6 +173,8 @@ def _check_usage(parser: argparse.ArgumentParser, options: argparse.Namespace) -
     if options.report is not None:
         if options.report.suffix.lower() not in (".html", ".htm"):
             parser.error(f"--report: expected a name that ends in .html, got {options.report}")
+        if options.out is not None:
+            parser.error("--out: not together with --report, which names the page itself")
         wrong = [f"--{name}" for name in ("option", "composite", "check") if getattr(options, name)]
         if wrong:
             parser.error(f"{wrong[0]}: not together with --report, which runs every method as it is")

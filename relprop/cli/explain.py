@@ -28,6 +28,7 @@ from relprop.pictures import enlarge, overlay, panel, require, save_png
 
 __all__ = ["batches", "collect", "explain_images", "image_subject", "output_names", "parse_options", "stack_targets"]
 
+OUTPUT = Path("relprop-output")  # where no folder is named
 _SIDE = 320  # pixels of a picture's longer side, at least
 _LONGEST = 80  # characters of an image's name that its outputs keep
 
@@ -60,7 +61,7 @@ def explain_images(options: argparse.Namespace) -> int:
     if options.composite is not None:
         find_composite(options.composite)
     require("matplotlib")
-    out = prepare_output(options.out)
+    out = prepare_output(options.out or OUTPUT)
     paths, failed = collect(options.images, out)
     if not paths:
         return conclude(failed, failed)

@@ -71,8 +71,13 @@ class Subject:
         if not isinstance(logits, Tensor) or logits.ndim != 2:
             got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise OptionError(f"model {self.name}: expected a classifier with an output [B, C], got {got}")
-        logits = logits.double().cpu()
-        return logits.sigmoid() if self.multi_label else logits.softmax(-1)
+        return probabilities_of(logits, self.multi_label)
+
+
+def probabilities_of(logits: Tensor, multi_label: bool) -> Tensor:
+    """Of independent logits, or of one alone, the sigmoid; else the softmax. [B, C], float64 on the CPU"""
+    logits = logits.double().cpu()
+    return logits.sigmoid() if multi_label or logits.shape[-1] == 1 else logits.softmax(-1)
 
 
 def names_a_file(model: str) -> bool:

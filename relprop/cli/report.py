@@ -104,7 +104,8 @@ def explain_texts(options: argparse.Namespace) -> int:
         for sample, classes in enumerate(chosen):
             texts = passages(found, [sample])[: len(classes)]
             for text, index in zip(texts, classes, strict=True):
-                title = f"{subject.labels[index]}\tp={float(scores[sample, index]):.4f}"
+                said = "score" if subject.regression else "p"
+                title = f"{subject.labels[index]}\t{said}={float(scores[sample, index]):.4f}"
                 Progress().print(text_terminal([replace(text, title=title)]))
     return 0
 

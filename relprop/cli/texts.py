@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from relprop.cli.models import names_a_place, place_of
+from relprop.cli.models import names_a_place, place_of, probabilities_of
 from relprop.compat.engines import needed
 from relprop.errors import OptionError, WeightsError
 
@@ -29,6 +29,7 @@ class TextSubject:
         tokenizer: of transformers.
         labels: per class.
         multi_label: logits are independent (sigmoid) rather than exclusive (softmax).
+        regression: outputs are the numbers that were learnt, no logits of probabilities.
     """
 
     name: str
@@ -36,6 +37,7 @@ class TextSubject:
     tokenizer: Any
     labels: tuple[str, ...]
     multi_label: bool = False
+    regression: bool = False
 
     def prepare(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """The model's inputs for a batch, padded to its longest and cut at what the model reads. Each [B, N]"""
@@ -51,10 +53,10 @@ class TextSubject:
         return {name: tensor.to(place) for name, tensor in found.items()}
 
     def probabilities(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Probability of every class. [B, C], float64 on the CPU"""
+        """Probability of every class, or what a regression says. [B, C], float64 on the CPU"""
         with torch.no_grad():
-            logits = self.model(**inputs).logits.double().cpu()
-        return logits.sigmoid() if self.multi_label else logits.softmax(-1)
+            logits = self.model(**inputs).logits
+        return logits.double().cpu() if self.regression else probabilities_of(logits, self.multi_label)
 
 
 def load_text_subject(model: str, device: str = "cpu") -> TextSubject:
@@ -89,4 +91,5 @@ def load_text_subject(model: str, device: str = "cpu") -> TextSubject:
         tokenizer,
         tuple(str(config.id2label[i]) for i in range(config.num_labels)),
         config.problem_type == "multi_label_classification",
+        config.problem_type == "regression",
     )

@@ -46,7 +46,7 @@ class Relevance(Attribution):  # type: ignore[misc]
     Args:
         forward_func: the model, a module in evaluation mode, or its `forward`.
         method: a name of `relprop.methods()`. Methods that answer per token give an image's map at the image's size,
-            spread evenly over its channels.
+            spread evenly over its channels, and embeddings' relevance spread evenly over theirs.
         composite, method_options, backend, precision: as `relprop.compile` takes them.
     """
 
@@ -68,8 +68,8 @@ class Relevance(Attribution):  # type: ignore[misc]
 
     @property
     def multiplies_by_inputs(self) -> bool:
-        """Relevance is of the input itself, not of a change of it."""
-        return True
+        """Relevance is of the input itself, not of a change of it; SmoothGrad's plain gradient is not."""
+        return self.method.name != "smoothgrad" or bool(self.options.get("times_input", False))
 
     def has_convergence_delta(self) -> bool:
         """Whether attributions are meant to add up to the score, or to its change from a baseline."""
@@ -81,7 +81,7 @@ class Relevance(Attribution):  # type: ignore[misc]
         return self.method.name == "integrated_gradients"
 
     def _conserves(self, composite: Composite) -> bool:
-        return composite.seed == "score" and self.method.name != "gradient_x_input"
+        return composite.seed == "score" and self.method.name not in ("gradient_x_input", "smoothgrad")
 
     def compute_convergence_delta(self, attributions: Inputs, output: Tensor) -> Tensor:
         """The score less the sum of the attributions, as Captum's LRP has it. [B]
@@ -107,8 +107,8 @@ class Relevance(Attribution):  # type: ignore[misc]
         Args:
             inputs: tensors that the model is called with, in order.
             target: None for one score per sample, an int, a tuple of ints, a list of either or a tensor, as in Captum.
-            additional_forward_args: the arguments after the inputs. They have no attributions; the methods that move
-                inputs (to a baseline, by noise) leave them as they are.
+            additional_forward_args: the arguments after the inputs. They are held as they are and have no
+                attributions.
             return_convergence_delta: also return `compute_convergence_delta`, of sums before they are rounded to the
                 inputs' dtype. [B]
             verbose: print the program.
@@ -140,12 +140,15 @@ class Relevance(Attribution):  # type: ignore[misc]
         if latents and "rows" in self.method.options:
             options["rows"] = "all"
         args = (*given, *more)
-        if "held" in self.method.options:
-            fixed = list(bind_arguments(self.model, args, {}).items())[len(given) :]
-            tensors = [name for name, value in fixed if any(isinstance(t, Tensor) for t in pytree.tree_leaves(value))]
-            options["held"] = (*options.get("held", ()), *tensors)
+        fixed = list(bind_arguments(self.model, args, {}).items())[len(given) :]
+        held = [name for name, value in fixed if any(isinstance(t, Tensor) for t in pytree.tree_leaves(value))]
         engine = self._engines(
-            args, method=self.method.name, composite=self.composite, options=options, latents=latents
+            args,
+            method=self.method.name,
+            composite=self.composite,
+            options=options,
+            latents=latents,
+            held=tuple(held),
         )
         _check_rules(self.model)
         for path in latents:
@@ -155,14 +158,20 @@ class Relevance(Attribution):  # type: ignore[misc]
         return engine(*args, target=_score(target)), args
 
     def _of_input(self, found: Explanation, name: str, tensor: Tensor) -> Tensor:
-        if self.method.output == "tokens":
-            if tensor.ndim != 4:
-                return found.relevance
-            return (found.image_map() / tensor.shape[1]).unsqueeze(1).expand(tensor.shape)
         if name not in found.relevances:
             known = ", ".join(sorted(found.relevances))
             raise OptionError(f"inputs: expected those that carry relevance ({known}), got {name}")
         part = found.relevances[name]
+        if self.method.output == "tokens":
+            if tensor.ndim == 4:
+                return (found.image_map() / tensor.shape[1]).unsqueeze(1).expand(tensor.shape)
+            if tensor.ndim == 3 and part.shape == tensor.shape[:2]:
+                return (part / tensor.shape[2]).unsqueeze(2).expand(tensor.shape)
+            if part.shape != tensor.shape:
+                raise OptionError(
+                    f"{name}: expected an image, token ids or embeddings for {self.method.name}, which answers per"
+                    f" token {list(part.shape)}, got {list(tensor.shape)}"
+                )
         return part.sum(-1) if part.ndim > tensor.ndim else part  # a token's embedding adds up to its id
 
     def _with_delta(

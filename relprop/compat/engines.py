@@ -41,13 +41,14 @@ class Engines:
         options: Mapping[str, Any] | None = None,
         latents: tuple[str, ...] = (),
         output: str | None = None,
+        held: tuple[str, ...] = (),
     ) -> Engine:
         """The engine of a method for this kind of input; arguments and errors as `relprop.compile` has them."""
         rules = None if composite is None else find_composite(composite)
         kwargs = dict(kwargs or {})
         given = (*args, *kwargs.items())
         kinds = tuple(_kind(value) for value in given)
-        chosen = (find_method(method).name, rules, hashable_options(options), latents, output)
+        chosen = (find_method(method).name, rules, hashable_options(options), latents, output, held)
         key = (chosen, kinds, fingerprint(self.model))
         if key not in self._engines:
             self._engines[key] = compile(
@@ -59,6 +60,7 @@ class Engines:
                 method_options=options,
                 latents=latents,
                 output=output,
+                held=held,
                 **self._settings,  # type: ignore[arg-type]
             )
         return self._engines[key]

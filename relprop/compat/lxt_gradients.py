@@ -374,8 +374,7 @@ class RelevanceMode(TorchFunctionMode):
         factors = (0.0, 0.0, 1.0) if self.rules.softmax_detached else (0.25, 0.25, 0.5)
         q, k, v = (_scaled(t, f) if self.carries(t) else t for t, f in zip((q, k, v), factors, strict=True))
         kwargs = {k_: v_ for k_, v_ in kwargs.items() if k_ not in names}
-        if func.__name__ == "scaled_dot_product_attention":
-            kwargs, args = _without_dropout(args, kwargs)
+        kwargs, args = _without_dropout(func, args, kwargs)
         return self.mark(func(q, k, v, *args[3:], **kwargs))
 
     def _layer_norm(self, func: Any, args: Any, kwargs: Any, carrying: list[Tensor]) -> Any:
@@ -438,9 +437,11 @@ def _without_rule(what: str) -> UnsupportedOpError:
     return UnsupportedOpError(f"modified gradients: expected operations with a rule, got torch function {what}")
 
 
-def _without_dropout(args: Any, kwargs: Any) -> tuple[dict[str, Any], Any]:
-    if len(args) > 4:
-        args = (*args[:4], 0.0, *args[5:])
+def _without_dropout(func: Any, args: Any, kwargs: Any) -> tuple[dict[str, Any], Any]:
+    """Arguments of an attention function with its dropout off."""
+    place = 4 if func.__name__ == "scaled_dot_product_attention" else 10
+    if len(args) > place:
+        args = (*args[:place], 0.0, *args[place + 1 :])
     if "dropout_p" in kwargs:
         kwargs = {**kwargs, "dropout_p": 0.0}
     return kwargs, args

@@ -57,10 +57,12 @@ _POOLS = (
     *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
 )
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-_ACTIVATIONS = (
-    *(nn.ELU, nn.Hardsigmoid, nn.Hardtanh, nn.Hardswish, nn.LeakyReLU, nn.ReLU, nn.ReLU6, nn.SELU, nn.CELU, nn.GELU),
-    *(nn.Sigmoid, nn.SiLU, nn.Softplus, nn.Tanh, nn.Mish),
+_ACTIVATIONS = (  # zennit's own list, less nn.MultiheadAttention; nn.Mish is not on it
+    *(nn.ELU, nn.Hardshrink, nn.Hardsigmoid, nn.Hardtanh, nn.Hardswish, nn.LeakyReLU, nn.LogSigmoid, nn.PReLU, nn.ReLU),
+    *(nn.ReLU6, nn.RReLU, nn.SELU, nn.CELU, nn.GELU, nn.Sigmoid, nn.SiLU, nn.Softplus, nn.Softshrink, nn.Softsign),
+    *(nn.Tanh, nn.Tanhshrink, nn.Threshold),
 )
+_COMPOSED = (nn.Softsign, nn.Tanhshrink)  # of several operations each, among which no relevance is passed whole
 _KINDS: tuple[tuple[tuple[type, ...], str], ...] = (
     ((nn.Linear,), "linear"),
     (_CONVOLUTIONS, "conv"),
@@ -359,6 +361,11 @@ def _entry(path: str, module: nn.Module, rule: str, parameters: dict[str, Any], 
 
 
 def _kind(module: nn.Module, path: str, rule: str) -> str:
+    if isinstance(module, _COMPOSED):
+        raise UnsupportedOpError(
+            f"composite: expected activations that are one operation, got rule {rule!r} for {path or 'the model'}"
+            f" ({type(module).__name__})"
+        )
     for types, kind in _KINDS:
         if isinstance(module, types):
             return kind

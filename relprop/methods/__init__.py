@@ -139,7 +139,7 @@ register_method(
         "Sundararajan et al., ICML 2017",
         "chefer",
         partial(IntegratedGradients, "gradient", "integrated_gradients"),
-        {"steps": 32, "baseline": 0.0, "batch": 8, "held": (), **_CHANNELS},
+        {"steps": 32, "baseline": 0.0, "batch": 8, **_CHANNELS},
         output="input",
     )
 )
@@ -150,7 +150,7 @@ register_method(
         "Smilkov et al. 2017",
         "chefer",
         partial(SmoothGrad, "gradient", "smoothgrad"),
-        {"samples": 32, "noise": 0.15, "seed": 0, "times_input": False, "batch": 8, "held": (), **_CHANNELS},
+        {"samples": 32, "noise": 0.15, "seed": 0, "times_input": False, "batch": 8, **_CHANNELS},
         output="input",
     )
 )

@@ -13,7 +13,7 @@ from torch import Tensor
 from relprop.errors import OptionError
 from relprop.graph import Graph
 from relprop.methods.base import Requirements
-from relprop.methods.input_maps import InputMap, entries
+from relprop.methods.input_maps import InputMap
 
 
 @dataclass(frozen=True)
@@ -37,22 +37,14 @@ class SampledMap(InputMap):
 
     Args:
         batch: points that share one pass.
-        held: arguments of the model's forward that stay as they are; they get no answer.
     """
 
     batch: int = 8
-    held: tuple[str, ...] = ()
 
     def require(self, graph: Graph) -> Requirements:
-        """The gradient at every explained input that moves."""
+        """The gradient at every explained input."""
         self.check()
-        found = super().require(graph)
-        moving = {value for name, value in entries(graph) if graph.arguments[name] not in self.held}
-        values = tuple((value, stream) for value, stream in found.values if value in moving)
-        known = sorted(set(graph.arguments.values()))
-        if set(self.held) - set(known) or (self.held and not values):
-            raise OptionError(f"held: expected some arguments of {', '.join(known)}, not all, got {self.held!r}")
-        return replace(found, values=values, latent_stream=None, padding=True)
+        return replace(super().require(graph), latent_stream=None, padding=True)
 
     def weights(self) -> list[float]:
         """One for each point."""
@@ -67,9 +59,7 @@ class SampledMap(InputMap):
         raise NotImplementedError
 
     def check(self, **counts: int) -> None:
-        """Refuse counts below 1, and names that are none."""
-        if not isinstance(self.held, tuple) or not all(isinstance(name, str) for name in self.held):
-            raise OptionError(f"held: expected a tuple of names, got {self.held!r}")
+        """Refuse counts below 1."""
         for name, count in {"batch": self.batch, **counts}.items():
             if isinstance(count, bool) or not isinstance(count, int) or count < 1:
                 raise OptionError(f"{name}: expected an int from 1, got {count!r}")

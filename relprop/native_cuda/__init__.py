@@ -6,7 +6,7 @@ on one GPU, and runs on its current stream. Tensors that are not contiguous are 
 history; sums are float32 or better.
 """
 
-from relprop.native_cuda.add import add_epsilon, add_gamma, add_normalised, fanout_epsilon
+from relprop.native_cuda.add import add_epsilon, add_gamma, add_normalised, fanout_epsilon, most_readers
 from relprop.native_cuda.attention import attention_shares, share, softmax_taylor
 from relprop.native_cuda.attention_relevance import attention_relevance
 from relprop.native_cuda.call import DTYPES, Stabiliser, available, device_type, info
@@ -37,6 +37,7 @@ __all__ = [
     "linear_back",
     "linear_epsilon_share_out",
     "linear_gamma_share_out",
+    "most_readers",
     "norm_gradient",
     "share",
     "softmax_taylor",

@@ -102,6 +102,11 @@ def add_gamma(
     return _add("add_gamma", relevance, a, b, gamma, stabiliser)
 
 
+def most_readers() -> int:
+    """As many operations may read a value whose relevance `fanout_epsilon` gathers."""
+    return int(compiled().MAX_FANOUT)
+
+
 def fanout_epsilon(relevances: Sequence[Tensor], x: Tensor, *, stabiliser: Stabiliser) -> Tensor:
     """Epsilon rule of a value read by several operations: x ⊙ Σᵢ rᵢ / stab(x).
 
@@ -115,7 +120,7 @@ def fanout_epsilon(relevances: Sequence[Tensor], x: Tensor, *, stabiliser: Stabi
         ShapeError, DTypeError, DeviceError, OptionError, BackendError
     Source: Clone and IndexSelect in the code of Chefer et al., CVPR 2021.
     """
-    most = compiled().MAX_FANOUT
+    most = most_readers()
     if not 1 <= len(relevances) <= most:
         raise OptionError(f"relevances: expected 1 to {most} tensors, got {len(relevances)}")
     call = Call("x", x, "relevances[0]", relevances[0])

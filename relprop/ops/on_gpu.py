@@ -22,6 +22,7 @@ from relprop import native_cuda
 from relprop.native_cuda import Back
 from relprop.native_cuda.attention_relevance import largest_head
 from relprop.ops import attention, on_triton
+from relprop.torch_flags import exact_products
 
 _FACTORS = (torch.float32, torch.bfloat16)
 
@@ -74,7 +75,9 @@ def _share_out_product(
     alpha, tolerance, kind, epsilon = rest
     if operands is torch.float32:
         x, weight = x.float(), weight.float()
-        y, bias = (torch.nn.functional.linear(x, weight), None) if y is None else (y, bias)
+        if y is None:
+            with exact_products():
+                y, bias = torch.nn.functional.linear(x, weight), None
     else:
         x, weight = _factors(operands, x, weight)
         y = bias = None
@@ -190,7 +193,7 @@ def _layer_dtype(arguments: dict[str, Any]) -> torch.dtype:
 
 def _cuda_takes(name: str, arguments: dict[str, Any]) -> bool:
     if "relevances" in arguments:
-        return len(arguments["relevances"]) <= native_cuda.call.compiled().MAX_FANOUT
+        return len(arguments["relevances"]) <= native_cuda.most_readers()
     if name == "attention_relevance":
         heads = [arguments[key] for key in "qv" if arguments[key].dim() == 4]
         return all(t.shape[3] <= largest_head(t.dtype, t.device) for t in heads)

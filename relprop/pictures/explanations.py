@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -164,7 +165,7 @@ def compare(
     heading: str = "",
     **annotation: Any,
 ) -> View:
-    """Several explanations of the same inputs side by side, such as one for each method.
+    """Several explanations of the same inputs side by side, such as one for each method; texts beside images below.
 
     Args:
         explanations: by title.
@@ -177,16 +178,17 @@ def compare(
     noted = {name: found.annotated(**annotation) for name, found in explanations.items()}
     title = heading or f"{len(noted)} explanations"
     pictured = [_has_map(found) and found.image_size is not None for found in noted.values()]
-    if all(pictured):
-        blocks = compared_blocks(noted, samples)
-        return View(
-            title,
-            lambda: draw_blocks(blocks, signed=signed, scale=scale, columns=columns, side=side, heading=heading),
-        )
-    if any(pictured):
+    if any(pictured) and not all(pictured):
         raise OptionError("compare: expected explanations of images or of texts, got both")
     texts = []
     for name, found in noted.items():
         for one in passages(found, samples):
             texts.append(Passage(one.tokens, one.relevance, f"{name}: {one.title}", one.sample, one.special))
-    return text_view(texts, title, scale, signed)
+    if not all(pictured):
+        return text_view(texts, title, scale, signed)
+    blocks = compared_blocks(noted, samples)
+    view = text_view(texts, title, scale, signed) if texts else View(title)
+    drawn = functools.partial(
+        draw_blocks, blocks, signed=signed, scale=scale, columns=columns, side=side, heading=heading
+    )
+    return replace(view, picture=drawn)

@@ -155,8 +155,7 @@ class Report:
             parts.append(f"<h3>Relevance for {escape(first.target_names(sample)[target])}</h3>")
             if image is not None:
                 parts.append(_image_grid(explanations, image, sample, target))
-            else:
-                parts.append(_texts(explanations, sample, target, self.theme))
+            parts.append(_texts(explanations, sample, target, self.theme))
         parts.append(self._ledger(survey, sample))
         return "".join([*parts, "</section>"])
 

@@ -78,6 +78,20 @@ class TestTexts:
         assert re.fullmatch(r"good\tp=0\.\d{4}", lines[0]) and re.fullmatch(r"good\tp=0\.\d{4}", lines[3])
         assert lines[1] == "[CLS] a film that is never embedding. [SEP]" and lines[4] == "[CLS] dull [SEP]"
 
+    @pytest.mark.parametrize("problem", [None, "regression"])
+    def test_one_logit(self, folder: Path, tmp_path: Path, capsys: Capture, problem: str | None) -> None:
+        """A probability by the sigmoid, or what a regression says, as transformers' own pipeline has it."""
+        tokenizer = transformers.BertTokenizer.from_pretrained(folder)
+        tokenizer.save_pretrained(tmp_path)
+        config = transformers.BertConfig.from_pretrained(folder)
+        config.num_labels, config.problem_type = 1, problem
+        torch.manual_seed(0)
+        transformers.BertForSequenceClassification(config).save_pretrained(tmp_path)
+        expected = transformers.pipeline("text-classification", str(tmp_path))("a film")[0]["score"]
+        assert main(["explain", "--text", "a film", "--model", str(tmp_path), "--method", "attnlrp"]) == 0
+        title = capsys.readouterr().out.splitlines()[0]
+        assert title == f"LABEL_0\t{'score' if problem else 'p'}={expected:.4f}" and 0 < abs(expected) < 1
+
     def test_page(self, folder: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
         quick = {name: METHODS[name] for name in ("attnlrp", "transformer_attribution")}
         monkeypatch.setattr("relprop.survey.METHODS", quick)
@@ -140,6 +154,8 @@ class TestTexts:
         (["--text", "b"], "--text: expected the --model that reads it"),
         (["--text", "b", "--model", "m", "--check"], "--check: not together with --text"),
         (["--text", "b", "--model", "m", "--image-size", "64"], "--image-size: not together with --text"),
+        (["--text", "b", "--model", "m", "--out", "o"], "--out: not together with --text"),
+        (["a.png", "--report", "o.html", "--out", "o"], "--out: not together with --report"),
         (["a.png", "--report", "out.png"], "--report: expected a name that ends in .html, got out.png"),
         (["a.png", "--report", "o.html", "--composite", "gamma"], "--composite: not together with --report"),
         (["a.png", "--report", "o.html", "--option", "a=1"], "--option: not together with --report"),

@@ -155,6 +155,66 @@ def test_integrated_gradients_of_several_inputs(ours: Any) -> None:
         assert torch.allclose(delta, wanted.to(delta), rtol=1e-4, atol=1e-12)
 
 
+class Gated(nn.Module):
+    """A classifier whose layers are scaled and shifted by a second argument, or by a constant."""
+
+    def __init__(self, constant: Tensor | None = None) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.first, self.head = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.register_buffer("constant", constant)
+
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        scale = self.constant if scale is None else scale  # type: ignore[assignment]
+        return self.head(torch.relu(self.first(x)) * scale + scale)
+
+
+@pytest.mark.parametrize("method", ["attnlrp", "full", "gradient_x_input"])
+def test_additional_arguments_take_no_relevance(ours: Any, method: str) -> None:
+    """As if they were constants of the model, whatever the method."""
+    x, scale = torch.randn(2, 6, dtype=torch.float64), 1 + torch.rand(8, dtype=torch.float64)
+    found = ours.Relevance(Gated().double().eval(), method).attribute(
+        x, target=1, additional_forward_args=scale.repeat(2, 1)
+    )
+    expected = ours.Relevance(Gated(scale).double().eval(), method).attribute(x, target=1)
+    assert float(expected.abs().sum()) > 0.1
+    assert relative(found, expected) < 1e-10
+
+
+def test_answers_per_token(ours: Any) -> None:
+    """Of token ids as they are, of embeddings spread over their channels; of another input there is none."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+    model = transformers.BertForSequenceClassification(transformers.BertConfig(vocab_size=30, **sizes)).eval()
+    ids, mask = torch.randint(0, 30, (2, 7)), torch.ones(2, 7, dtype=torch.long)
+    attribution = ours.Relevance(model, "transformer_attribution")
+    expected = attribution.attribute(ids, target=1, additional_forward_args=mask)
+    assert expected.shape == ids.shape
+    with pytest.raises(OptionError, match="expected those that carry relevance .*input_ids.*got attention_mask"):
+        attribution.attribute((ids, mask), target=1)
+
+    class Embedded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, embeddings: Tensor) -> Tensor:
+            return self.model(inputs_embeds=embeddings).logits
+
+    embeddings = model.get_input_embeddings()(ids).detach()
+    found = ours.Relevance(Embedded().eval(), "transformer_attribution").attribute(embeddings, target=1)
+    assert found.shape == embeddings.shape
+    assert torch.allclose(found.sum(-1), expected, atol=1e-6)
+
+
+def test_what_smoothgrad_says_of_itself(ours: Any) -> None:
+    plain = ours.Relevance(vit(), "smoothgrad", "attnlrp")
+    assert not plain.has_convergence_delta() and not plain.multiplies_by_inputs
+    assert ours.Relevance(vit(), "smoothgrad", method_options={"times_input": True}).multiplies_by_inputs
+    assert ours.Relevance(vit(), "attnlrp").multiplies_by_inputs
+
+
 @pytest.mark.parametrize("baseline", [np.zeros(3), [0.0], torch.zeros(3), "black", True], ids=str)
 def test_baselines_that_are_no_number(ours: Any, baseline: Any) -> None:
     attribution = ours.Relevance(vit(), "integrated_gradients", method_options={"baseline": baseline})

@@ -549,6 +549,21 @@ def test_training_mode_has_no_dropout() -> None:
     assert torch.equal(relevance(lxt.attnlrp, model.train(), x), expected)
 
 
+def test_training_mode_has_no_dropout_in_stock_attention() -> None:
+    class Attending(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.attention, self.head = nn.MultiheadAttention(8, 2, dropout=0.5, batch_first=True), nn.Linear(8, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.attention(x, x, x)[0].mean(1))
+
+    model, x = Attending().double(), torch.randn(2, 6, 8, dtype=torch.float64)
+    expected = relevance(lxt.attnlrp, model.eval(), x)
+    assert torch.equal(relevance(lxt.attnlrp, model.train(), x), expected)
+
+
 def test_token_ids_and_parameters() -> None:
     """Relevance at the embeddings' output, reached from ids, with weights that take part in the graph."""
     bert = text("bert").double().eval().model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -85,6 +86,48 @@ def test_composites(name: str, given: str) -> None:
     composite = getattr(ours, kind)(**options) if given == "ours" else theirs
     output, found = Gradient(model, composite)(data, seed)
     assert torch.allclose(output, expected_output)
+    assert relative(found, expected) < 1e-6
+
+
+def test_every_activation_of_zennits_list_is_here() -> None:
+    listed = pytest.importorskip("zennit.types").Activation.__subclass__
+    assert set(ours._ACTIVATIONS) == set(listed) - {nn.MultiheadAttention}
+
+
+ONE_OPERATION_WITHOUT_A_RULE = (nn.PReLU, nn.RReLU, nn.Hardshrink, nn.Softshrink, nn.Threshold)
+SEVERAL_OPERATIONS = (nn.Softsign, nn.Tanhshrink)
+
+
+@pytest.mark.parametrize(
+    "activation",
+    [
+        *(nn.ELU(), nn.Hardsigmoid(), nn.Hardtanh(), nn.Hardswish(), nn.LeakyReLU(), nn.LogSigmoid(), nn.ReLU6()),
+        *(nn.SELU(), nn.CELU(), nn.GELU(), nn.Sigmoid(), nn.SiLU(), nn.Softplus(), nn.Tanh(), nn.Mish()),
+        *(nn.PReLU(), nn.RReLU(), nn.Hardshrink(), nn.Softshrink(), nn.Softsign(), nn.Tanhshrink()),
+        nn.Threshold(0.1, 0.05),
+    ],
+    ids=lambda module: type(module).__name__,
+)
+@pytest.mark.parametrize("name", ["EpsilonPlus", "ExcitationBackprop"])
+def test_activations_and_batch_norms(name: str, activation: nn.Module) -> None:
+    """Against zennit; what has no rule here says so."""
+    pytest.importorskip("zennit")
+    import zennit.attribution
+    import zennit.composites
+
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), activation, nn.AvgPool2d(2), nn.Flatten(), nn.Linear(294, 10)]
+    model = nn.Sequential(*layers).double().eval()
+    model[1].running_mean.uniform_(-0.1, 0.1), model[1].running_var.uniform_(0.5, 1.5)  # type: ignore[union-attr, operator]
+    data, seed = images(), torch.randn(3, 10, dtype=torch.float64)
+    try:
+        _, found = Gradient(model, getattr(ours, name)())(data, seed)
+    except UnsupportedOpError as error:
+        assert isinstance(activation, (*ONE_OPERATION_WITHOUT_A_RULE, *SEVERAL_OPERATIONS))
+        assert re.search("activations that are one operation|prelu|rrelu|shrink|threshold", str(error))
+        return
+    with zennit.attribution.Gradient(model, getattr(zennit.composites, name)()) as attributor:
+        _, expected = attributor(data.clone(), seed)
     assert relative(found, expected) < 1e-6
 
 

@@ -36,7 +36,7 @@ from relprop.rules import (
 )
 from tests.backend_checks import check_method, check_whole_explanation
 from tests.engine.models import vit
-from tests.rules.rule_checks import Op, assert_parts, each, module_of, random
+from tests.rules.rule_checks import Op, assert_near, assert_parts, each, module_of, random
 
 pytestmark = pytest.mark.usefixtures("results")
 
@@ -113,6 +113,32 @@ def test_kernel_equals_rule(name: str, rule: Rule) -> None:
     assert all(part is None or part.dtype is torch.float32 for part in got)
     for key, found in calls[0].maps.items():
         assert_parts((found,), (calls[1].maps[key],), TOLERANCE)
+
+
+class ManyReaders(nn.Module):
+    """A value that several layers read, as decoder layers read an encoder's output."""
+
+    def __init__(self, readers: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(6, 6)
+        self.readers = nn.ModuleList(nn.Linear(6, 4) for _ in range(readers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return torch.stack([reader(x) for reader in self.readers]).sum(0)
+
+
+def test_more_readers_than_the_kernel_takes() -> None:
+    """Plain rules take the step."""
+    x, most = random(2, 6).float(), native_cuda.most_readers()
+    for readers in (most, most + 1):
+        model = ManyReaders(readers).eval()
+        engines = [relprop.compile(model, (x,), method="full", backend=name) for name in ("cuda", "torch")]
+        (step,) = [step for step in engines[0].program.reverse if step.node.kind == "fanout"]
+        assert len(step.node.outputs) == readers
+        assert {stream.backend for stream in step.streams} == {"cuda" if readers == most else "torch"}
+        assert_near(*(engine(x, target=1).relevance for engine in engines), 1e-3)
 
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import relprop
+from relprop import replay
 from relprop.engine import Engine
 from relprop.errors import BackendError, TargetError
 from relprop.replay import CudaRecorder, Replays, padded, padded_size
@@ -94,9 +95,13 @@ def test_cuda_recordings_are_of_the_models_device(monkeypatch: pytest.MonkeyPatc
 
     def run() -> list[Tensor]:
         runs.append(cuda.at)
+        assert replay._RECORDING.locked()  # torch records one graph at a time in a process
         return []
 
-    recording = CudaRecorder(torch.device("cuda:1"))(run)
+    recorder = CudaRecorder(torch.device("cuda:1"))
+    recording = recorder(run)
+    assert cuda.options["stream"] is recorder.stream  # not torch's one for all, nor its libraries' workspaces
+    assert not replay._RECORDING.locked()
     with recording.turn():
         recording.replay()
     assert runs == ["cuda:1"] * 3  # twice to warm up, once to record

@@ -178,8 +178,9 @@ def test_several_inputs_are_noisy_at_once() -> None:
 def test_held_inputs_stay() -> None:
     """As if they were constants of the model: the other input's answer alone, from it and its own baseline."""
     model, ids, regions = pair()
-    options = {"steps": 20, "held": ("ids",)}
-    found = relprop.explain(model, ids, regions, method="integrated_gradients", target=1, method_options=options)
+    found = relprop.explain(
+        model, ids, regions, method="integrated_gradients", target=1, method_options={"steps": 20}, held=("ids",)
+    )
     assert list(found.relevances) == ["regions"]
     words = model.embed(ids).detach()
     change = (found.logits - model.score(words, torch.zeros_like(regions)))[:, 1].detach()
@@ -187,9 +188,9 @@ def test_held_inputs_stay() -> None:
     assert torch.equal(found.relevance, found.relevances["regions"])
     for held in (("words",), ("ids", "regions")):
         with pytest.raises(OptionError, match=re.escape("held: expected some arguments of ids, regions, not all, got")):
-            relprop.explain(model, ids, regions, method="smoothgrad", method_options={"held": held})
+            relprop.explain(model, ids, regions, method="smoothgrad", held=held)
     with pytest.raises(OptionError, match="held: expected a tuple of names, got 'ids'"):
-        relprop.explain(model, ids, regions, method="smoothgrad", method_options={"held": "ids"})
+        relprop.explain(model, ids, regions, method="smoothgrad", held="ids")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("method", ["integrated_gradients", "smoothgrad"])

@@ -287,5 +287,12 @@ class TestTexts:
             *("one: class 0", "one: class 2", "two: class 0", "two: class 2")
         ]
         image = relprop.explain(vit(), noise(2), target=1)
+        both = replace(
+            image,
+            relevances={"pixels": image.relevance, "input_ids": found.relevances["input_ids"][:, 0]},
+            inputs={**image.inputs, **found.inputs},
+        )
+        seen = compare({"one": both}, samples=[0])
+        assert seen.picture is not None and "one: class 1" in seen.html()  # a map, and words below it
         with pytest.raises(OptionError, match="compare: expected explanations of images or of texts, got both"):
             compare({"text": found, "image": image})
