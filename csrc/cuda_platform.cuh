@@ -1,6 +1,7 @@
 // The one place where nvcc and the host emulation of csrc/emulation differ: kernels include this and use its names.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <stdexcept>
@@ -64,8 +65,9 @@ void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 blo
   if (dynamic_shared > 48 * 1024) {  // always the same limit: another thread may be about to launch with more
     cudaFuncAttributes known{};
     check_cuda(cudaFuncGetAttributes(&known, kernel), name);
-    const size_t room = most_shared(stream.device) - known.sharedSizeBytes;
-    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(room)), name);
+    const size_t limit = std::max(most_shared(stream.device) - known.sharedSizeBytes, dynamic_shared);
+    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(limit)),
+               name);
   }
 #if defined(__CUDACC__)
   kernel<<<grid, block, dynamic_shared, static_cast<cudaStream_t>(stream.handle)>>>(

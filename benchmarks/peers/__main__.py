@@ -5,8 +5,8 @@
                                [--minutes 40] [--out FILE]
 
 Six points in at most 40 minutes by default. A contender runs as many rounds as the budget of its point has, `rounds`
-says how many. `--all` has every point and no limit, `--models`
-with `--batches`, `--tokens` and `--dtypes` the combinations of them, `--quick` two tiny models.
+says how many. `--all` has every point and no limit, `--models` with `--batches`, `--tokens` and `--dtypes` the
+combinations of them, `--quick` two tiny models.
 
 Every contender's answer is checked first, on two layers of the model, and the timed answers themselves in the end: the
 first and the last sample of the first and of the last run, each held to its truth, computed alone in float64, or

@@ -38,9 +38,10 @@ def test_every_kernel_is_compiled_for_every_architecture() -> None:
     assert cases <= collected(arguments)
 
 
-def test_one_binary_runs_under_two_versions_of_torch() -> None:
-    (arguments,) = selections("versions")
-    assert collected(arguments) == {"test_one_binary_under_two_versions_of_torch"}
+def test_the_oldest_torch_compiles_kernels_and_shares_its_binary_with_the_newest() -> None:
+    compiled, shared = selections("versions")
+    assert collected(compiled) == {"test_a_few_on_hopper", "test_boolean_mask_and_shared_keys_on_hopper"}
+    assert collected(shared) == {"test_one_binary_under_two_versions_of_torch"}
 
 
 def test_no_nvcc_is_a_failure_unless_none_is_asked_for() -> None:
