@@ -30,7 +30,7 @@ def made(tensor: Tensor, transform: str, dtype: torch.dtype) -> Tensor:
     return _TRANSFORMS[transform](tensor.to(dtype))
 
 
-class _Made:
+class _Ready:
     """A tensor of a GPU that one stream makes, for other streams to read."""
 
     def __init__(self, tensor: Tensor) -> None:
@@ -54,7 +54,7 @@ class _Entry:
     pointer: int
     version: int
     tensor: Tensor
-    made: _Made | None = None
+    ready: _Ready | None = None
 
 
 class DerivedWeights:
@@ -77,14 +77,14 @@ class DerivedWeights:
         found = self._entries.get(key)
         version, pointer = -1 if tensor.is_inference() else tensor._version, tensor.data_ptr()
         if found is not None and found.version == version and found.pointer == pointer and found.source() is tensor:
-            if found.made is not None:
-                found.made.awaited(found.tensor)
+            if found.ready is not None:
+                found.ready.awaited(found.tensor)
             return found.tensor
         derived = made(tensor.detach(), transform, dtype)
         if keep:
-            by = _Made(derived) if derived.is_cuda and not is_fake(derived) else None
+            ready = _Ready(derived) if derived.is_cuda and not is_fake(derived) else None
             with self._lock:
-                self._entries[key] = _Entry(weakref.ref(tensor), pointer, version, derived, by)
+                self._entries[key] = _Entry(weakref.ref(tensor), pointer, version, derived, ready)
         return derived
 
     def clear(self) -> None:

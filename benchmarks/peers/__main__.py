@@ -107,6 +107,11 @@ def main(arguments: list[str] | None = None) -> int:
     until = time.monotonic() + 60 * minutes
     for point in points(given):
         print(point, flush=True)
+        asked = [{**dataclasses.asdict(point), "contender": name} for name in ("forward", *given.contenders)]
+        if missing := lacking(out, asked):
+            print(f"  not started: {out} has {', '.join(missing)} at this point too (--contenders, --out)", flush=True)
+            status = 1
+            continue
         if time.monotonic() > until:
             print(f"  not started: the {minutes:g} minutes are over (--minutes)", flush=True)
             continue

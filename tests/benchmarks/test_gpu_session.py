@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -222,6 +223,16 @@ def test_patches_are_undone() -> None:
         module.torch, module.added = None, 1
     assert module.GELU.forward is own and module.torch is torch and len(vars(module)) == length
     assert torch.nn.Dropout(0.0)(torch.ones(1)) == 1
+
+
+def test_what_runs_under_a_sanitizer_ends_with_it(tmp_path: Path) -> None:
+    """It has the GPU: its output would stay open for as long as it lives."""
+    from benchmarks.gpu.sanitized import _watched
+
+    start = time.monotonic()
+    said, failed = _watched(["bash", "-c", "sleep 300 & echo begun; wait"], "cuda", str(tmp_path), 1)
+    assert (said, failed) == ("begun\n", "not done in 1 s")
+    assert time.monotonic() - start < 60
 
 
 @pytest.mark.parametrize(

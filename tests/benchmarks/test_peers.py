@@ -401,24 +401,27 @@ def test_command(tmp_path: Path) -> None:
 def test_a_run_with_fewer_contenders_leaves_the_rows_of_a_point(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As one that ran out of time has."""
-    names = ["forward", "relprop", "lxt"]
+    """One that ran out of time, and one that was asked for fewer, which does not begin."""
+    names, ran = ["forward", "relprop", "lxt"], []
 
     def compete(point: Point, given: Any, options: Any, until: float) -> Any:
-        return [{**asdict(point), "contender": name, "error": "none", "note": given[0]} for name in names]
+        ran.append(given)
+        return [{**asdict(point), "contender": name, "error": "none", "note": str(len(ran))} for name in names]
 
     monkeypatch.setattr(command, "compete", compete)
     out = tmp_path / "rows.csv"
-    arguments = ["--quick", "--tokens", "17", "--out", str(out), "--contenders"]
-    assert command.main([*arguments, "forward"]) == 0
+    arguments = ["--quick", "--tokens", "17", "--out", str(out), "--contenders", "relprop", "lxt"]
+    assert command.main(arguments) == 0
     del names[1]
-    assert command.main([*arguments, "lxt"]) == 0
+    assert command.main(arguments) == 0
     assert f"not written: {out} has relprop at this point" in capsys.readouterr().out
+    assert command.main(arguments[:-1]) == 1
+    assert f"not started: {out} has lxt at this point too" in capsys.readouterr().out and len(ran) == 2
     names[1:1] = ["relprop", "zennit"]
-    assert command.main([*arguments, "relprop"]) == 0
+    assert command.main([*arguments, "zennit"]) == 0
     with out.open() as stream:
         found = [(row["contender"], row["note"]) for row in csv.DictReader(stream)]
-    assert found == [(name, "relprop") for name in names]
+    assert found == [(name, "3") for name in names]
 
 
 def test_a_point_without_a_time_has_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,7 +30,7 @@ def test_other_streams_wait_for_the_one_that_makes_it(monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: at["stream"])
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: at["recording"])
     tensor: Any = SimpleNamespace(device="cuda:0", record_stream=kept.append)
-    made = weights._Made(tensor)
+    made = weights._Ready(tensor)
     made.awaited(tensor)
     assert not maker.waited and not kept
     at.update(stream=reader, recording=True)  # which waited when it warmed up, and may not wait for others' events

@@ -14,17 +14,9 @@ from relprop.backends import choices
 from relprop.errors import OptionError
 from relprop.ops import OPS, on_gpu, on_triton, registry
 from relprop.ops.registry import PRODUCTS, SPECS
+from tests.ops import checks
 from tests.ops.cases import arguments, random, results
-from tests.ops.checks import (
-    DTYPES,
-    HALF,
-    OPERANDS,
-    check_kernel,
-    check_products,
-    check_schema,
-    check_shares_from_a_given_output,
-    run_as_on_a_gpu,
-)
+from tests.ops.checks import DTYPES, HALF, OPERANDS
 
 # Parts of attention's step, which its kernel has inside.
 WITHOUT_TRITON = {"matmul_half_share", "matmul_half_attention_shares"}
@@ -34,7 +26,7 @@ WITHOUT_TRITON = {"matmul_half_share", "matmul_half_attention_shares"}
 def taken(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """How often each Triton kernel ran."""
     monkeypatch.setattr(native_cuda, "available", lambda: (False, "not built"))
-    return run_as_on_a_gpu(monkeypatch)
+    return checks.run_as_on_a_gpu(monkeypatch)
 
 
 def call_of(name: str, dtype: torch.dtype = torch.float32, half: torch.dtype | None = None) -> tuple[Any, ...]:
@@ -58,24 +50,24 @@ def test_every_op_with_a_kernel_has_a_launcher() -> None:
 def test_kernel_equals_reference(
     taken: dict[str, int], name: str, dtype: torch.dtype, half: torch.dtype | None
 ) -> None:
-    check_kernel(taken, name, call_of(name, torch.float32 if name in PRODUCTS else dtype, half), half)
+    checks.check_kernel(taken, name, call_of(name, torch.float32 if name in PRODUCTS else dtype, half), half)
 
 
 @pytest.mark.parametrize("operands", OPERANDS)
 @pytest.mark.parametrize("half", [None, *HALF])
 @pytest.mark.parametrize("name", sorted(PRODUCTS & set(on_triton.LAUNCHERS)))
 def test_products(taken: dict[str, int], name: str, half: torch.dtype | None, operands: torch.dtype) -> None:
-    check_products(taken, name, half, operands)
+    checks.check_products(taken, name, half, operands)
 
 
 @pytest.mark.parametrize("operands", OPERANDS)
 def test_shares_from_a_given_output(taken: dict[str, int], operands: torch.dtype) -> None:
-    check_shares_from_a_given_output(taken, operands)
+    checks.check_shares_from_a_given_output(taken, operands)
 
 
 @pytest.mark.parametrize("name", sorted(on_triton.LAUNCHERS))
 def test_opcheck(taken: dict[str, int], name: str) -> None:
-    check_schema(taken, name, call_of(name))
+    checks.check_schema(taken, name, call_of(name))
 
 
 def changed(name: str, **values: Any) -> tuple[str, tuple[Any, ...]]:

@@ -184,3 +184,19 @@ def test_a_text(tmp_path: Path) -> None:
     text = report.html()
     assert re.findall(r"<figcaption><span>(.*?)</span>", text) == ["gradient_x_input"] * 2
     assert text.count("<figcaption>attnlrp<small>not finite</small></figcaption>") == 2
+
+
+def test_words_beside_an_image(found: tuple[nn.Module, torch.Tensor, Survey]) -> None:
+    """As of a model that reads both: the maps, and below them the words."""
+    words = torch.tensor([[3, 1, 4], [5, 2, 6]])
+    findings = []
+    for one in found[2].findings:
+        assert one.explanation is not None
+        relevances = {"x": one.explanation.relevance, "words": torch.rand(2, 2, 3)}
+        both = replace(one.explanation, relevances=relevances, inputs={**one.explanation.inputs, "words": words})
+        findings.append(replace(one, explanation=both))
+    report = Report("both")
+    report.add(replace(found[2], findings=findings), ["one", "two"], torch.rand(2, 10), LABELS, chosen=[[3], [1]])
+    page = report.html()
+    assert page.count("data:image/jpeg;base64,") == 6
+    assert page.count(">#4</span>") == page.count(">#6</span>") == len(QUICK)
