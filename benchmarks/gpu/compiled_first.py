@@ -1,4 +1,4 @@
-"""Every Triton kernel that the session's cases launch, compiled by many processes at once; nothing is launched.
+"""Every Triton kernel that the session's cases and engines launch, compiled by many processes at once; nothing runs.
 
     python -m benchmarks.gpu.compiled_first [--dry-run] [--jobs N] [--out FOLDER]
 
@@ -9,11 +9,13 @@ do it (`JITFunction.warmup`), on tensors of the meta device. Writes compiled.csv
 from __future__ import annotations
 
 import argparse
+import importlib
+import itertools
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.gpu import outlined_passes
 from benchmarks.gpu.kernels import chosen
 from benchmarks.gpu.machine import Machine, machine_of, told
 from benchmarks.gpu.tiles_timed import tried
@@ -43,9 +46,19 @@ class Outline(Machine):
         return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def launches(architecture: int, dry: bool) -> list[Launch]:
+def launches(architecture: int, dry: bool) -> Iterator[Launch]:
     """One of each kernel that would be compiled, in an order that does not change."""
-    found: dict[Any, Launch] = {}
+    seen: set[Any] = set()
+    for launch in itertools.chain(
+        of_cases(architecture, dry), outlined_passes.launches(Machine(dry, Path()), architecture)
+    ):
+        if (key := _key(launch)) not in seen:
+            seen.add(key)
+            yield launch
+
+
+def of_cases(architecture: int, dry: bool) -> Iterator[Launch]:
+    """Of kernels by themselves."""
     with recording(architecture) as recorded:
         for sizes in PASSES:
             machine = Outline(dry, Path(), tiny=sizes.get("tiny", False), backends=("triton", "library"))
@@ -53,9 +66,7 @@ def launches(architecture: int, dry: bool) -> list[Launch]:
                 case.runs[backend]()
         for case, *_ in tried(Outline(dry, Path(), backends=("triton",)), architecture):
             case.runs["triton"]()
-    for launch in recorded:
-        found.setdefault(_key(launch), launch)
-    return list(found.values())
+    yield from recorded
 
 
 def _key(launch: Launch) -> Any:
@@ -71,42 +82,52 @@ def _options(launch: Launch) -> tuple[int, int]:
     return launch.configuration.warps, launch.configuration.stages
 
 
-_LAUNCHES: list[Launch] = []
+@dataclass(frozen=True)
+class Order:
+    """A launch as another process gets it, with its kernel by name."""
+
+    module: str
+    kernel: str
+    launch: Launch
+
+    @classmethod
+    def of(cls, launch: Launch) -> Order:
+        return cls(launch.kernel.__module__, launch.kernel.__name__, replace(launch, kernel=None))
 
 
-def _begin(architecture: int) -> None:
-    _LAUNCHES[:] = launches(architecture, dry=False)
-
-
-def compile_one(index: int) -> tuple[str, float, str]:
+def compile_one(order: Order) -> tuple[str, float, str]:
     """Name, seconds and what went wrong."""
-    launch = _LAUNCHES[index]
+    launch, start, failed = order.launch, time.perf_counter(), ""
     warps, stages = _options(launch)
-    start, failed = time.perf_counter(), ""
     try:
-        launch.kernel.warmup(
-            *launch.arguments, grid=launch.grid, num_warps=warps, num_stages=stages, **launch.constants
-        )
+        kernel = getattr(importlib.import_module(order.module), order.kernel)
+        kernel.warmup(*launch.arguments, grid=launch.grid, num_warps=warps, num_stages=stages, **launch.constants)
     except Exception as problem:  # its check will fail and say so, too
         failed = told(problem)
-    return launch.kernel.__name__, time.perf_counter() - start, failed
+    return order.kernel, time.perf_counter() - start, failed
 
 
 def main(machine: Machine, jobs: int) -> int:
     """Compile all; 1 where one cannot be."""
     machine.begin("compiled")
     if machine.dry or kernels.interpreted:
-        machine.add(kernels=len(launches(90, dry=True)), failed="a dry run compiles nothing")
+        machine.add(kernels=sum(1 for _ in launches(90, dry=True)), failed="a dry run compiles nothing")
         return 0
     major, minor = torch.cuda.get_device_capability()
-    _begin(10 * major + minor)
-    start, status = time.perf_counter(), 0
-    with ProcessPoolExecutor(jobs, get_context("spawn"), _begin, (10 * major + minor,)) as pool:
-        for name, seconds, failed in pool.map(compile_one, range(len(_LAUNCHES))):
+    start, status, orders = time.perf_counter(), 0, []
+    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+        try:  # the first are compiled while engines are made
+            for launch in launches(10 * major + minor, dry=False):
+                orders.append(pool.submit(compile_one, Order.of(launch)))
+        except Exception as problem:  # its point will fail and say so, too
+            machine.add(kernel="-", seconds=time.perf_counter() - start, failed=told(problem))
+            status = 1
+        for order in orders:
+            name, seconds, failed = order.result()
             if failed or seconds > 10:
                 machine.add(kernel=name, seconds=seconds, failed=failed)
             status |= bool(failed)
-    machine.add(kernel="all", kernels=len(_LAUNCHES), jobs=jobs, seconds=time.perf_counter() - start, failed="")
+    machine.add(kernel="all", kernels=len(orders), jobs=jobs, seconds=time.perf_counter() - start, failed="")
     return status
 
 

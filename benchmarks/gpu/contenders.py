@@ -27,11 +27,11 @@ Run = Callable[[], Any]
 Key = tuple[str, ...]
 
 
-def vit(machine: Machine, side: int = 224, dtype: torch.dtype = torch.float32) -> Any:
+def vit(machine: Machine, side: int = 224, dtype: torch.dtype = torch.float32, depth: int = 12) -> Any:
     """ViT-B/16 with random weights; a tiny one in a dry run."""
     torch.manual_seed(0)
     tiny = {"img_size": 32, "embed_dim": 24, "depth": 1, "num_heads": 2, "num_classes": 10}
-    model = timm.models.VisionTransformer(**(tiny if machine.dry else {"img_size": side})).eval()
+    model = timm.models.VisionTransformer(**(tiny if machine.dry else {"img_size": side, "depth": depth})).eval()
     model.norm.eps = 1e-5  # as the reference's final norm has it
     return model.to(machine.device, dtype)
 

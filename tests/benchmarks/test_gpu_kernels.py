@@ -17,7 +17,8 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).parents[2]
 # Compiles one launch as `compiled_first` does, then launches' twins on tensors with numbers: none is compiled again.
 TWICE = """
-import os, sys, torch, triton
+import os, pickle, sys, torch, triton
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from triton.backends.compiler import GPUTarget
 from benchmarks.gpu import compiled_first
@@ -32,19 +33,37 @@ class Driver:
 
 triton.runtime.driver.set_active(Driver())
 if sys.argv[1] == "outline":
-    compiled_first._begin(90)
-    launches = compiled_first._LAUNCHES
+    launches = list(compiled_first.of_cases(90, False))
 else:
     class OnCpu(Machine):
         device = torch.device("cpu")
     with recording(90) as launches:
         for case, backend in chosen(OnCpu(False, Path(), tiny=True, backends=("triton",)), large=False):
             case.runs[backend]()
-    compiled_first._LAUNCHES[:] = launches
-for index, launch in enumerate(compiled_first._LAUNCHES):
+for launch in launches:
     if launch.kernel.__name__ in ("_softmax_taylor_kernel", "_fanout_epsilon_kernel"):
-        assert compiled_first.compile_one(index)[2] == ""
+        order = pickle.loads(ForkingPickler.dumps(compiled_first.Order.of(launch)))  # as another process gets it
+        assert compiled_first.compile_one(order)[2] == ""
 print("kernels", sum(1 for _ in Path(os.environ["TRITON_CACHE_DIR"]).glob("*/*.cubin")))
+"""
+# Passes that run, their launches written down: how many there are, and how many `compiled_first` does not compile.
+ENGINES = """
+import torch
+from pathlib import Path
+from benchmarks.gpu import compiled_first
+from benchmarks.gpu.contenders import engine_of, images, vit
+from benchmarks.gpu.machine import Machine
+from relprop.kernels.launch import recording
+
+machine = Machine(True, Path())
+compiled = {compiled_first._key(launch) for launch in compiled_first.launches(90, dry=True)}
+model, given = vit(machine), images(machine, 2)
+for method in ("transformer_attribution", "attnlrp"):
+    for index in ([5], [5, 7]):
+        engine = engine_of(machine, model, given, False, method=method, tape=False)
+        with recording(90) as launches:
+            engine(given, target=torch.tensor([index] * 2))
+        print("launched", len(launches), len({compiled_first._key(launch) for launch in launches} - compiled))
 """
 
 
@@ -83,3 +102,16 @@ def test_what_is_compiled_first_is_not_compiled_again(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr[-2000:]
         said.append(int(done.stdout.split()[-1]))
     assert said[0] == said[1] >= 8
+
+
+def test_what_engines_launch_is_compiled_first() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", ENGINES],
+        cwd=ROOT,
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = [line.split() for line in done.stdout.splitlines() if line.startswith("launched")]
+    assert len(lines) == 4 and all(int(count) > 4 and missing == "0" for _, count, missing in lines)
