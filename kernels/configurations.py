@@ -62,7 +62,7 @@ TABLE: dict[tuple[str, str, str], Rows] = {
     ("linear_share_out", "half", "few"): {80: _share(16, 32, 128, 4, 4)},
     ("linear_share_out", "medium", "wide"): {80: _share(64, 64, 32, 4, 3), 90: _share(128, 64, 64, 8, 3)},
     ("linear_share_out", "medium", "many"): {
-        80: _share(64, 32, 32, 4, 3),
+        80: _share(64, 64, 32, 8, 3),
         90: _share(128, 64, 64, 8, 3),
         100: _share(128, 64, 32, 8, 3),
     },
@@ -105,6 +105,16 @@ TABLE: dict[tuple[str, str, str], Rows] = {
     ("linear_back", "ieee", "fused_many"): {80: _back(64, 32, 16, 8, 2)},
     ("linear_back", "ieee", "one_few"): {80: _back(16, 32, 32, 4, 2)},
     ("linear_back", "ieee", "fused_few"): {80: _back(16, 32, 32, 4, 2)},
+    # Outputs that are no whole number of tiles, such as 1,000 classes: masks take registers.
+    ("linear_back", "half", "ragged"): {
+        80: _back(64, 64, 32, 8, 2),
+        90: _back(128, 64, 32, 8, 2),
+        100: _back(64, 64, 32, 8, 2),
+    },
+    ("linear_back", "medium", "ragged"): {80: _back(64, 64, 32, 8, 2)},
+    ("linear_back", "tf32", "ragged"): {80: _back(64, 32, 32, 4, 2), 90: _back(64, 64, 32, 8, 2)},
+    ("linear_back", "tf32x3", "ragged"): {80: _back(64, 32, 16, 4, 2)},
+    ("linear_back", "ieee", "ragged"): {80: _back(64, 32, 16, 8, 2)},
     ("elementwise", "", ""): {80: Configuration({"BLOCK": 1024}, 4, 2)},
     ("add_normalised", "", ""): {80: Configuration({"BLOCK": 1024}, 4, 2)},
     ("scalars", "", ""): {80: Configuration({}, 4, 1)},
@@ -160,7 +170,7 @@ TABLE: dict[tuple[str, str, str], Rows] = {
         90: _tiles(16, 16, 8, 1),
     },
     ("attention_keys_values", "half", "d64"): {
-        80: _tiles(32, 32, 4, 2),
+        80: _tiles(32, 32, 8, 2),
         90: _tiles(32, 64, 8, 2),
         100: _tiles(64, 64, 8, 2),
     },

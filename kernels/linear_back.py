@@ -16,6 +16,8 @@ from relprop.kernels.configurations import configuration
 from relprop.kernels.launch import Configuration, architecture_of, cdiv, jit, launch, products, share_products, tl
 from relprop.kernels.stabiliser import magnitude, product, side_of, tile_of
 
+LARGEST_BLOCK_N = 64  # of the tabled tiles
+
 
 @jit
 def back_tile(
@@ -304,7 +306,8 @@ class BackInputs:
     def configuration(self, table: str, relevance: bool, gradient: bool, count: int) -> Configuration:
         """The tabled one for that many targets."""
         kind = "fused" if relevance and gradient else "one"
-        shape_class = f"{kind}_few" if count * self.m <= 32 else f"{kind}_many"
+        many = f"{kind}_many" if self.n % LARGEST_BLOCK_N == 0 else "ragged"
+        shape_class = f"{kind}_few" if count * self.m <= 32 else many
         return configuration(table, architecture_of(self.x.device), self.products.kind, shape_class)
 
     def _check(self, name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> int:

@@ -153,8 +153,10 @@ def share_half(
 @jit
 def row_scales(scale_at, first_row, row, m_size, per_sample, stride_cb):
     """The factors of a tile's rows, those of their samples. [BLOCK_M, 1]"""
-    at = first_row + row
-    return tl.load(scale_at + at // per_sample * stride_cb, mask=at < m_size, other=0.0)
+    # Only the first row's place among all samples takes 64 bits; others' would not fit into registers.
+    scale_at += first_row // per_sample * stride_cb
+    samples = ((first_row % per_sample).to(tl.int32) + row) // per_sample
+    return tl.load(scale_at + samples * stride_cb, mask=row < (m_size - first_row).to(tl.int32), other=0.0)
 
 
 class ShareInputs:
@@ -217,10 +219,11 @@ class ShareInputs:
         return p1, torch.empty_like(p1) if separate else p1
 
     def _shape_class(self, one_share: bool) -> str:
-        # The widest tiles leave registers for whole tiles of K and for one share only.
+        # The widest tiles leave registers for whole tiles of K, for one share only, and for one target's scales.
         if self.rows <= 32:
             return "few"
-        return "wide" if one_share and self.k % 64 == 0 else "many"
+        scales = 0 if self.scale is None else self.targets
+        return "wide" if one_share and self.k % 64 == 0 and scales <= 1 else "many"
 
     def launch(self, kernel: Any, p1: Tensor, p2: Tensor, scalars: tuple[float, ...], **constants: Any) -> None:
         """Launch a share-out kernel: its arguments are the same for every rule, but for the rule's own scalars."""

@@ -119,8 +119,9 @@ def test_prediction_where_recordings_hold_their_memory() -> None:
     apart = {batch: engine.memory(batch) - engine.derived_memory for batch in (48, 64, 112)}
     engine._replays.recorder = Forgetful()  # type: ignore[union-attr]
     held = {batch: engine.memory(batch) - engine.derived_memory for batch in apart}
+    answer = engine._forecast(engine._sizes(), 1).answer
     for batch in (48, 64):  # one run: its answer is copied out beside what the recording holds
-        assert 0 <= held[batch] - apart[batch] <= batch * 1000, (held, apart)
+        assert 0 <= held[batch] - apart[batch] <= answer.at(batch) < batch * 1000, (held, apart)
     assert apart[112] + 0.8 * apart[48] < held[112] < apart[112] + apart[48]
 
 

@@ -92,6 +92,33 @@ def linear_cases() -> Iterator[Case]:
         yield case("linear_epsilon/back", linear_epsilon_back, s, x, w, s, precision=precision)
         yield case("linear_gamma/share_out", linear_gamma_share_out, r, x, w, None, bias, **options)
         yield case("linear_gamma/back", linear_gamma_back, s, separate, x, w, precision=precision)
+        if rows > 1 and k == 768:
+            yield from ragged_cases(name, dtype, precision)
+            for targets in (1, 2):
+                run = functools.partial(
+                    linear_alpha_beta_share_out, r[:targets, None], x[None], w, None, bias, scale=empty(targets, 1)
+                )
+                yield case("linear_alpha_beta/scaled", run, at=f"{name}/{size}/{targets}", **options)
+
+
+def ragged_cases(name: str, dtype: torch.dtype, precision: str) -> Iterator[Case]:
+    """Way back from a number of outputs that is no whole number of tiles, as of classes."""
+    for targets in (1, 2):
+        x, w, s = empty(64, 768, dtype=dtype), empty(1000, 768, dtype=dtype), empty(targets, 64, 1000, dtype=dtype)
+        given = (x[None], w, empty(targets, 1, 64, 768), x[None], x[None], x[None])
+        options = {"plain": 0.5, "magnified": 0.5, "other_scale": empty(targets, 1), "gather_stabiliser": REFERENCE}
+        streams = {"back": (s, s, None), "fused": (s, s, s), "separate": (s, empty(*s.shape, dtype=dtype), s)}
+        if dtype != torch.float32:
+            streams["float32_fused"] = (empty(*s.shape), empty(*s.shape), empty(*s.shape))
+        for label, (p1, p2, gradients) in streams.items():
+            back = functools.partial(linear_alpha_beta_back, p1, p2, x, w, gradients, precision=precision)
+            yield f"linear_alpha_beta/{label}/{name}/ragged/{targets}", back
+        for label, gradients in (("add", None), ("add_fused", s[:, None])):
+            add = functools.partial(linear_back_add, s[:, None], s[:, None], *given, gradients, **options)
+            run = functools.partial(add, stabiliser=REFERENCE, precision=precision)
+            yield f"linear_alpha_beta/{label}/{name}/ragged/{targets}", run
+        gated = functools.partial(linear_back_gated, s, w, x, x, x, activation="silu", precision=precision)
+        yield f"linear_back/gated/{name}/ragged/{targets}", gated
 
 
 def attention_case(
@@ -118,6 +145,7 @@ def attention_cases() -> Iterator[Case]:
             yield case("padding", q, both, mask=boolean[:, :, :1], **row)
             yield case("gradient", q, (stream, None))
             yield case("relevance", q, (None, stream), row=row["row"], edge="relevance")
+            yield attention_case(f"{name}/none/d{d}", q, "detached", k, both, qk="none", precision=precision, **row)
         if (name, qk, d) in (("bf16", "half", 256), ("fp16", "half", 64)):
             yield case("grouped", k, both, **row)
         if d == 64 and qk == "alpha_beta":
