@@ -12,10 +12,11 @@ Every contender's answer is checked first, on two layers of the model, and the t
 first and the last sample of the first and of the last run, each held to its truth, computed alone in float64, or
 `check` says why that was not affordable. What is wrong gets no time (`check`, `error`). Each runs in a fresh process,
 in turn with the others: times are medians of interleaved rounds, ratios are to the forward pass of the same round,
-`peak_bytes` is what its first run took beyond what its process held before it (the model is loaded and its weights are
-read), `process_bytes` the process's own peak. Contenders that are not installed, cannot explain a model, or run out of
-the budget of time or memory are rows that say so. Rows of other points in the file stay, and those of a point that has
-more contenders there than this run had time for. Pictures are made with `python -m benchmarks.peers.pictures`.
+`peak_bytes` is what its first two runs took beyond what its process held before them (the model is loaded and its
+weights are read), `process_bytes` the process's own peak. Contenders that are not installed, cannot explain a model, or
+run out of the budget of time or memory are rows that say so. Rows of other points in the file stay, and those of a
+point that has more contenders there than this run had time for. Pictures are made with `python -m
+benchmarks.peers.pictures`.
 """
 
 from __future__ import annotations
@@ -105,7 +106,11 @@ def main(arguments: list[str] | None = None) -> int:
     device = torch.cuda.get_device_name() if given.device == "cuda" else None
     minutes = given.minutes or (math.inf if given.all else MINUTES)
     until = time.monotonic() + 60 * minutes
-    for point in points(given):
+    asked_for = points(given)
+    if not asked_for:
+        sizes = ", ".join(f"--{name}" for name in ("batches", "tokens", "dtypes") if getattr(given, name))
+        raise SystemExit(f"{sizes}: expected sizes of the plan's points, got none of them; --all has more, --models any")
+    for point in asked_for:
         print(point, flush=True)
         asked = [{**dataclasses.asdict(point), "contender": name} for name in ("forward", *given.contenders)]
         if missing := lacking(out, asked):

@@ -1,13 +1,19 @@
-"""Plots of the race's rows: python -m benchmarks.peers.pictures [ROWS] [--out docs/pictures]."""
+"""Plots of the race's rows: python -m benchmarks.peers.pictures [ROWS] [--out docs/pictures].
+
+Each says in its metadata which rows it was drawn from: `shows` compares.
+"""
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+from PIL import Image
 
 from benchmarks.numerics.rows import RESULTS, read_rows
 from benchmarks.peers.names import NAMES
@@ -17,6 +23,22 @@ import matplotlib.pyplot as plt
 
 OURS, OTHERS = "#1b6ca8", "#b0b0b0"
 Row = dict[str, str]
+ROWS = "Rows"  # the metadata's key
+
+
+def shows(picture: Path, rows: Sequence[Row]) -> bool:
+    """Whether a plot was drawn from these rows."""
+    with Image.open(picture) as image:
+        return image.info.get(ROWS) == _digest(rows)
+
+
+def _digest(rows: Sequence[Row]) -> str:
+    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
+
+
+def _saved(figure: Any, path: Path, rows: Sequence[Row]) -> None:
+    figure.savefig(path, dpi=110, metadata={ROWS: _digest(rows)})
+    plt.close(figure)
 
 
 def times(rows: Sequence[Row], path: Path) -> None:
@@ -31,8 +53,7 @@ def times(rows: Sequence[Row], path: Path) -> None:
             f"{model}, batch {found[0]['batch']}, {found[0]['tokens']} tokens, {found[0]['dtype']}", fontsize=9
         )
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    _saved(figure, path, rows)
 
 
 def _grid(panels: int) -> tuple[Any, Any]:
@@ -94,8 +115,7 @@ def memory(rows: Sequence[Row], path: Path) -> None:
     below = 0.22 * -(-len(named) // keys) / figure.get_figheight()
     figure.legend([drawn[name] for name in named], [NAMES[n] for n in named], ncols=keys, fontsize=8, loc="lower left")
     figure.tight_layout(rect=(0, below, 1, 1))
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    _saved(figure, path, rows)
 
 
 def _lines(rows: Sequence[Row]) -> dict[str, list[tuple[int, float]]]:

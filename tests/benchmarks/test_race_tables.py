@@ -106,3 +106,12 @@ def test_pictures_of_many_points(tmp_path: Path) -> None:
     for name in ("times", "memory"):
         with Image.open(tmp_path / f"{name}.png") as picture:
             assert max(picture.size) <= 2100, (name, picture.size)
+        assert pictures.shows(tmp_path / f"{name}.png", rows)
+        assert not pictures.shows(tmp_path / f"{name}.png", [*rows[:-1], {**rows[-1], "check": "another"}])
+
+
+@pytest.mark.parametrize("name", ["race_times", "race_memory"])
+def test_committed_pictures(name: str) -> None:
+    """Drawn from the rows as they are; else `python -m benchmarks.peers.pictures` draws them anew."""
+    folder = Path(__file__).parents[2] / "docs" / "pictures"
+    assert pictures.shows(folder / f"{name}.png", read_rows(RESULTS / "peers_cpu.csv"))
