@@ -37,6 +37,10 @@ class OptionError(RelpropError, ValueError):
     """An option's name or value is not one that the method, rule or backend knows."""
 
 
+class LayerIndexError(OptionError, IndexError):
+    """A layer is asked for that the model does not have."""
+
+
 class UnknownNameError(RelpropError, KeyError):
     """A method, composite, rule or backend of that name does not exist."""
 

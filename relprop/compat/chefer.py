@@ -17,12 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from relprop.compat.chefer_index import ClassIndexError, LayerIndexError, alone, class_score
+from relprop.compat.chefer_index import ClassIndexError, alone, check_kind, class_score
 from relprop.compat.chefer_multimodal import DetrGenerator, GeneratorBaselines, GeneratorOurs, interpret
 from relprop.compat.engines import Engines
 from relprop.composites import Composite
-from relprop.errors import OptionError, unknown_name
+from relprop.errors import LayerIndexError, unknown_name
 from relprop.explanation import Explanation
+from relprop.methods.attention_maps import layer_number
 
 __all__ = [
     "LRP",
@@ -153,6 +154,7 @@ class Generator:
         precision: str = "highest",
     ) -> None:
         self._engines = Engines(model, backend=backend, precision=precision)
+        check_kind(model, "input_ids", "pixel_values", "relprop.compat.chefer_multimodal.Generator")
         self.model, self.composite, self.count_padding = model.eval(), composite, bool(count_padding)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
@@ -209,12 +211,9 @@ def _explain(
     composite: str | Composite | None,
     options: dict[str, Any],
 ) -> Explanation:
-    try:
-        engine = engines(args, kwargs, method=method, composite=composite, options=options)
-    except OptionError as error:
-        if "start_layer" in options:
-            raise LayerIndexError(str(error)) from error
-        raise
+    if "start_layer" in options:
+        options = {**options, "start_layer": layer_number("start_layer", options["start_layer"])}
+    engine = engines(args, kwargs, method=method, composite=composite, options=options)
     return engine(*args, target=class_score(index), **kwargs)
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -13,14 +12,15 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from relprop.capture.export import bind_arguments
-from relprop.compat.chefer_index import LayerIndexError, alone, class_score
+from relprop.compat.chefer_index import Queries, alone, check_kind, class_score
 from relprop.compat.engines import Engines
 from relprop.composites import Composite
 from relprop.engine import Engine
-from relprop.errors import DTypeError, OptionError, ShapeError, TargetError, UnsupportedTopologyError
+from relprop.errors import DTypeError, LayerIndexError, OptionError, ShapeError, UnsupportedTopologyError
 from relprop.latents import Paths
+from relprop.methods.attention_maps import layer_number
 
-__all__ = ["DetrGenerator", "GeneratorBaselines", "GeneratorOurs", "interpret"]
+__all__ = ["DetrGenerator", "Generator", "GeneratorBaselines", "GeneratorOurs", "interpret"]
 
 
 def interpret(
@@ -96,6 +96,7 @@ def _towers(sites: list[str]) -> tuple[str, str]:
 
 def _walked(edges: list[Tensor], start: int, name: str) -> Tensor:
     """(I + E) ... (I + E) from a start layer on. [B, N, N]"""
+    start = layer_number(name, start)
     if not -1 <= start < len(edges):
         raise LayerIndexError(f"{name}: expected -1 or one of {len(edges)} attention layers, got {start}")
     found = torch.eye(edges[0].shape[-1], dtype=edges[0].dtype, device=edges[0].device).expand(len(edges[0]), -1, -1)
@@ -195,12 +196,23 @@ class GeneratorOurs(_LxmertGenerator):
             self_between=bool(apply_self_in_rule_10),
         )
         found = engine(**given, target=class_score(index)).matrices
-        words, regions = "input_ids", "visual_feats"
+        words, regions = _sequences(found)
         self.R_t_t, self.R_t_i = _answer(found[words, words], found[words, regions])
         self.R_i_i = alone(found[regions, regions], True)
         seen = found.get((regions, words))  # by no region where one layer alone lies between them: its last is skipped
         self.R_i_t = torch.zeros_like(self.R_t_i.mT) if seen is None else alone(seen, True)
         return self.R_t_t, self.R_t_i
+
+
+def _sequences(found: Mapping[tuple[str, str], Tensor]) -> tuple[str, str]:
+    """The inputs whose tokens are LXMERT's words and regions."""
+    for words in ("input_ids", "inputs_embeds"):
+        if (words, "visual_feats") in found:
+            return words, "visual_feats"
+    got = ", ".join(f"{column} for {row}" for row, column in found)
+    raise UnsupportedTopologyError(
+        f"LXMERT: expected relevance of visual_feats for input_ids or inputs_embeds, got it of {got or 'nothing'}"
+    )
 
 
 class GeneratorBaselines(_LxmertGenerator):
@@ -347,11 +359,19 @@ def _rollout(edges: list[Tensor]) -> Tensor:
     return found
 
 
+_Query: TypeAlias = "int | Tensor | Sequence[int]"
+
+
+def _queries(img: Any, target_index: _Query) -> Queries:
+    _check_images("img", img)
+    return Queries.of(target_index, len(img))
+
+
 class DetrGenerator:
     """`DETR/modules/ExplanationGenerator.py: Generator`, for Hugging Face's DetrForObjectDetection.
 
-    Every method explains one object query and gives relevance of positions of the feature map: [1, B, positions], or
-    [1, B, 1, positions] for a query given as a tensor [1].
+    Every method explains one object query of each image and gives relevance of positions of the feature map: [1, B,
+    positions], or [1, B, 1, positions] for a query given as a tensor [1], or queries as a tensor or list [B].
 
     Args:
         model: put into evaluation mode, and not changed otherwise.
@@ -362,9 +382,9 @@ class DetrGenerator:
         R_i_i, R_q_q, R_q_i: of the last `generate_ours`, as the original keeps them. Each [N, M], of several images
             [B, N, M].
 
-    Every method takes images without padding [B, 3, H, W], a query and, where the answer depends on it, the query's
-    class (None for the largest one but the last, "no object"), and raises TargetError and ClassIndexError for these,
-    ShapeError and DTypeError for images.
+    Every method takes images without padding [B, 3, H, W], a query for all of them or one for each and, where the
+    answer depends on it, the query's class (None for the largest one but the last, "no object") likewise, and raises
+    TargetError and ClassIndexError for these, ShapeError and DTypeError for images.
     """
 
     R_i_i: Tensor
@@ -380,19 +400,21 @@ class DetrGenerator:
         precision: str = "highest",
     ) -> None:
         self._engines = Engines(model, backend=backend, precision=precision)
+        check_kind(model, "pixel_values", "input_ids", "relprop.compat.chefer.Generator")
         self.model, self.composite = model.eval(), composite
 
     def generate_ours(
         self,
         img: Tensor,
-        target_index: int | Tensor,
+        target_index: _Query,
         index: Any = None,
         use_lrp: bool = True,
         normalize_self_attention: bool = True,
         apply_self_in_rule_10: bool = True,
     ) -> Tensor:
         """The paper's rules; with `use_lrp` attention maps are replaced by their relevance."""
-        layers = self._relevance(img, target_index, index) if use_lrp else self._attention(img, target_index, index)
+        queries = _queries(img, target_index)
+        layers = self._relevance(img, queries, index) if use_lrp else self._attention(img, queries, index)
         edges = [_positive(maps, "relevance" if use_lrp else "attention") for maps in layers]
         image, own, between = self._parts(edges)
         r_ii = _walked(image, 0, "start_layer")
@@ -406,31 +428,34 @@ class DetrGenerator:
                 gain = outer.mT @ (cross @ inner)
             r_qi = r_qi + torch.where(gain.isnan(), 0.0, gain)
         self.R_i_i, self.R_q_q, self.R_q_i = (alone(found, True) for found in (r_ii, r_qq, r_qi))
-        return r_qi[:, target_index][None]
+        return queries.rows(r_qi)
 
-    def generate_transformer_att(self, img: Tensor, target_index: int | Tensor, index: Any = None) -> Tensor:
+    def generate_transformer_att(self, img: Tensor, target_index: _Query, index: Any = None) -> Tensor:
         """Positive gradient x relevance of the last attention map between queries and image."""
-        maps = self._relevance(img, target_index, index)[-1]
-        return _positive(maps, "relevance")[:, target_index][None]
+        queries = _queries(img, target_index)
+        return queries.rows(_positive(self._relevance(img, queries, index)[-1], "relevance"))
 
-    def generate_partial_lrp(self, img: Tensor, target_index: int | Tensor, index: Any = None) -> Tensor:
+    def generate_partial_lrp(self, img: Tensor, target_index: _Query, index: Any = None) -> Tensor:
         """Relevance of the last attention map between queries and image, stretched to [0, 1] over all queries."""
-        maps = self._relevance(img, target_index, index)[-1]
-        return _stretched(maps)[:, target_index][None]
+        queries = _queries(img, target_index)
+        return queries.rows(_stretched(self._relevance(img, queries, index)[-1]))
 
-    def generate_raw_attn(self, img: Tensor, target_index: int | Tensor) -> Tensor:
+    def generate_raw_attn(self, img: Tensor, target_index: _Query) -> Tensor:
         """The last attention map between queries and image itself."""
-        return self._attention(img, target_index)[-1]["attention"].mean(1)[:, target_index][None]
+        queries = _queries(img, target_index)
+        return queries.rows(self._attention(img, queries)[-1]["attention"].mean(1))
 
-    def generate_rollout(self, img: Tensor, target_index: int | Tensor) -> Tensor:
+    def generate_rollout(self, img: Tensor, target_index: _Query) -> Tensor:
         """Rollout within the image and among the queries, and the last attention map between them."""
-        layers = [maps["attention"].mean(1) for maps in self._attention(img, target_index)]
+        queries = _queries(img, target_index)
+        layers = [maps["attention"].mean(1) for maps in self._attention(img, queries)]
         image, own, between = self._parts(layers)
-        return (_rollout(own).mT @ (between[-1] @ _rollout(image)))[:, target_index][None]
+        return queries.rows(_rollout(own).mT @ (between[-1] @ _rollout(image)))
 
-    def generate_attn_gradcam(self, img: Tensor, target_index: int | Tensor, index: Any = None) -> Tensor:
+    def generate_attn_gradcam(self, img: Tensor, target_index: _Query, index: Any = None) -> Tensor:
         """Grad-CAM on the last attention map between queries and image."""
-        return _gradcam(self._attention(img, target_index, index)[-1])[:, target_index][None]
+        queries = _queries(img, target_index)
+        return queries.rows(_gradcam(self._attention(img, queries, index)[-1]))
 
     def _parts(self, edges: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Of layers in the order of execution those within the image, among queries, and between the two."""
@@ -443,45 +468,25 @@ class DetrGenerator:
             )
         return edges[:encoders], edges[encoders::2], edges[encoders + 1 :: 2]
 
-    def _score(self, target_index: int | Tensor, index: Any) -> Callable[[Tensor], Tensor]:
-        """From logits to those of the query's class. [B, Q, C] -> [B]"""
-        try:
-            query = operator.index(target_index)
-        except (TypeError, ValueError):
-            query = None
-        if query is None or isinstance(target_index, bool):
-            raise TargetError(f"target_index: expected one query, an int or a tensor [1], got {target_index!r}")
-
-        def score(logits: Tensor) -> Tensor:
-            if not -logits.shape[1] <= query < logits.shape[1]:
-                raise TargetError(f"target_index: expected one of {logits.shape[1]} queries, got {query}")
-            return class_score(index)(logits[:, query, :-1] if index is None else logits[:, query])
-
-        return score
-
-    def _attention(self, img: Tensor, target_index: int | Tensor, index: Any = None) -> list[_Maps]:
+    def _attention(self, img: Tensor, queries: Queries, index: Any = None) -> list[_Maps]:
         """Attention and its gradient of every layer in the order of execution, from the model's own backward pass.
 
         So the queries' first attention among themselves is there, which no relevance of the image reaches.
         """
-        _check_images("img", img)
-        choose = self._score(target_index, index)
         with torch.enable_grad(), _AttentionMaps() as kept:
             logits = self.model(img).logits
-        score = choose(logits)
+        score = queries.score(index)(logits)
         gradients = torch.autograd.grad(score.sum(), kept.maps, allow_unused=True)
         return [
             {"attention": found.detach(), "gradient": torch.zeros_like(found) if gradient is None else gradient}
             for found, gradient in zip(kept.maps, gradients, strict=True)
         ]
 
-    def _relevance(self, img: Tensor, target_index: int | Tensor, index: Any) -> list[_Maps]:
+    def _relevance(self, img: Tensor, queries: Queries, index: Any) -> list[_Maps]:
         """Relevance and gradient of every attention map in the order of execution.
 
         The queries start from zeros that are given as an input, so that relevance is followed down to them.
         """
-        _check_images("img", img)
-        score = self._score(target_index, index)
         sizes = self.model.config
         zeros = img.new_zeros(len(img), sizes.num_queries, sizes.d_model)  # type: ignore[union-attr, arg-type]
         given = {"pixel_values": img, "decoder_inputs_embeds": zeros}
@@ -489,7 +494,10 @@ class DetrGenerator:
         engine = self._engines(
             (), given, method="generic_attention", composite=self.composite, options=options, output="logits"
         )
-        return [maps for _, maps in _traced(engine, given, score) if "relevance" in maps]
+        return [maps for _, maps in _traced(engine, given, queries.score(index)) if "relevance" in maps]
+
+
+Generator = DetrGenerator  # its name in the original, where every kind of model has a module of its own
 
 
 class _AttentionMaps(TorchFunctionMode):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from relprop import native
-from relprop.errors import OptionError, UnsupportedTopologyError
+from relprop.errors import LayerIndexError, OptionError, UnsupportedTopologyError
 from relprop.graph import Graph, Node
 from relprop.methods.base import Maps, Reader, Reading, Readout, Requirements, RowReader
 from relprop.methods.topology import by_head, key_rows, queries_are_tokens, query_rows, self_attention_sites
@@ -22,6 +24,20 @@ EDGES: dict[str, frozenset[str]] = {
 }
 
 READ_TOKENS = ("kept", "zero", "minimum")
+
+
+def layer_number(name: str, given: Any) -> int:
+    """An option that counts layers: any integer, also of NumPy.
+
+    Raises:
+        LayerIndexError: it is none.
+    """
+    try:
+        if not isinstance(given, bool):
+            return operator.index(given)
+    except (TypeError, ValueError):
+        pass
+    raise LayerIndexError(f"{name}: expected an int, got {given!r}")
 
 
 def edge_matrix(edge: str, site: Node, maps: Maps, backend: str) -> Tensor:
@@ -65,13 +81,12 @@ class RowWalk(Readout):
     def require(self, graph: Graph) -> Requirements:
         """Maps of every layer from `start_layer` on."""
         sites = self_attention_sites(graph, self.method)
-        if isinstance(self.start_layer, bool) or not isinstance(self.start_layer, int):
-            raise OptionError(f"start_layer: expected an int, got {self.start_layer!r}")
-        if not -len(sites) <= self.start_layer < len(sites):
-            raise OptionError(f"start_layer: expected one of {len(sites)} attention layers, got {self.start_layer}")
+        start = layer_number("start_layer", self.start_layer)
+        if not -len(sites) <= start < len(sites):
+            raise LayerIndexError(f"start_layer: expected one of {len(sites)} attention layers, got {start}")
         if self.read_tokens not in READ_TOKENS:
             raise OptionError(f"read_tokens: expected one of {', '.join(READ_TOKENS)}, got {self.read_tokens!r}")
-        walked = sites[self.start_layer % len(sites) :]
+        walked = sites[start % len(sites) :]
         asked = self.read_tokens == "minimum" and not self.count_padding
         return Requirements({site: EDGES[self.edge] for site in walked}, profile=True, padding=asked)
 

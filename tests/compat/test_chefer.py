@@ -191,11 +191,14 @@ def test_other_bad_input() -> None:
         LRP(vit()).generate_LRP(x, start_layer=3)
     with pytest.raises(IndexError):
         Baselines(vit()).generate_rollout(x, start_layer=3)
-    for start_layer in ([0], np.zeros(1)):
-        with pytest.raises(LayerIndexError, match="method_options: expected plain values, got {'start_layer': "):
+    for start_layer in ([0], np.zeros(1), 1.5, "last", True, None):
+        with pytest.raises(LayerIndexError, match="start_layer: expected an int, got "):
             LRP(vit()).generate_LRP(x, start_layer=start_layer)  # type: ignore[arg-type]
     with pytest.raises(UnknownNameError, match=r"unknown composite: expected one of .*, got \['chefer'\]"):
         LRP(vit(), ["chefer"]).generate_LRP(x)  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="precision: expected one of") as wrong:
+        LRP(vit(), precision="fastest").generate_LRP(x)
+    assert not isinstance(wrong.value, IndexError)
     with pytest.raises(OptionError, match="model: expected a torch.nn.Module, got str"):
         LRP("vit_base_patch16_224")  # type: ignore[arg-type]
 
@@ -207,6 +210,15 @@ def test_start_layers_from_the_end() -> None:
         for start_layer in (-1, -3):
             found = LRP(model).generate_LRP(x, 3, method, start_layer=start_layer)
             assert torch.equal(found, LRP(model).generate_LRP(x, 3, method, start_layer=3 + start_layer))
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.uint8])
+def test_forms_of_the_start_layer(kind: type) -> None:
+    model, x = vit(), torch.randn(1, 3, 32, 32)  # an engine for the equal int would serve both: theirs come first
+    found = LRP(model).generate_LRP(x, 3, start_layer=kind(1))
+    by_option = relprop.explain(model, x, target=3, method_options={"start_layer": kind(2)}).relevance[:, 1:]
+    assert torch.equal(found, LRP(model).generate_LRP(x, 3, start_layer=1))
+    assert torch.equal(by_option, LRP(model).generate_LRP(x, 3, start_layer=2))
 
 
 class TestBert:

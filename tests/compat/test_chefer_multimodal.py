@@ -6,6 +6,7 @@ import json
 from functools import cache
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -15,6 +16,7 @@ import relprop
 from relprop.compat.chefer import (
     ClassIndexError,
     DetrGenerator,
+    Generator,
     GeneratorBaselines,
     GeneratorOurs,
     LayerIndexError,
@@ -59,6 +61,20 @@ def test_clip(name: str, start: int, seed: int) -> None:
     alone = interpret(img, text[1:2], model, "cpu", start, start)
     assert relative(alone[0][0], R_text[1]) < 1e-9
     assert relative(alone[1][0], R_image[1]) < 1e-9
+
+
+def test_clip_with_an_image_for_each_text() -> None:
+    model, tensors = golden("clip_A_seed0")
+    text, number = tensors["inputs/input_ids"], np.int64(1)
+    torch.manual_seed(0)
+    images = torch.randn(len(text), *tensors["inputs/pixel_values"].shape[1:], dtype=torch.float64)
+    for start in (-1, number):
+        together = interpret(images, text, model, start_layer=start, start_layer_text=start)
+        for i in range(len(text)):
+            alone = interpret(images[i : i + 1], text[i : i + 1], model, "cpu", int(start), int(start))
+            for found, expected in zip(together, alone, strict=True):
+                assert relative(found[i], expected[0]) < 1e-9
+        assert relative(together[1][0], together[1][1]) > 1e-3
 
 
 LXMERT: dict[str, dict[str, Any]] = {
@@ -279,6 +295,46 @@ def test_detr_baselines(name: str, seed: int) -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+DETR_ALL = {f"generate_{name}": f"generate_{name}" for name in DETR_BASELINES}
+DETR_ALL |= {"generate_ours": "generate_ours", "generate_ours_use_lrp": "generate_ours"}
+
+
+@SEEDS
+@pytest.mark.parametrize("name", sorted(DETR_ALL))
+def test_detr_with_a_query_for_each_image(name: str, seed: int) -> None:
+    """Numbers of the original, which takes one image."""
+    model, tensors = golden(f"detr_A_seed{seed}")
+    x, generate = tensors["inputs/pixel_values"], getattr(DetrGenerator(model), DETR_ALL[name])
+    options = {"use_lrp": False} if name == "generate_ours" else {}
+    for t in range(3):
+        queries, classes = tensors["inputs/targets"][:, t].unbind(1)
+        chosen = () if name in ("generate_raw_attn", "generate_rollout") else (classes,)
+        both = generate(x, queries, *chosen, **options)
+        assert both.shape == (1, 2, 1, 12)
+        for i in range(2):
+            expected = tensors[f"expected/detr/{name}"][i, t]
+            assert (both[0, i, 0] - expected).norm() <= 1e-6 * expected.norm()
+
+
+def test_detr_with_a_query_for_each_image_and_its_largest_class() -> None:
+    model, tensors = golden("detr_A_seed0")
+    x, generator = tensors["inputs/pixel_values"], DetrGenerator(model)
+    x, queries = torch.cat([x, x[:1].flip(-1)]), torch.tensor([5, 0, 2])
+    for options in ({}, {"use_lrp": False}):
+        together = generator.generate_ours(x, queries, **options)
+        kept = generator.R_i_i, generator.R_q_q, generator.R_q_i
+        for i in range(3):
+            alone = generator.generate_ours(x[i : i + 1], queries[i : i + 1], **options)
+            assert alone.shape == (1, 1, 1, 12)
+            assert relative(together[:, i : i + 1], alone) < 1e-9
+            for found, expected in zip(kept, (generator.R_i_i, generator.R_q_q, generator.R_q_i), strict=True):
+                assert relative(found[i], expected) < 1e-9
+    expected = generator.generate_raw_attn(x, queries)
+    for asked in (queries.tolist(), tuple(queries), queries.numpy(), queries - 7):
+        assert torch.equal(generator.generate_raw_attn(x, asked), expected)
+    assert relative(generator.generate_raw_attn(x[:1], [5]), expected[:, :1]) < 1e-9
+
+
 @SEEDS
 def test_detr_with_relevance(seed: int) -> None:
     model, tensors = golden(f"detr_A_seed{seed}")
@@ -310,11 +366,55 @@ def test_detr_whose_queries_cannot_be_given() -> None:
     assert relative(generator.generate_partial_lrp(tensors["inputs/pixel_values"], 0, 1), expected) < 1e-6
 
 
+def test_lxmert_with_embeddings_for_words() -> None:
+    model, given, _ = lxmert()
+    embedded = {name: value for name, value in given.items() if name != "input_ids"}
+    embedded["inputs_embeds"] = model.get_submodule("lxmert.embeddings.word_embeddings")(given["input_ids"]).detach()
+    for options in LXMERT.values():
+        generator = GeneratorOurs(model)
+        expected = generator.generate_ours(given, 3, **options)
+        kept = generator.R_i_i, generator.R_i_t
+        found = generator.generate_ours(embedded, 3, **options)
+        for left, right in zip((*found, generator.R_i_i, generator.R_i_t), (*expected, *kept), strict=True):
+            assert relative(left, right) < 1e-9
+
+
+def test_lxmert_under_other_names() -> None:
+    model, given, _ = lxmert()
+
+    class Renamed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+
+        def forward(self, words: Tensor, regions: Tensor, boxes: Tensor) -> Any:
+            return self.inner(words, regions, boxes)
+
+    names = {"words": "input_ids", "regions": "visual_feats", "boxes": "visual_pos"}
+    with pytest.raises(UnsupportedTopologyError, match="for input_ids or inputs_embeds, got it of .*words"):
+        GeneratorOurs(Renamed()).generate_ours({name: given[old] for name, old in names.items()})
+
+
+def test_a_generator_of_another_kind() -> None:
+    from relprop.compat import chefer_multimodal
+
+    model, _ = golden("detr_A_seed0")
+    with pytest.raises(OptionError, match="input_ids, got DetrForObj.*, which takes pixel_values; .*_multimodal"):
+        Generator(model)
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    bert = transformers.BertForSequenceClassification(transformers.BertConfig(vocab_size=9, **sizes))
+    with pytest.raises(OptionError, match="pixel_values, got BertForSeq.*, which takes input_ids; .*compat.chefer.Gen"):
+        chefer_multimodal.Generator(bert)
+    assert chefer_multimodal.Generator is DetrGenerator
+
+
 def test_bad_input() -> None:
     model, tensors = golden("clip_A_seed0")
     img, text = tensors["inputs/pixel_values"], tensors["inputs/input_ids"]
     with pytest.raises(LayerIndexError, match="start_layer_text: expected -1 or one of 3 attention layers, got 3"):
         interpret(img, text, model, start_layer_text=3)
+    with pytest.raises(LayerIndexError, match="start_layer: expected an int, got 0.5"):
+        interpret(img, text, model, start_layer=0.5)
     three = text[:1].repeat(3, 1)
     for images, texts, error, wrong in (
         (img[:1].repeat(2, 1, 1, 1), three, ShapeError, "image: expected one image, or one for each of 3 texts, got 2"),
@@ -327,14 +427,24 @@ def test_bad_input() -> None:
             interpret(images, texts, model)
     model, tensors = golden("detr_A_seed0")
     x, generator = tensors["inputs/pixel_values"], DetrGenerator(model)
-    with pytest.raises(TargetError, match="target_index: expected one query, an int or a tensor .1., got tensor"):
-        generator.generate_raw_attn(x, torch.tensor([0, 1]))
-    with pytest.raises(TargetError, match="target_index: expected one query, an int or a tensor .1., got 1.5"):
-        generator.generate_partial_lrp(x, 1.5)
-    for query in ("a", [1], [0, 1], None, torch.tensor([1.5])):
-        for generate in (generator.generate_ours, generator.generate_rollout):
-            with pytest.raises(TargetError, match="target_index: expected one query, an int or a tensor .1., got"):
+    wanted = r"target_index: expected one query or one for each image, integers of shape \[2\], got "
+    sum_of_several = "; several queries of one image would be explained as one sum"
+    for query, got in (
+        ("a", "str"),
+        (None, "NoneType"),
+        (1.5, "torch.float32"),
+        (torch.tensor([1.5]), "torch.float32"),
+        (True, "torch.bool"),
+        ([0, 1, 2], r"shape \[3\]" + sum_of_several),
+        (torch.tensor([[0], [1]]), r"shape \[2, 1\]" + sum_of_several),
+    ):
+        for generate in (generator.generate_ours, generator.generate_rollout, generator.generate_partial_lrp):
+            with pytest.raises(TargetError, match=wanted + got):
                 generate(x, query)
+    with pytest.raises(TargetError, match=r"shape \[1\], got shape \[2\]" + sum_of_several):
+        generator.generate_raw_attn(x[:1], torch.tensor([0, 1]))
+    with pytest.raises(TargetError, match="target_index: expected one of 7 queries, got -8, 7"):
+        generator.generate_raw_attn(x, [7, -8])
     for given, got in (({"pixel_values": x}, "dict"), (x[0], "\\[3, ")):
         for generate in (generator.generate_ours, generator.generate_rollout):
             with pytest.raises(ShapeError, match=f"img: expected a tensor of images .B, 3, H, W., got {got}"):
