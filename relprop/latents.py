@@ -154,10 +154,16 @@ class Paths:
 
     def __init__(self, graph: Graph) -> None:
         self.recurring = {path for node in graph.nodes for path in node.later_calls}
+        self.called = {path for node in graph.nodes for path in node.calls}
 
     def __call__(self, node: Node) -> list[str]:
         parts = node.module.split(".") if node.module else []
         return [self._named(node, ".".join(parts[:depth])) for depth in range(1, len(parts) + 1)]
+
+    def inside(self, node: Node) -> list[str]:
+        """Those whose call the node is part of, and those that are never called, as lists."""
+        outside = self.called - node.calls
+        return [path for path in self(node) if path.partition(CALL)[0] not in outside]
 
     def own(self, node: Node) -> str:
         """The innermost of them, empty where the model itself has the node."""
@@ -174,14 +180,14 @@ def _leaving(graph: Graph, around: Paths) -> dict[str, list[Value]]:
     for node in graph.nodes:
         if not node.carrying or node.kind == "fanout":
             continue
-        within = around(node)
+        within = around.inside(node)
         uses += [(value, within) for value in node.operands if value is not None and value.carrying]
         if len(node.outputs) == 1:
-            made |= {path: [node.outputs[0]] for path in within}
+            made |= {path: [node.outputs[0]] for path in around(node)}
     used: dict[str, list[Value]] = {}
     for value, within in (*uses, (graph.output, [])):
         value = _before_fanout(value)
-        outer = around(value.producer) if value.producer is not None else []
+        outer = around.inside(value.producer) if value.producer is not None else []
         for path in outer:
             if path not in within and value not in used.setdefault(path, []):
                 used[path].append(value)

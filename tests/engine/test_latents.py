@@ -316,6 +316,37 @@ def test_outputs_that_are_not_one() -> None:
         assert relative(found.at(path).relevance, value.detach() * value.grad) < 1e-10, path
 
 
+class Borrowed(nn.Module):
+    """A part of a module is called before, from outside it, as a language model's embedding by a larger model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(7)
+        self.inner, self.out = Inner(), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(torch.relu(self.inner(torch.tanh(self.inner.layers[0](x)))))
+
+
+class Inner(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 6)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers[1](x)
+
+
+def test_a_part_that_is_called_on_its_own_is_no_output() -> None:
+    model, x = Borrowed().double().eval(), torch.randn(2, 6, dtype=torch.float64)
+    found = relprop.explain(model, x, target=1, method="gradient_x_input", latents=["inner"])
+    value = model.inner(torch.tanh(model.inner.layers[0](x))).detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(model.out(torch.relu(value))[:, 1].sum(), value)
+    assert relative(found.at("inner").relevance, value.detach() * gradient) < 1e-10
+    with pytest.raises(UnsupportedTopologyError, match=r"got inner\.layers with 2"):  # a list has no call of its own
+        relprop.explain(model, x, target=1, method="gradient_x_input", latents=["inner.layers"])
+
+
 class Pooled(nn.Module):
     """The first row of a residual branch is read, and of what goes past it; nothing mixes rows."""
 
