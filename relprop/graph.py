@@ -74,7 +74,8 @@ class Value:
 class Node:
     """One operation. `operands` are its tensor inputs in order, as rules see them (None where one is absent).
 
-    `later_calls` has those of the modules around it that had been called before, and how often.
+    `later_calls` has those of the modules around it that had been called before, and how often; `calls` all whose call
+    it is part of, which leaves out a module that only holds another one, such as a list.
     """
 
     name: str
@@ -88,6 +89,7 @@ class Node:
     module: str = ""
     source: str = ""
     later_calls: dict[str, int] = field(default_factory=dict)
+    calls: frozenset[str] = frozenset()
     attributes: dict[str, Any] = field(default_factory=dict)
 
     def __repr__(self) -> str:

@@ -86,30 +86,30 @@ def latent_values(graph: Graph, patterns: Iterable[str]) -> dict[str, Value]:
             ":heads" for the outputs of the attention heads inside them, before they are joined. A module that is called
             several times has a value for each call, "path@0", "path@1" and so on, and its path stands for all of them.
     Raises:
-        UnknownNameError: a pattern fits no module that handles relevance. UnsupportedTopologyError: the input of a
-            module that has several inputs; heads where none can be told.
+        UnknownNameError: a pattern fits no module that handles relevance. UnsupportedTopologyError: the output or input
+            of a module that has several; heads where none can be told.
     """
-    around = Paths(graph)
-    known: dict[str, dict[str, Value]] = {"": {}, HEADS: {}, INPUT: {}}
-    for node in graph.nodes:
-        if not node.carrying or node.kind == "fanout" or not node.module or len(node.outputs) != 1:
-            continue
-        known[""] |= dict.fromkeys(around(node), node.outputs[0])
-        if node.kind == "attention" or node.attributes.get("heads"):
-            known[HEADS][around.own(node)] = node.outputs[0]
     patterns = list(patterns)
-    entering = _entering(graph, around) if any(pattern.endswith(INPUT) for pattern in patterns) else {}
-    known[INPUT] = {path: values[0] for path, values in entering.items()}
+    if not patterns:
+        return {}
+    around = Paths(graph)
+    heads = {around.own(node): [node.outputs[0]] for node in graph.nodes if _has_heads(node)}
+    known = {"": _leaving(graph, around), HEADS: heads, INPUT: {}}
+    if any(pattern.endswith(INPUT) for pattern in patterns):
+        known[INPUT] = _entering(graph, around)
     found: dict[str, Value] = {}
     for pattern in patterns:
         suffix = next((end for end in (HEADS, INPUT) if pattern.endswith(end)), "")
-        hits = {path + suffix: value for path, value in known[suffix].items() if _fits(path, pattern, suffix)}
+        hits = {path + suffix: values for path, values in known[suffix].items() if _fits(path, pattern, suffix)}
         if not hits:
             raise _unknown(graph, pattern, suffix, known[suffix])
-        if suffix == INPUT:
-            _check_inputs({path: entering[path.removesuffix(INPUT)] for path in hits})
-        found |= hits
+        found |= {latent: _only(values, latent) for latent, values in hits.items()}
     return found
+
+
+def _has_heads(node: Node) -> bool:
+    wanted = node.kind == "attention" or bool(node.attributes.get("heads"))
+    return wanted and node.carrying and bool(node.module) and len(node.outputs) == 1
 
 
 def _fits(path: str, pattern: str, suffix: str) -> bool:
@@ -140,12 +140,13 @@ def check_calls(graph: Graph, path: str) -> None:
         )
 
 
-def _check_inputs(entering: dict[str, list[Value]]) -> None:
-    for latent, values in entering.items():
-        if len(values) > 1:
-            raise UnsupportedTopologyError(
-                f"latents: expected a module with one input that carries relevance, got {latent} with {len(values)}"
-            )
+def _only(values: list[Value], latent: str) -> Value:
+    if len(values) > 1:
+        end = "input" if latent.endswith(INPUT) else "output"
+        raise UnsupportedTopologyError(
+            f"latents: expected a module with one {end} that carries relevance, got {latent} with {len(values)}"
+        )
+    return values[0]
 
 
 class Paths:
@@ -153,10 +154,16 @@ class Paths:
 
     def __init__(self, graph: Graph) -> None:
         self.recurring = {path for node in graph.nodes for path in node.later_calls}
+        self.called = {path for node in graph.nodes for path in node.calls}
 
     def __call__(self, node: Node) -> list[str]:
         parts = node.module.split(".") if node.module else []
         return [self._named(node, ".".join(parts[:depth])) for depth in range(1, len(parts) + 1)]
+
+    def inside(self, node: Node) -> list[str]:
+        """Those whose call the node is part of, and those that are never called, as lists."""
+        outside = self.called - node.calls
+        return [path for path in self(node) if path.partition(CALL)[0] not in outside]
 
     def own(self, node: Node) -> str:
         """The innermost of them, empty where the model itself has the node."""
@@ -164,6 +171,34 @@ class Paths:
 
     def _named(self, node: Node, path: str) -> str:
         return f"{path}{CALL}{node.later_calls.get(path, 0)}" if path in self.recurring else path
+
+
+def _leaving(graph: Graph, around: Paths) -> dict[str, list[Value]]:
+    """The carrying values that each module makes and that are used outside it, or else the last one that it makes."""
+    made: dict[str, list[Value]] = {}
+    uses: list[tuple[Value, list[str]]] = []
+    for node in graph.nodes:
+        if not node.carrying or node.kind == "fanout":
+            continue
+        within = around.inside(node)
+        uses += [(value, within) for value in node.operands if value is not None and value.carrying]
+        if len(node.outputs) == 1:
+            made |= {path: [node.outputs[0]] for path in around(node)}
+    used: dict[str, list[Value]] = {}
+    for value, within in (*uses, (graph.output, [])):
+        value = _before_fanout(value)
+        outer = around.inside(value.producer) if value.producer is not None else []
+        for path in outer:
+            if path not in within and value not in used.setdefault(path, []):
+                used[path].append(value)
+    return made | used
+
+
+def _before_fanout(value: Value) -> Value:
+    """What a value was before it was handed out to its uses."""
+    while value.producer is not None and value.producer.kind == "fanout":
+        (value,) = (v for v in value.producer.operands if v is not None)
+    return value
 
 
 def _entering(graph: Graph, around: Paths) -> dict[str, list[Value]]:

@@ -351,6 +351,11 @@ def later_calls(node: fx.Node) -> dict[str, int]:
     return {_in_model(path): int(key.rpartition("@")[2]) for key, (path, _) in stack.items() if "@" in key}
 
 
+def calls(node: fx.Node) -> frozenset[str]:
+    """The modules whose call a node is part of."""
+    return frozenset(_in_model(path) for path, _ in (node.meta.get("nn_module_stack") or {}).values())
+
+
 def _in_model(path: str) -> str:
     """A path without the wrapper that calls the model by name and holds it as `model`."""
     return str(path).removeprefix("model.") if str(path).startswith("model.") else ""

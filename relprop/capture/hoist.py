@@ -15,6 +15,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from relprop.capture import ops
 from relprop.capture.canonicalise import is_tensor
+from relprop.capture.export import module_path
 from relprop.capture.insertion import insert
 
 aten = torch.ops.aten
@@ -45,6 +46,8 @@ def _merge_twins(graph: fx.Graph, node: fx.Node) -> None:
     if len(twins) < 2 or len(twins) < len(source.users):  # type: ignore[union-attr]
         return  # only where all uses are this slice can it move on
     first = min(twins, key=order.index)
+    if len({module_path(twin) for twin in twins}) > 1:  # then the slice is none of theirs, but part of what they read
+        first.meta["nn_module_stack"] = source.meta.get("nn_module_stack", {})  # type: ignore[union-attr]
     for twin in twins:
         if twin is not first:
             twin.replace_all_uses_with(first)

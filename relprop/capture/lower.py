@@ -14,7 +14,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from relprop.capture import ops
 from relprop.capture.canonicalise import canonicalise, explained_inputs, token_source
-from relprop.capture.export import Captured, later_calls, module_path, source_line
+from relprop.capture.export import Captured, calls, later_calls, module_path, source_line
 from relprop.capture.hoist import hoist_rows
 from relprop.capture.reasons import sized_by_values
 from relprop.capture.tokens import find_tokens
@@ -137,6 +137,7 @@ class _Lowering:
             module=module_path(node),
             source=source_line(node),
             later_calls=later_calls(node),
+            calls=calls(node),
         )
         if token_source(node) in self.explained:
             made.role = "tokens"

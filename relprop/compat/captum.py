@@ -238,8 +238,8 @@ class LayerRelevance(LayerAttribution, Relevance):  # type: ignore[misc]
                 of each layer.
             attribute_to_layer_input: at what goes into the layer, instead of what comes out of it.
         Raises:
-            OptionError: the layer is none of the model's. UnsupportedTopologyError: it is called several times, or its
-                input was asked for and it has several.
+            OptionError: the layer is none of the model's. UnsupportedTopologyError: it is called several times, or it
+                has several outputs that are used, or several inputs where its input was asked for.
         """
         several = isinstance(self.layer, (list, tuple))
         layers = list(self.layer) if several else [self.layer]

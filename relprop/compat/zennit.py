@@ -11,20 +11,23 @@ torch.Size([1, 3, 64, 64])
 A composite is one of the classes below or its name in zennit (`COMPOSITES`), an instance of one of zennit's own, a
 composite of relprop or its name, or None for the plain gradient; of two with one name ("epsilon_plus") zennit's is
 meant, and relprop's is `relprop.find_composite("epsilon_plus")`. In zennit's, operations without a hook keep their
-gradient, and so they do here; composites of relprop have rules for all operations of Transformers.
+gradient, and so they do here; composites of relprop have rules for all operations of Transformers. Canonizers, zennit's
+own or the one below, change a copy of the model.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Any, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from relprop.compat.engines import Engines
+from relprop.compat.zennit_canonizers import Canonical, SequentialMergeBatchNorm, checked
 from relprop.composites import COMPOSITES as KNOWN
 from relprop.composites import Composite, Entry, find_composite
 from relprop.errors import (
@@ -46,10 +49,12 @@ __all__ = [
     "EpsilonPlusFlat",
     "ExcitationBackprop",
     "Gradient",
+    "SequentialMergeBatchNorm",
 ]
 
 AttrOutput: TypeAlias = "Tensor | Callable[[Tensor], Tensor] | None"
 ZeroParams: TypeAlias = "str | Sequence[str] | None"
+Canonizers: TypeAlias = "Sequence[Any] | None"
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _POOLS = (
@@ -76,7 +81,8 @@ class Gradient:
     """`zennit.attribution.Gradient`.
 
     Args:
-        model: in evaluation mode, with outputs [B, ...]; it is not changed.
+        model: in evaluation mode, with outputs [B, ...]; it is not changed. Canonizers change a copy of it, which takes
+            as much memory again and is kept until weights of the model are other ones.
         composite: rules, see above.
         attr_output: relevance of the output, [B, ...] as the output is, or a function from the output to it; None is
             the output itself.
@@ -98,7 +104,7 @@ class Gradient:
             raise OptionError(
                 "create_graph, retain_graph: expected False, got True; relprop.compat.lxt runs relevance as autograd"
             )
-        self._engines = Engines(model, backend=backend, precision=precision)
+        self._engines = Canonical(model, lambda changed: Engines(changed, backend=backend, precision=precision))
         self.model, self.composite, self.attr_output = model, composite, attr_output
 
     def __enter__(self) -> Gradient:
@@ -110,14 +116,15 @@ class Gradient:
         """Nothing was registered, so nothing is to be removed."""
 
     def __call__(self, input: Tensor, attr_output: AttrOutput = None) -> tuple[Tensor, Tensor]:
-        """The model's output and the attribution, in the shape of the input.
+        """The output of the model, as canonizers leave it, and the attribution, in the shape of the input.
 
         Raises:
             UnsupportedOpError: a rule of the composite has no counterpart. ShapeError: `attr_output`'s shape.
         """
-        rules = translated(self.composite, self.model)
+        engines = self._engines(checked(getattr(self.composite, "canonizers", None)))
+        rules = translated(self.composite, engines.model)
         given = attr_output if attr_output is not None else self.attr_output
-        engine = self._engines((input.detach(),), method="full", composite=rules, options={"channels": "kept"})
+        engine = engines((input.detach(),), method="full", composite=rules, options={"channels": "kept"})
         found = engine(input.detach(), target=_seeded_by(given))
         return found.logits, found.relevance.to(input.dtype)
 
@@ -131,10 +138,20 @@ class LayerMap:
     Args:
         layers: types of modules, and a rule's name and parameters.
         first: the same for the first module that fits one of them.
+        canonizers: what changes a copy of the model before.
     """
 
     layers: tuple[tuple[tuple[type, ...], str, dict[str, Any]], ...]
     first: tuple[tuple[tuple[type, ...], str, dict[str, Any]], ...] = ()
+    canonizers: tuple[Any, ...] = ()
+
+    def context(self, module: nn.Module) -> NoReturn:
+        """Raises OptionError: nothing is hooked to a model here."""
+        raise _no_hooks("context")
+
+    def register(self, module: nn.Module) -> NoReturn:
+        """Raises OptionError, as `context`."""
+        raise _no_hooks("register")
 
     def rules(self, model: nn.Module) -> Iterator[tuple[str, nn.Module, str, dict[str, Any], str]]:
         """Path, module, rule, parameters and the rule's name again of every module that has a rule."""
@@ -147,9 +164,25 @@ class LayerMap:
                 yield path, module, fits[0][1], fits[0][2], fits[0][1]
 
 
+def _no_hooks(name: str) -> OptionError:
+    return OptionError(
+        f"composite.{name}: expected Gradient(model, composite)(input, attr_output), which gives the output and the"
+        f" attribution, got {name}(model); no hooks are registered here, and a backward pass is the plain gradient"
+    )
+
+
+def _sums() -> tuple[type, ...]:
+    """zennit's module for sums, which its canonizers put into a model; where it is not loaded, there is none."""
+    found = getattr(sys.modules.get("zennit.layer"), "Sum", None)
+    return () if found is None else (found,)
+
+
+def _pools(stabilizer: Any) -> tuple[Any, ...]:
+    return ((*_POOLS, *_sums()), "epsilon", _stabilised("stabilizer", stabilizer))
+
+
 def _base(stabilizer: Any) -> tuple[Any, ...]:
-    stabiliser = _stabilised("stabilizer", stabilizer)
-    return ((_ACTIVATIONS, "identity", {}), (_POOLS, "epsilon", stabiliser), (_NORMS, "identity", {}))
+    return ((_ACTIVATIONS, "identity", {}), _pools(stabilizer), (_NORMS, "identity", {}))
 
 
 def _epsilon_with(
@@ -175,7 +208,7 @@ def _check_own(**given: Any) -> None:
         if value:
             raise OptionError(
                 f"{name}: expected none, got {value!r}; give an instance of zennit's composite, whose maps are read"
-                " from it (canonizers change the model, and are not there)"
+                " from it"
             )
 
 
@@ -192,7 +225,7 @@ def EpsilonPlus(
     stabilizer: Any = 1e-6,
     layer_map: None = None,
     zero_params: ZeroParams = None,
-    canonizers: None = None,
+    canonizers: Canonizers = None,
 ) -> LayerMap:
     """z+ for convolutions, epsilon for linear layers.
 
@@ -200,13 +233,15 @@ def EpsilonPlus(
         epsilon: of linear layers, a number or a `zennit.core.Stabilizer` that adds its epsilon.
         stabilizer: of all other rules, likewise.
         zero_params: "bias" to leave the bias out of every rule, None to let it take its share.
-        layer_map, canonizers: none; for a map of one's own give an instance of zennit's composite.
+        layer_map: none; for a map of one's own give an instance of zennit's composite.
+        canonizers: zennit's, or `SequentialMergeBatchNorm` of this module; they change a copy of the model.
     Raises:
-        OptionError: a map, canonizers, or an epsilon that is no number. UnsupportedOpError: another kind of stabiliser;
-        other parameters than the bias.
+        OptionError: a map, canonizers that are none, or an epsilon that is no number. UnsupportedOpError: another kind
+        of stabiliser; other parameters than the bias.
     """
-    _check_own(layer_map=layer_map, canonizers=canonizers)
-    return LayerMap(_epsilon_with("alpha_beta", _PLUS, epsilon, stabilizer, zero_params))
+    _check_own(layer_map=layer_map)
+    layers = _epsilon_with("alpha_beta", _PLUS, epsilon, stabilizer, zero_params)
+    return LayerMap(layers, canonizers=checked(canonizers))
 
 
 def EpsilonAlpha2Beta1(
@@ -214,11 +249,12 @@ def EpsilonAlpha2Beta1(
     stabilizer: Any = 1e-6,
     layer_map: None = None,
     zero_params: ZeroParams = None,
-    canonizers: None = None,
+    canonizers: Canonizers = None,
 ) -> LayerMap:
     """alpha = 2, beta = 1 for convolutions, epsilon for linear layers. Arguments and errors as of `EpsilonPlus`."""
-    _check_own(layer_map=layer_map, canonizers=canonizers)
-    return LayerMap(_epsilon_with("alpha_beta", _ALPHA2_BETA1, epsilon, stabilizer, zero_params))
+    _check_own(layer_map=layer_map)
+    layers = _epsilon_with("alpha_beta", _ALPHA2_BETA1, epsilon, stabilizer, zero_params)
+    return LayerMap(layers, canonizers=checked(canonizers))
 
 
 def EpsilonPlusFlat(
@@ -227,7 +263,7 @@ def EpsilonPlusFlat(
     layer_map: None = None,
     first_map: None = None,
     zero_params: ZeroParams = None,
-    canonizers: None = None,
+    canonizers: Canonizers = None,
 ) -> LayerMap:
     """The same as `EpsilonPlus`, with the flat rule for the first layer."""
     _check_own(first_map=first_map)
@@ -241,7 +277,7 @@ def EpsilonAlpha2Beta1Flat(
     layer_map: None = None,
     first_map: None = None,
     zero_params: ZeroParams = None,
-    canonizers: None = None,
+    canonizers: Canonizers = None,
 ) -> LayerMap:
     """The same as `EpsilonAlpha2Beta1`, with the flat rule for the first layer."""
     _check_own(first_map=first_map)
@@ -258,7 +294,7 @@ def EpsilonGammaBox(
     layer_map: None = None,
     first_map: None = None,
     zero_params: ZeroParams = None,
-    canonizers: None = None,
+    canonizers: Canonizers = None,
 ) -> LayerMap:
     """z-box for the first convolution, gamma for the others, epsilon for linear layers.
 
@@ -267,20 +303,21 @@ def EpsilonGammaBox(
         gamma: of convolutions.
         others: as of `EpsilonPlus`.
     """
-    _check_own(layer_map=layer_map, first_map=first_map, canonizers=canonizers)
+    _check_own(layer_map=layer_map, first_map=first_map)
     box = {"low": _bound("low", low), "high": _bound("high", high), **_stabilised("stabilizer", stabilizer)}
     layers = _epsilon_with("gamma", {"gamma": gamma}, epsilon, stabilizer, zero_params)
-    return LayerMap(layers, ((_CONVOLUTIONS, "z_box", box),))
+    return LayerMap(layers, ((_CONVOLUTIONS, "z_box", box),), checked(canonizers))
 
 
 def ExcitationBackprop(
-    stabilizer: Any = 1e-6, layer_map: None = None, zero_params: ZeroParams = None, canonizers: None = None
+    stabilizer: Any = 1e-6, layer_map: None = None, zero_params: ZeroParams = None, canonizers: Canonizers = None
 ) -> LayerMap:
     """z+ for convolutions and linear layers, the gradient through activations. Arguments as of `EpsilonPlus`."""
-    _check_own(layer_map=layer_map, canonizers=canonizers)
-    shared = _stabilised("stabilizer", stabilizer)
-    plus = {**_PLUS, "bias": not _zeroed(zero_params, "this composite"), **shared}
-    return LayerMap(((_POOLS, "epsilon", shared), ((*_CONVOLUTIONS, nn.Linear), "alpha_beta", plus)))
+    _check_own(layer_map=layer_map)
+    bias = {"bias": not _zeroed(zero_params, "this composite")}
+    plus = {**_PLUS, **bias, **_stabilised("stabilizer", stabilizer)}
+    layers = (_pools(stabilizer), ((*_CONVOLUTIONS, nn.Linear), "alpha_beta", plus))
+    return LayerMap(layers, canonizers=checked(canonizers))
 
 
 COMPOSITES: Mapping[str, Callable[..., LayerMap]] = {
@@ -297,9 +334,11 @@ _UNMAPPED = {"beta_smooth": "ReLUBetaSmooth", "deconvnet": "ReLUDeconvNet", "gui
 def translated(composite: Any, model: nn.Module) -> Composite:
     """A composite of relprop with the rules that another one gives this model; relevance starts as it is given.
 
+    Args:
+        model: as the composite's canonizers leave it.
     Raises:
-        UnsupportedOpError: naming a rule that has no counterpart. OptionError: canonizers, a name of one that needs
-            arguments, or no composite at all. UnknownNameError: a name of neither package's.
+        UnsupportedOpError: naming a rule that has no counterpart. OptionError: a name of one that needs arguments, or
+            no composite at all. UnknownNameError: a name of neither package's.
     """
     if composite is None:
         return find_composite("gradient")
@@ -312,9 +351,6 @@ def translated(composite: Any, model: nn.Module) -> Composite:
     if isinstance(composite, LayerMap):
         found, name = composite.rules(model), "layer map"
     elif callable(getattr(composite, "module_map", None)):
-        if composite.canonizers:
-            names = ", ".join(type(canonizer).__name__ for canonizer in composite.canonizers)
-            raise OptionError(f"composite: expected no canonizers, which change the model, got {names}")
         found, name = _of_zennit(composite, model), type(composite).__name__
     else:
         raise OptionError(
@@ -366,7 +402,7 @@ def _kind(module: nn.Module, path: str, rule: str) -> str:
             f"composite: expected activations that are one operation, got rule {rule!r} for {path or 'the model'}"
             f" ({type(module).__name__})"
         )
-    for types, kind in _KINDS:
+    for types, kind in (*_KINDS, (_sums(), "pool")):
         if isinstance(module, types):
             return kind
     raise UnsupportedOpError(

@@ -11,7 +11,13 @@ import torch
 from torch import Tensor, nn
 
 import relprop
-from relprop.errors import MissingDependencyError, ModelStateError, OptionError, TargetError
+from relprop.errors import (
+    MissingDependencyError,
+    ModelStateError,
+    OptionError,
+    TargetError,
+    UnsupportedTopologyError,
+)
 from tests.engine.models import relative, vit
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -99,6 +105,30 @@ def test_targets_of_a_classifier(ours: Any, target: Any) -> None:
     net, x = ImageClassifier().double().eval(), torch.randn(3, 3, 32, 32, dtype=torch.float64)
     found = ours.Relevance(net, "gradient_x_input").attribute(x, target=target)
     assert relative(found, captum.attr.InputXGradient(net).attribute(x, target=target)) < 1e-9
+
+
+@pytest.mark.parametrize("shape", [(), (1,)], ids=str)
+def test_no_target_where_there_is_one_score(ours: Any, shape: tuple[int, ...]) -> None:
+    """None, for outputs [B] and [B, 1], is the one score of each sample."""
+    import captum.attr
+
+    class OneScore(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = ImageClassifier()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x)[:, 3].reshape(-1, *shape)
+
+    net, x = OneScore().double().eval(), torch.randn(3, 3, 32, 32, dtype=torch.float64)
+    found = ours.Relevance(net, "gradient_x_input").attribute(x)
+    assert relative(found, captum.attr.InputXGradient(net).attribute(x)) < 1e-9
+    attribution, delta = ours.LRP(net).attribute(x, target=None, return_convergence_delta=True)
+    expected, wanted = ours.LRP(net.net).attribute(x, target=3, return_convergence_delta=True)
+    assert relative(attribution, expected) < 1e-9
+    assert delta.shape == (3,) and torch.allclose(delta, wanted)
+    layer = ours.LayerLRP(net, net.net.lin1).attribute(x)
+    assert relative(layer, ours.LayerLRP(net.net, net.net.lin1).attribute(x, target=3)) < 1e-9
 
 
 @pytest.mark.parametrize("target", [(2, 1), [(0, 1), (3, 2)]])
@@ -390,6 +420,48 @@ def test_layer_inputs(ours: Any) -> None:
     part = ours.LayerLRP(net, net.blocks[2].mlp).attribute(x, target=3, attribute_to_layer_input=True)  # type: ignore[index, union-attr]
     assert part.shape == (2, 17, 48)  # whole, though only the class token's row carries anything
     assert float(part[:, 1:].abs().max()) == 0.0 < float(part[:, 0].abs().max())
+
+
+class Forked(nn.Module):
+    """A layer with two outputs, and one with two inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fork, self.join, self.out = Fork(), Join(), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(torch.relu(self.join(*self.fork(x))))
+
+
+class Fork(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.a(x), self.b(x)
+
+
+class Join(nn.Module):
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return a + b
+
+
+def test_layers_with_several_outputs_or_inputs(ours: Any) -> None:
+    """Captum gives a tuple, of which we never give one part alone."""
+    import captum.attr
+
+    net, x = Forked().eval(), torch.randn(2, 6)
+    for layer, of_input, end in ((net.fork, False, "output"), (net.join, True, "input")):
+        theirs = captum.attr.LayerGradientXActivation(net, layer)
+        assert len(theirs.attribute(x, 1, attribute_to_layer_input=of_input)) == 2
+        message = f"expected a module with one {end} that carries relevance, got {'join:input' if of_input else 'fork'}"
+        with pytest.raises(UnsupportedTopologyError, match=f"{message} with 2"):
+            ours.LayerRelevance(net, layer).attribute(x, 1, attribute_to_layer_input=of_input)
+    parts = ours.LayerRelevance(net, [net.fork.a, net.fork.b], "gradient_x_input").attribute(x, 1)
+    expected = captum.attr.LayerGradientXActivation(net, net.fork).attribute(x, 1)
+    for part, wanted in zip(parts, expected, strict=True):
+        assert relative(part, wanted) < 1e-5
 
 
 class Shared(nn.Module):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,8 +15,15 @@ from torch import Tensor, nn
 
 import relprop
 from relprop.compat import zennit as ours
-from relprop.compat.zennit import EpsilonGammaBox, EpsilonPlus, EpsilonPlusFlat, Gradient
-from relprop.errors import OptionError, ShapeError, TargetError, UnknownNameError, UnsupportedOpError
+from relprop.compat.zennit import EpsilonGammaBox, EpsilonPlus, EpsilonPlusFlat, Gradient, SequentialMergeBatchNorm
+from relprop.errors import (
+    ModelStateError,
+    OptionError,
+    ShapeError,
+    TargetError,
+    UnknownNameError,
+    UnsupportedOpError,
+)
 from relprop.rules import Stabiliser
 from tests.engine.models import GOLDEN, relative, vit
 
@@ -59,15 +68,188 @@ COMPOSITES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+README = """
+canonizers = [SequentialMergeBatchNorm()]
+composite = EpsilonGammaBox(low=-3., high=3., canonizers=canonizers)
+
+with Gradient(model=model, composite=composite) as attributor:
+    out, relevance = attributor(data, torch.eye(1000)[[0]])
+"""
+
+
+class SmallVGG(nn.Module):
+    """Built as torchvision's vgg16_bn, with statistics as of training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        layers = []
+        for before, after in ((3, 6), (6, 8), (8, 8)):
+            layers += [nn.Conv2d(before, after, 3, padding=1), nn.BatchNorm2d(after), nn.ReLU(inplace=True)]
+        self.features = nn.Sequential(*layers[:6], nn.MaxPool2d(2, 2), *layers[6:], nn.MaxPool2d(2, 2))
+        self.avgpool = nn.AdaptiveAvgPool2d((2, 2))
+        hidden = [nn.Linear(32, 20), nn.ReLU(True), nn.Dropout(), nn.Linear(20, 20), nn.ReLU(True), nn.Dropout()]
+        self.classifier = nn.Sequential(*hidden, nn.Linear(20, 1000))
+        trained(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(torch.flatten(self.avgpool(self.features(x)), 1))
+
+
+def trained(model: nn.Module) -> nn.Module:
+    """Batch norms that are not the identity."""
+    for module in model.modules():
+        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            assert module.running_mean is not None and module.running_var is not None
+            module.running_mean.uniform_(-0.5, 0.5), module.running_var.uniform_(0.3, 1.5)
+            if module.affine:
+                nn.init.uniform_(module.weight, -1.0, 2.0), nn.init.uniform_(module.bias, -0.5, 0.5)
+    return model.eval()
+
+
+@pytest.fixture
+def float64() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def readme(model: nn.Module, data: Tensor, package: Any) -> tuple[Tensor, Tensor]:
+    """What the lines of zennit's README give with a package's names."""
+    names = {"torch": torch, "model": model, "data": data} | {
+        name: getattr(package, name) for name in ("EpsilonGammaBox", "Gradient", "SequentialMergeBatchNorm")
+    }
+    exec(README, names)
+    return names["out"], names["relevance"]  # type: ignore[return-value]
+
+
+@pytest.mark.usefixtures("float64")
 def test_example_of_the_documentation() -> None:
-    """zennit's README, with only the import changed."""
-    model, data = network(), images()[:1]
-    composite = EpsilonPlusFlat()
-    with Gradient(model=model, composite=composite) as attributor:
-        out, relevance = attributor(data, torch.eye(10, dtype=torch.float64)[[0]])
+    """zennit's README with the imports changed, on a small network of the same layers in evaluation mode."""
+    model, data = SmallVGG(), torch.randn(1, 3, 16, 16)
+    before = copy.deepcopy(model.state_dict())
+    out, relevance = readme(model, data, ours)
     assert relevance.shape == data.shape
-    assert torch.allclose(out, model(data))
+    assert relative(out, model(data)) < 1e-3  # a merged batch norm divides by sqrt(1 + eps)
     assert not data.requires_grad
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    with pytest.raises(ModelStateError, match="evaluation mode"):  # as vgg16_bn() comes
+        readme(model.train(), data, ours)
+
+
+@pytest.mark.usefixtures("float64")
+def test_example_of_the_documentation_beside_zennit() -> None:
+    pytest.importorskip("zennit")
+    import zennit.attribution
+    import zennit.canonizers
+    import zennit.composites
+
+    class Theirs:
+        EpsilonGammaBox = zennit.composites.EpsilonGammaBox
+        Gradient = zennit.attribution.Gradient
+        SequentialMergeBatchNorm = zennit.canonizers.SequentialMergeBatchNorm
+
+    class Mixed(Theirs):
+        EpsilonGammaBox, Gradient = EpsilonGammaBox, Gradient
+
+    class Instance(Theirs):
+        Gradient = Gradient
+
+    model, data = SmallVGG(), torch.randn(1, 3, 16, 16)
+    expected = readme(model, data.clone(), Theirs)
+    for package in (ours, Mixed, Instance):
+        for found, wanted in zip(readme(model, data, package), expected, strict=True):
+            assert relative(found, wanted) < 1e-9
+    with Gradient(model, EpsilonGammaBox(low=-3.0, high=3.0)) as attributor:
+        assert relative(attributor(data, torch.eye(1000)[[0]])[1], expected[1]) > 0.01  # what merging is for
+
+
+class Merging(nn.Module):
+    """What is merged: after a layer with or without a bias; and what is not: after an activation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU())
+        self.late, self.mean, self.flat = nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+        self.linear, self.norm, self.out = nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 10)
+        trained(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.norm(self.linear(self.flat(self.mean(self.late(self.first(x)))))))
+
+
+@pytest.mark.usefixtures("float64")
+def test_batch_norms_are_merged_as_by_zennit() -> None:
+    canonizers = pytest.importorskip("zennit.canonizers")
+    model = Merging()
+    found, expected = copy.deepcopy(model), copy.deepcopy(model)
+    handles = SequentialMergeBatchNorm().apply(found)
+    canonizers.SequentialMergeBatchNorm().apply(expected)
+    assert len(handles) == 2 and set(found.state_dict()) == {*model.state_dict(), "first.0.bias"}
+    for name, tensor in expected.state_dict().items():
+        torch.testing.assert_close(found.state_dict()[name], tensor)
+    for handle in handles:
+        handle.remove()
+    assert all(torch.equal(found.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
+    assert set(found.state_dict()) == set(model.state_dict())
+
+
+@pytest.mark.usefixtures("float64")
+def test_batch_norms_without_weights() -> None:
+    """They are merged here, and fail in zennit."""
+    layers = [nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6, affine=False), nn.ReLU(), nn.Flatten(), nn.Linear(1176, 10)]
+    plain = trained(nn.Sequential(*layers))
+    merged = copy.deepcopy(plain)
+    SequentialMergeBatchNorm().apply(merged)
+    data = torch.randn(2, 3, 16, 16)
+    assert relative(merged(data), plain(data)) < 1e-4
+    assert float(merged[1].running_mean.abs().max()) == 0.0  # type: ignore[index, union-attr, operator]
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("name", ["EpsilonPlusFlat", "ExcitationBackprop"])
+def test_canonizers_of_a_residual_network(name: str) -> None:
+    """zennit's, which give blocks another forward and put modules in; ours and zennit's composite against zennit."""
+    pytest.importorskip("zennit")
+    import zennit.attribution
+    import zennit.composites
+    from torchvision.models.resnet import BasicBlock, ResNet
+    from zennit.torchvision import ResNetCanonizer
+
+    torch.manual_seed(0)
+    model, data = trained(ResNet(BasicBlock, [1, 1, 1, 1], num_classes=10)), torch.randn(2, 3, 32, 32)
+    seed, theirs = torch.eye(10)[[3, 4]], getattr(zennit.composites, name)(canonizers=[ResNetCanonizer()])
+    with zennit.attribution.Gradient(model, theirs) as attributor:
+        expected = attributor(data.clone(), seed)[1]
+    for composite in (theirs, getattr(ours, name)(canonizers=[ResNetCanonizer()])):
+        assert relative(Gradient(model, composite)(data, seed)[1], expected) < 1e-6
+    assert not hasattr(model.layer1[0], "canonizer_sum")  # type: ignore[index]
+
+
+@pytest.mark.usefixtures("float64")
+def test_canonizers_follow_the_weights() -> None:
+    """One attributor, whose model is trained on in between; without a change the copy stays the same."""
+    model, data, seed = SmallVGG(), torch.randn(2, 3, 16, 16), torch.eye(1000)[[0, 1]]
+    attributor = Gradient(model, EpsilonPlus(canonizers=[SequentialMergeBatchNorm()]))
+    first = attributor(data, seed)[1]
+    kept = attributor._engines(attributor.composite.canonizers)
+    assert torch.equal(attributor(data, seed)[1], first)
+    assert attributor._engines(attributor.composite.canonizers) is kept
+    with torch.no_grad():
+        model.features[1].weight.mul_(0.5)  # type: ignore[union-attr, operator]
+    changed = attributor(data, seed)[1]
+    assert relative(changed, first) > 0.01
+    assert torch.equal(changed, Gradient(model, attributor.composite)(data, seed)[1])
+
+
+def test_composites_register_no_hooks() -> None:
+    """zennit's other way says what to write instead."""
+    composite, model = EpsilonPlusFlat(), network()
+    for use in (composite.context, composite.register):
+        message = rf"composite.{use.__name__}: expected Gradient\(model, composite\)\(input, attr_output\)"
+        with pytest.raises(OptionError, match=message):
+            use(model)
 
 
 @pytest.mark.parametrize("given", ["ours", "theirs"])
@@ -348,12 +530,15 @@ def test_arguments_of_zennits_composites() -> None:
         (EpsilonPlus, "layer_map"),
         (EpsilonPlusFlat, "first_map"),
         (ours.EpsilonAlpha2Beta1Flat, "layer_map"),
-        (ours.ExcitationBackprop, "canonizers"),
+        (ours.ExcitationBackprop, "layer_map"),
     ):
         with pytest.raises(OptionError, match=f"{name}: expected none, got .*; give an instance of zennit's composite"):
             maker(**{name: [((nn.Linear,), None)]})
     with pytest.raises(OptionError, match="first_map: expected none"):
         EpsilonGammaBox(0.0, 1.0, first_map=[1])
+    for canonizers in ("merge", [SequentialMergeBatchNorm], SequentialMergeBatchNorm, [SequentialMergeBatchNorm(), 1]):
+        with pytest.raises(OptionError, match="canonizers: expected a list of zennit's canonizers or .*, got .* among"):
+            ours.ExcitationBackprop(canonizers=canonizers)  # type: ignore[arg-type]
     for stabiliser in (Stabilizer(clip=True), lambda z: z + 1):
         with pytest.raises(UnsupportedOpError, match="expected stabilizers that add epsilon.* for epsilon"):
             EpsilonPlus(stabiliser)
@@ -365,8 +550,6 @@ def test_arguments_of_zennits_composites() -> None:
 
 def test_unmapped_rules_are_named() -> None:
     pytest.importorskip("zennit")
-    from zennit.canonizers import SequentialMergeBatchNorm
-    from zennit.composites import EpsilonPlus as Theirs
     from zennit.composites import GuidedBackprop, NameMapComposite
     from zennit.core import Stabilizer
     from zennit.rules import Epsilon, Pass, WSquare
@@ -382,5 +565,3 @@ def test_unmapped_rules_are_named() -> None:
         Gradient(model, NameMapComposite([(["6"], Epsilon())]))(data)
     with pytest.raises(UnsupportedOpError, match="that linear operations have .*, got rule 'Pass' for 7 \\(Linear\\)"):
         Gradient(model, NameMapComposite([(["7"], Pass())]))(data)
-    with pytest.raises(OptionError, match="expected no canonizers, which change the model, got SequentialMergeBatch"):
-        Gradient(model, Theirs(canonizers=[SequentialMergeBatchNorm()]))(data)

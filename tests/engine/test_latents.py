@@ -259,6 +259,120 @@ def test_inputs_that_are_not_one() -> None:
         relprop.explain(model, x, target=1, method="gradient_x_input", latents=["blocks.1.mpl:input"])
 
 
+class Several(nn.Module):
+    """Modules whose outputs are several: both used, one of them used, parts of one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.two, self.one, self.parts, self.part = Two(), Two(), Parts(), Parts()
+        self.out = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.two(x)
+        c, _ = self.one(torch.tanh(a) + b)
+        d, e = self.parts(torch.tanh(c))
+        f = torch.cat([e, d * e], -1)
+        return self.out(torch.cat([self.part(f)[1], f[:, :3]], -1))
+
+
+class Two(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.a(x), self.b(x)
+
+
+class Parts(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        first, second = (2 * x).chunk(2, -1)
+        return first, second
+
+
+def test_outputs_that_are_not_one() -> None:
+    """None of several that the model uses is taken for the module's; of several of which it uses one, that one is."""
+    model, x = Several().double().eval(), torch.randn(2, 6, dtype=torch.float64)
+    for path in ("two", "parts"):
+        message = f"latents: expected a module with one output that carries relevance, got {path} with 2"
+        with pytest.raises(UnsupportedTopologyError, match=message):
+            relprop.explain(model, x, target=1, method="gradient_x_input", latents=[path])
+    found = relprop.explain(model, x, target=1, method="gradient_x_input", latents=["one", "part", "two.?"])
+    kept: dict[str, Tensor] = {}
+
+    def keep(name: str, output: Tensor) -> None:
+        output.retain_grad()
+        kept[name] = output
+
+    hooks = {"one": lambda *given: keep("one", given[2][0]), "part": lambda *given: keep("part", given[2][1])}
+    hooks |= {"two.a": lambda *given: keep("two.a", given[2]), "two.b": lambda *given: keep("two.b", given[2])}
+    for path, hook in hooks.items():
+        model.get_submodule(path).register_forward_hook(hook)
+    model(x.clone().requires_grad_())[:, 1].sum().backward()
+    assert set(found.latents) == set(kept)
+    for path, value in kept.items():
+        assert value.grad is not None
+        assert relative(found.at(path).relevance, value.detach() * value.grad) < 1e-10, path
+
+
+class Borrowed(nn.Module):
+    """A part of a module is called before, from outside it, as a language model's embedding by a larger model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(7)
+        self.inner, self.out = Inner(), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(torch.relu(self.inner(torch.tanh(self.inner.layers[0](x)))))
+
+
+class Inner(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 6)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers[1](x)
+
+
+def test_a_part_that_is_called_on_its_own_is_no_output() -> None:
+    model, x = Borrowed().double().eval(), torch.randn(2, 6, dtype=torch.float64)
+    found = relprop.explain(model, x, target=1, method="gradient_x_input", latents=["inner"])
+    value = model.inner(torch.tanh(model.inner.layers[0](x))).detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(model.out(torch.relu(value))[:, 1].sum(), value)
+    assert relative(found.at("inner").relevance, value.detach() * gradient) < 1e-10
+    with pytest.raises(UnsupportedTopologyError, match=r"got inner\.layers with 2"):  # a list has no call of its own
+        relprop.explain(model, x, target=1, method="gradient_x_input", latents=["inner.layers"])
+
+
+class Pooled(nn.Module):
+    """The first row of a residual branch is read, and of what goes past it; nothing mixes rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(6)
+        self.token = nn.Parameter(torch.randn(1, 1, 6))
+        self.norm, self.mlp, self.out = nn.LayerNorm(6), nn.Linear(6, 6), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat([x.mean(1, keepdim=True) * self.token, x], 1)
+        return self.out((self.mlp(self.norm(x)) + x)[:, 0])
+
+
+def test_a_row_that_two_modules_read_is_the_output_of_neither() -> None:
+    model, x = Pooled().double().eval(), torch.randn(2, 5, 6, dtype=torch.float64)
+    found = relprop.explain(model, x, target=1, method="gradient_x_input", latents=["norm", "mlp"])
+    row = torch.cat([x.mean(1, keepdim=True) * model.token, x], 1)[:, 0].detach()
+    normed = model.norm(row).detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(model.out(row + model.mlp(normed))[:, 1].sum(), normed)
+    latent = found.at("norm")
+    assert torch.allclose(latent.activation.reshape(2, -1, 6)[:, 0], normed)
+    assert torch.allclose(latent.relevance.reshape(2, -1, 6)[:, 0], normed * gradient)
+    assert found.at("mlp").activation.shape[0] == 2
+
+
 def test_directions_of_a_dictionary() -> None:
     """Features whose directions add up to the activation share out all of its relevance."""
     model = vit().double()

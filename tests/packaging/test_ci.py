@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -42,6 +45,34 @@ def test_the_oldest_torch_compiles_kernels_and_shares_its_binary_with_the_newest
     compiled, shared = selections("versions")
     assert collected(compiled) == {"test_a_few_on_hopper", "test_boolean_mask_and_shared_keys_on_hopper"}
     assert collected(shared) == {"test_one_binary_under_two_versions_of_torch"}
+
+
+@pytest.mark.parametrize("installs", [True, False])
+@pytest.mark.parametrize("there", [True, False])
+def test_a_browser_is_installed_or_missed_aloud(there: bool, installs: bool, tmp_path: Path) -> None:
+    """On a machine whose PATH has no more than what is put there."""
+    text = (ROOT / ".ci" / "run").read_text()
+    check = text[text.index("browser()") : text.index("make test")]
+    browser = tmp_path / "chromium"
+    installing = f"echo '#!/bin/sh' > {browser}; chmod +x {browser}" if installs else "exit 100"
+    programs = {
+        "id": "echo 0",
+        "timeout": 'shift; exec "$@"',
+        "apt-get": f'echo "$@" >> {tmp_path}/calls; [ "$1" = update ] || {{ {installing}; }}',
+    }
+    for name, line in (programs | ({"chromium": ""} if there else {})).items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    for name in ("bash", "sh", "chmod"):
+        found = shutil.which(name)
+        assert found is not None
+        (tmp_path / name).symlink_to(found)
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", check], env={"PATH": str(tmp_path)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert ("WARNING: no page was looked at" in done.stderr) == (not there and not installs)
+    assert (tmp_path / "calls").exists() == (not there)
 
 
 def test_no_nvcc_is_a_failure_unless_none_is_asked_for() -> None:
