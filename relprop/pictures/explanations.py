@@ -22,6 +22,7 @@ from relprop.pictures.grids import (
     explanation_blocks,
     is_signed,
 )
+from relprop.pictures.padding import kept_tokens
 from relprop.pictures.text import Passage, text_html, text_terminal
 from relprop.pictures.tokens import token_strings
 from relprop.pictures.view import View
@@ -91,17 +92,19 @@ def passages(explanation: Explanation, samples: Sequence[int] | None = None) -> 
     """
     chosen = chosen_samples(explanation, samples)
     found = []
-    several_inputs = len(list(_texts(explanation))) > 1
+    names = [name for name, _, _ in _texts(explanation)]
     for name, relevance, ids in _texts(explanation):
         rows = None if ids is None else ids.tolist()
         tokens, special = token_strings(explanation.annotation.tokens, rows, explanation.batch)
+        mask = kept_tokens(explanation.inputs, names, name, relevance.shape[-1])
+        whole = torch.ones(relevance.shape[-1], dtype=torch.bool) if mask is None else mask
+        masks = whole.expand(explanation.batch, -1)
         for sample in chosen:
-            kept = _kept(explanation, relevance.shape[-1], sample)
-            strings = tokens[sample]
+            kept, strings = masks[sample], tokens[sample]
             if len(strings) == len(kept):
                 strings = [token for token, keep in zip(strings, kept.tolist(), strict=True) if keep]
             for target, label in enumerate(explanation.target_names(sample)):
-                title = f"{label} ({name})" if several_inputs else label
+                title = f"{label} ({name})" if len(names) > 1 else label
                 title = f"sample {sample}: {title}" if len(chosen) > 1 else title
                 values = relevance[sample, target] if explanation.several else relevance[sample]
                 found.append(Passage(strings, values.cpu()[kept], title, sample, tuple(special)))
@@ -119,14 +122,6 @@ def _texts(explanation: Explanation) -> Iterator[tuple[str, Tensor, Tensor | Non
         if relevance.ndim == axes and (ids is not None or explanation.image_size is None):
             fits = ids is not None and ids.shape[-1] == relevance.shape[-1]
             yield name, relevance, ids if fits else None
-
-
-def _kept(explanation: Explanation, tokens: int, sample: int) -> Tensor:
-    """Which tokens an attention mask does not hide. [N]"""
-    for name, mask in explanation.inputs.items():
-        if "attention_mask" in name and mask.ndim == 2 and mask.shape[-1] == tokens:
-            return mask[sample].bool().cpu()
-    return torch.ones(tokens, dtype=torch.bool)
 
 
 def explained_view(
