@@ -24,7 +24,8 @@ class Annotation:
     Attributes:
         images: as the model sees them (cropped alike): PIL images, files, or one tensor [B, 3, H, W], of uint8 or of
             floats from 0 to 1. One alone for a batch of one.
-        tokens: a tokenizer of transformers, or strings for each sample.
+        tokens: a tokenizer of transformers, or strings for each sample; a mapping to these by input where there are
+            several.
         labels: class names by index, as a sequence or a mapping such as a model's `config.id2label`.
         normalisation: (mean, std) by channel that the model's input was normalised with, to undo it where `images` are
             not given.

@@ -9,11 +9,13 @@ from torch import Tensor
 
 from relprop.capture import InputSpec
 from relprop.execute import PassResult
-from relprop.explanation import Explanation, TokenKinds
+from relprop.explanation import Explanation, TokenKinds, TokenLayout
 from relprop.graph import Graph
 from relprop.methods import Reading
-from relprop.methods.topology import explained_tokens, patch_grid
+from relprop.methods.topology import number_of_keys, patch_grid, token_origins
 from relprop.program import Program
+
+Shapes = Mapping[int, torch.Size]
 
 
 def explained_names(graph: Graph) -> set[str]:
@@ -37,7 +39,10 @@ def explanation_of(result: PassResult, program: Program, inputs: Sequence[InputS
     shaped = per_sample(result.relevance)
     maps = {name: per_sample(found) for name, found in result.by_input.items()}
     paths = {spec.placeholder: spec.path for spec in inputs}
-    kinds, grid, size = _layout(program, reading, result.shapes, shaped.shape[-1])
+    row, origins = _row_layout(program, reading, result.shapes, shaped.shape[-1])
+    layouts = _layouts(program, reading, result.shapes)
+    if layouts:
+        row = layouts.get(next(iter(result.by_input), next(iter(layouts))))
     index = target.index
     if index is not None and not target.several:
         index = index[:, 0]
@@ -51,9 +56,11 @@ def explanation_of(result: PassResult, program: Program, inputs: Sequence[InputS
         target=index,
         method=method.name,
         composite=program.composite.name,
-        kinds=kinds if method.output == "tokens" else None,
-        grid=grid if method.output == "tokens" else None,
-        image_size=size,
+        kinds=None if row is None else row.kinds,
+        grid=None if row is None else row.grid,
+        layouts={paths[name]: one for name, one in layouts.items() if name in maps},
+        origins=tuple(paths.get(name, "") for name in origins),
+        image_size=_image_size(program.graph, result.shapes),
         ledger=result.books,
         latents=result.latents,
         matrices={
@@ -62,17 +69,50 @@ def explanation_of(result: PassResult, program: Program, inputs: Sequence[InputS
     )
 
 
-def _layout(
-    program: Program, reading: Reading, shapes: Mapping[int, torch.Size], tokens: int
-) -> tuple[TokenKinds | None, tuple[int, int] | None, tuple[int, int] | None]:
-    """What tells the kinds of the tokens, the grid of patches, and the size of the input image."""
-    graph = program.graph
+def _image_size(graph: Graph, shapes: Shapes) -> tuple[int, int] | None:
+    """(H, W) of the explained image, None where none is."""
     image = next((v for v in graph.explained if v.rank == 4), None)
-    size = None if image is None else tuple(int(s) for s in shapes[image.index][-2:])
-    if not program.requirements.profile:
-        return None, None, size  # type: ignore[return-value]
+    return None if image is None else _size(shapes[image.index])
+
+
+def _size(shape: Sequence[int]) -> tuple[int, int]:
+    return int(shape[-2]), int(shape[-1])
+
+
+def _row_layout(
+    program: Program, reading: Reading, shapes: Shapes, tokens: int
+) -> tuple[TokenLayout | None, tuple[str, ...]]:
+    """How the tokens of one row lie; where inputs are several, also which of them each comes from, by placeholder."""
+    graph = program.graph
+    if not program.requirements.profile or program.method.output != "tokens":
+        return None, ()
     assert reading.profile is not None
-    explained = explained_tokens(graph, graph.attention_sites()[0], lambda i: shapes[i]) or [True] * tokens
-    plain = "patch" if image is not None else "word"
-    grid = None if size is None else patch_grid(graph, sum(explained), size, shapes)  # type: ignore[arg-type]
-    return TokenKinds(plain, explained, reading.profile[..., :tokens]), grid, size  # type: ignore[return-value]
+    several = len(graph.explained) > 1
+    names = {value.index: name for name, value in graph.inputs.items()}
+    first = names[graph.explained[0].index]
+    origins = token_origins(graph, graph.tokens.covering or graph.attention_sites()[0], lambda i: shapes[i])
+    origins = origins or [first] * tokens
+    if not several:
+        origins = [None if name is None else first for name in origins]
+    layout = _layout_of(graph, origins, reading.profile[..., :tokens], shapes)
+    return layout, tuple(name or "" for name in origins) if several else ()
+
+
+def _layout_of(graph: Graph, origins: Sequence[str | None], profile: Tensor, shapes: Shapes) -> TokenLayout:
+    """Of tokens that come from these placeholders; None stands for a token of the model's own."""
+    images = {name for name in origins if name and graph.inputs[name].rank == 4}
+    plain = ["" if name is None else "patch" if name in images else "word" for name in origins]
+    size = next((_size(shapes[graph.inputs[name].index]) for name in images), None)
+    grid = None if size is None else patch_grid(graph, plain.count("patch"), size, shapes)
+    return TokenLayout(TokenKinds(plain, profile), grid)
+
+
+def _layouts(program: Program, reading: Reading, shapes: Shapes) -> dict[str, TokenLayout]:
+    """How the tokens of each input lie that is a sequence of its own, by placeholder."""
+    found, graph = {}, program.graph
+    for name, site in program.readout.first_layers().items():
+        tokens = number_of_keys(site, dict(shapes))
+        origins = token_origins(graph, site, lambda i: shapes[i])
+        own = [None if origin is None else name for origin in origins] if len(origins) == tokens else [name] * tokens
+        found[name] = _layout_of(graph, own, program.readout.read_of(name, tokens, reading), shapes)
+    return found

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from relprop.errors import OptionError
-from relprop.explanation import Explanation
+from relprop.explanation import Explanation, TokenKinds
 from relprop.targets import TargetLike, of_samples
 
 
@@ -69,10 +69,17 @@ def join(parts: list[Explanation]) -> Explanation:
         )
         for path, latent in parts[0].latents.items()
     }
-    if (kinds := parts[0].kinds) is not None:
-        profiles = [part.kinds.profile for part in parts if part.kinds is not None]
-        whole["kinds"] = replace(kinds, profile=torch.cat(profiles, 1))
+    if parts[0].kinds is not None:
+        whole["kinds"] = _joined_kinds([part.kinds for part in parts if part.kinds is not None])
+    whole["layouts"] = {
+        name: replace(one, kinds=_joined_kinds([part.layouts[name].kinds for part in parts]))
+        for name, one in parts[0].layouts.items()
+    }
     return replace(parts[0], **whole)
+
+
+def _joined_kinds(parts: list[TokenKinds]) -> TokenKinds:
+    return replace(parts[0], profile=torch.cat([part.profile for part in parts], 1))
 
 
 def of_own_targets(explanation: Explanation) -> Explanation:

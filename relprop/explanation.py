@@ -28,20 +28,31 @@ class TokenKinds:
     """What each token is. Which class tokens there are depends on what the output read, which the device knows.
 
     Attributes:
-        plain: of a token that comes from an explained input: "patch" or "word".
-        explained: whether it does, per token.
+        plain: per token "patch" or "word" where it comes from an explained input, "" for one of the model's own.
         profile: how much the output reads of each token. [T or 1, B, N]
     """
 
-    plain: str
-    explained: Sequence[bool]
+    plain: Sequence[str]
     profile: Tensor
 
     def names(self) -> tuple[str, ...]:
         """Per token "patch" or "word", "class" or "register"; waits for the device."""
         read = (self.profile.amax((0, 1)) > 0).tolist()
         others = ("class" if is_read else "register" for is_read in read)
-        return tuple(self.plain if is_input else other for is_input, other in zip(self.explained, others, strict=True))
+        return tuple(plain or other for plain, other in zip(self.plain, others, strict=True))
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """What the tokens of one sequence are, and how they lie.
+
+    Attributes:
+        kinds: what tells each one's.
+        grid: (h, w) of an image's patches, None otherwise.
+    """
+
+    kinds: TokenKinds
+    grid: tuple[int, int] | None
 
 
 @dataclass(frozen=True)
@@ -57,7 +68,9 @@ class Explanation:
         target: indices explained, None for a callable. [B], [B, T], ...
         method, composite: names.
         kinds: what tells `token_kinds`, None for pixels.
-        grid: (h, w) of the patches of an image model, None otherwise.
+        grid: (h, w) of the patches in `relevance`, None where it is of no image.
+        layouts: where inputs become sequences of their own, each one's tokens by input name.
+        origins: where tokens of several inputs stand in one row, the input of each token, "" for the model's own.
         image_size: (H, W) of the input image, None otherwise.
         ledger: the books of the pass, if asked for.
         matrices: of `generic_attention` with the option `rows="all"`, by the names of two inputs: how much each token
@@ -80,6 +93,8 @@ class Explanation:
     composite: str
     kinds: TokenKinds | None = field(default=None, repr=False)
     grid: tuple[int, int] | None = None
+    layouts: Mapping[str, TokenLayout] = field(default_factory=dict, repr=False)
+    origins: tuple[str, ...] = field(default=(), repr=False)
     image_size: tuple[int, int] | None = None
     ledger: Ledger | None = None
     latents: Mapping[str, Latent] = field(default_factory=dict)
@@ -107,7 +122,8 @@ class Explanation:
         """Whether there is an axis of targets."""
         if self.target is not None:
             return self.target.ndim == (2 if self.logits.ndim == 2 else 3)
-        single = 3 if self.image_size is not None and self.kinds is None else 2
+        pixels = self.kinds is None and not self.layouts and tuple(self.relevance.shape[-2:]) == self.image_size
+        single = 3 if pixels or self.matrices else 2  # with matrices a row for each token
         return self.relevance.ndim > single
 
     def at(self, path: str) -> Latent:
@@ -135,31 +151,69 @@ class Explanation:
         return self.latents[path]
 
     @property
+    def pictured(self) -> str | None:
+        """The input whose relevance `image_map` has, None where there is no map."""
+        if self.image_size is None:
+            return None
+        if self.kinds is None and not self.layouts:
+            maps = {**self.relevances, "": self.relevance}
+            return next((n for n, m in maps.items() if m.ndim > 2 and tuple(m.shape[-2:]) == self.image_size), None)
+        found = self._patch_tokens()
+        return None if found is None or found[1].ndim != 2 + self.several else found[0]
+
+    @property
+    def has_image_map(self) -> bool:
+        """Whether `image_map` has something to show."""
+        return self.pictured is not None
+
+    def _patch_tokens(self) -> tuple[str, Tensor, TokenLayout] | None:
+        """An image's name, relevance of the sequence that its patches stand in, and how they lie there."""
+        lying = ((name, self.relevances.get(name), one) for name, one in self.layouts.items() if one.grid is not None)
+        found = next(((name, relevance, one) for name, relevance, one in lying if relevance is not None), None)
+        if found is not None or self.kinds is None or self.grid is None:
+            return found
+        origins = self.origins or (next(iter(self.relevances), ""),) * len(self.kinds.plain)
+        name = next((o for o, plain in zip(origins, self.kinds.plain, strict=True) if plain == "patch"), "")
+        return name, self.relevance, TokenLayout(self.kinds, self.grid)
+
+    @property
     def patches(self) -> Tensor:
         """Relevance of an image's patches, class and register tokens dropped. [B, h, w] or [B, T, h, w]
 
         Raises:
-            ShapeError: the tokens are not an image's patches.
+            ShapeError: the tokens are not an image's patches, or there is a row of them for each token.
         """
-        if self.grid is None:
+        found = self._patch_tokens()
+        if found is None:
             raise ShapeError(
                 f"patches: expected relevance over the patches of an image, got {list(self.relevance.shape)} over"
                 f" {self.token_kinds[0] + 's' if self.token_kinds else 'the input'}"
             )
-        kept = torch.tensor([kind == "patch" for kind in self.token_kinds], device=self.relevance.device)
-        return self.relevance[..., kept].reshape(*self.relevance.shape[:-1], *self.grid)
+        name, relevance, layout = found
+        if relevance.ndim != 2 + self.several:
+            raise ShapeError(
+                f"patches: expected one number for each token{f' of {name}' if name else ''}, got"
+                f" {list(relevance.shape)}, as of every row (option rows='all')"
+            )
+        assert layout.grid is not None
+        kept = torch.tensor([kind == "patch" for kind in layout.kinds.names()], device=relevance.device)
+        return relevance[..., kept].reshape(*relevance.shape[:-1], *layout.grid)
 
     def image_map(self) -> Tensor:
         """Relevance at the size of the input image, patches enlarged bilinearly. [B, H, W] or [B, T, H, W]
 
         Raises:
-            ShapeError: the input is not an image.
+            ShapeError: the input is not an image, or there is no relevance over its pixels or patches.
         """
         if self.image_size is None:
             raise ShapeError(f"image_map: expected an image as input, got relevance {list(self.relevance.shape)}")
-        if not self.token_kinds:
+        if self.kinds is None and not self.layouts:
             maps = [self.relevance, *self.relevances.values()]
-            return next(found for found in maps if found.ndim > 2 and tuple(found.shape[-2:]) == self.image_size)
+            pixels = next((m for m in maps if m.ndim > 2 and tuple(m.shape[-2:]) == self.image_size), None)
+            if pixels is None:
+                got = {name: list(one.shape) for name, one in self.relevances.items()} or list(self.relevance.shape)
+                raise ShapeError(f"image_map: expected relevance over an image of {self.image_size} pixels, got {got}")
+            return pixels
         patches = self.patches
         flat = patches.reshape(-1, 1, *patches.shape[-2:])
         large = F.interpolate(flat.float(), size=self.image_size, mode="bilinear", align_corners=False)
@@ -198,7 +252,8 @@ class Explanation:
         Args:
             images: as the model sees them: PIL images, files, or a tensor [B, 3, H, W] of uint8 or of floats from 0 to
                 1. By default the model's own input, stretched from its darkest to its lightest value.
-            tokens: a tokenizer of transformers, or a list of strings for each sample.
+            tokens: a tokenizer of transformers, or a list of strings for each sample; of several inputs a mapping to
+                these by input name. Inputs without token ids are numbered where nothing names their tokens.
             labels: class names by index: a sequence, or a mapping such as `model.config.id2label`.
             normalisation: (mean, std) of the model's input, so that it can be shown without `images`.
         """

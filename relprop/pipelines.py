@@ -358,9 +358,10 @@ class ZeroShotImageClassification(Pipeline):
         sigmoid = "siglip" in self.model.config.model_type
         scores = logits.sigmoid() if sigmoid else logits.softmax(-1)
         mask = text.get("attention_mask", torch.ones_like(text["input_ids"])).bool()
+        maps = found.image_map().cpu()
         results = []
         for i in scores.argsort(descending=True, stable=True).tolist():
-            parts = {name: part[i].cpu() for name, part in found.relevances.items()}
+            parts = {name: part[i].cpu() for name, part in found.relevances.items()} | {"pixel_values": maps[i]}
             if "input_ids" in parts:
                 parts["input_ids"] = parts["input_ids"][mask[i]]
             tokens = tuple(self.inner.tokenizer.convert_ids_to_tokens(text["input_ids"][i][mask[i]].tolist()))

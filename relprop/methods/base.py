@@ -136,6 +136,14 @@ class Readout:
         """
         raise NotImplementedError
 
+    def first_layers(self) -> Mapping[str, Node]:
+        """Where it follows several sequences: of every input the first attention layer over its tokens."""
+        return {}
+
+    def read_of(self, name: str, tokens: int, reading: Reading) -> Tensor:
+        """How much the output reads of each token of such an input. [T or 1, B, N]"""
+        raise NotImplementedError
+
     def reader(self) -> Reader:
         """A fresh reader."""
         raise NotImplementedError

@@ -260,6 +260,24 @@ class CoAttention(Readout):
         maps = {update.of.site: EDGES[self.edge] for update in self.topology.updates}
         return Requirements(maps, read_after=tuple(self.topology.final))
 
+    def first_layers(self) -> dict[str, Node]:
+        """Of every input the first layer that attends over its tokens."""
+        found: dict[str, Node] = {}
+        for update in self.topology.updates:
+            for name in filter(None, self.topology.roots[self.topology.origin[update.of.key]]):
+                found.setdefault(name, update.of.site)
+        return found
+
+    def read_of(self, name: str, tokens: int, reading: Reading) -> Tensor:
+        """What the output reads of the last state of the input's own sequence; of another sequence's alone nothing."""
+        for site, state in self.topology.final.items():
+            if site in reading.read and name in self.topology.roots[self.topology.origin[state]]:
+                read = reading.read[site]
+                profile = read.new_zeros(*read.shape[:-1], tokens)
+                profile[..., self.topology.rows(site)] = read
+                return profile
+        return torch.zeros(1, reading.batch, tokens)
+
     def reader(self) -> Reader:
         """A reader of whole maps."""
         return _States(self)

@@ -155,50 +155,74 @@ def explained_tokens(graph: Graph, site: Node, lengths: Any) -> list[bool]:
     Args:
         lengths: function from a value's index to its run-time shape.
     """
-    value: Value | None = residual_tokens(graph, graph.tokens.covering or site)
+    return [origin is not None for origin in token_origins(graph, graph.tokens.covering or site, lengths)]
+
+
+def token_origins(graph: Graph, site: Node, lengths: Any) -> list[str | None]:
+    """Per token of the sequence that a first attention layer reads, the placeholder of the input that it comes from.
+
+    None for class and register tokens, "" where no input is found. Empty where the sequence is not put together of
+    parts: all of its tokens come from one input, or from inputs that are summed.
+
+    Args:
+        lengths: function from a value's index to its run-time shape.
+    """
+    value: Value | None = residual_tokens(graph, site)
     while value is not None and value.producer is not None:
         node = value.producer
         if node.kind == "movement" and isinstance(node.args[0], list) and value.rank == 3:
             axis = node.args[1] if len(node.args) > 1 else 0
             if axis % 3 == 1:
-                flags: list[bool] = []
+                origins: list[str | None] = []
                 for part in node.args[0]:
-                    size = int(lengths(part.index)[1])
-                    flags += explained_part(part, size, lengths)
-                return flags
+                    origins += _part_origins(graph, part, int(lengths(part.index)[1]), lengths)
+                return origins
         value = next((v for v in node.operands if v is not None and v.carrying), None)
         if value is not None and value.rank < 3:
             break
     return []
 
 
-def explained_part(part: Value, size: int, lengths: Any) -> list[bool]:
-    """One operand of the concatenation that builds the sequence; it may be a concatenation itself."""
+def _part_origins(graph: Graph, part: Value, size: int, lengths: Any) -> list[str | None]:
+    """Of one operand of the concatenation that builds the sequence; it may be a concatenation itself."""
     if not part.carrying:
-        return [False] * size
+        return [None] * size
     node = part.producer
     while node is not None and node.kind in ("add", "fanout", "norm"):
         value = next((v for v in node.operands if v is not None and v.carrying), None)
         node = value.producer if value is not None else None
     if node is not None and node.kind == "movement" and isinstance(node.args[0], list):
-        flags: list[bool] = []
+        origins: list[str | None] = []
         for inner in node.args[0]:
-            flags += explained_part(inner, int(lengths(inner.index)[1]), lengths)
-        if len(flags) == size:
-            return flags
-    return [True] * size
+            origins += _part_origins(graph, inner, int(lengths(inner.index)[1]), lengths)
+        if len(origins) == size:
+            return origins
+    return [_origin(graph, part)] * size
+
+
+def _origin(graph: Graph, value: Value | None) -> str:
+    """The placeholder that a carrying value is made of, "" where none is found."""
+    names = {v.index: name for name, v in graph.inputs.items()}
+    while value is not None and value.index not in names:
+        node = value.producer
+        if node is None:
+            return ""
+        carrying = [v for v in node.operands if v is not None and v.carrying]
+        ids = node.operands[1] if node.kind == "embedding" else next((v for v in node.operands if v is not None), None)
+        value = carrying[0] if carrying else ids
+    return "" if value is None else names[value.index]
 
 
 def patch_grid(
     graph: Graph, patches: int, size: tuple[int, int], shapes: Mapping[int, torch.Size]
 ) -> tuple[int, int] | None:
-    """Rows and columns of an image's patches: of the convolution that makes them, else of squares that fill the image.
+    """Rows and columns of an image's patches: of a convolution that makes them, else of squares that fill the image.
 
     Args:
         size: of the image, in pixels.
     """
     for node in graph.nodes:
-        if node.kind == "conv" and node.role == "input":
+        if node.kind == "conv" and node.outputs[0].rank == 4:
             rows, columns = shapes[node.outputs[0].index][-2:]
             if rows * columns == patches:
                 return int(rows), int(columns)

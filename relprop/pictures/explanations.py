@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +22,9 @@ from relprop.pictures.grids import (
     explanation_blocks,
     is_signed,
 )
+from relprop.pictures.padding import kept_tokens
 from relprop.pictures.text import Passage, text_html, text_terminal
-from relprop.pictures.tokens import token_strings
+from relprop.pictures.tokens import strings_by_input
 from relprop.pictures.view import View
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def explanation_view(
     noted = explanation.annotated(**annotation) if annotation else explanation
     title = heading or f"relevance by {explanation.method}"
     views = []
-    if explanation.image_size is not None and _has_map(explanation):
+    if explanation.has_image_map:
         blocks = explanation_blocks(noted, over, samples)
 
         def picture() -> Any:
@@ -76,57 +77,56 @@ def text_view(texts: Sequence[Passage], title: str, scale: str = "map", signed: 
     )
 
 
-def _has_map(explanation: Explanation) -> bool:
-    if explanation.token_kinds:
-        return explanation.grid is not None
-    maps = [explanation.relevance, *explanation.relevances.values()]
-    return any(m.ndim > 2 and tuple(m.shape[-2:]) == explanation.image_size for m in maps)
-
-
 def passages(explanation: Explanation, samples: Sequence[int] | None = None) -> list[Passage]:
     """Every text of an explanation, for every sample and target, padding left out.
 
     Raises:
-        OptionError, ShapeError: the token strings that it was annotated with.
+        OptionError, ShapeError, UnknownNameError: the token strings that it was annotated with.
     """
     chosen = chosen_samples(explanation, samples)
+    texts = _texts(explanation)
+    rows = {name: (ids if ids is None else ids.tolist(), found.shape[-1]) for name, (found, ids) in texts.items()}
+    named = strings_by_input(explanation.annotation.tokens, rows, explanation.batch) if texts else {}
     found = []
-    several_inputs = len(list(_texts(explanation))) > 1
-    for name, relevance, ids in _texts(explanation):
-        rows = None if ids is None else ids.tolist()
-        tokens, special = token_strings(explanation.annotation.tokens, rows, explanation.batch)
+    for name, (relevance, _) in texts.items():
+        tokens, special = named[name]
+        mask = kept_tokens(explanation.inputs, texts, name, relevance.shape[-1])
+        whole = torch.ones(relevance.shape[-1], dtype=torch.bool) if mask is None else mask
+        masks = whole.expand(explanation.batch, -1)
         for sample in chosen:
-            kept = _kept(explanation, relevance.shape[-1], sample)
-            strings = tokens[sample]
+            kept, strings = masks[sample], tokens[sample]
             if len(strings) == len(kept):
                 strings = [token for token, keep in zip(strings, kept.tolist(), strict=True) if keep]
             for target, label in enumerate(explanation.target_names(sample)):
-                title = f"{label} ({name})" if several_inputs else label
+                title = f"{label} ({name})" if len(texts) > 1 else label
                 title = f"sample {sample}: {title}" if len(chosen) > 1 else title
                 values = relevance[sample, target] if explanation.several else relevance[sample]
                 found.append(Passage(strings, values.cpu()[kept], title, sample, tuple(special)))
     return found
 
 
-def _texts(explanation: Explanation) -> Iterator[tuple[str, Tensor, Tensor | None]]:
-    """(input, relevance [B, (T), N], token ids [B, N]) of every input that is a text."""
-    axes = 2 + explanation.several
-    maps = explanation.relevances or {"": explanation.relevance}
-    for name, relevance in maps.items():
+def _texts(explanation: Explanation) -> dict[str, tuple[Tensor, Tensor | None]]:
+    """Relevance [B, (T), N] and token ids [B, N] of every sequence that no heat map shows, by input."""
+    axes, pictured = 2 + explanation.several, explanation.pictured
+    found = {}
+    for name, relevance in _sequences(explanation).items():
         ids = explanation.inputs.get(name)
-        if ids is not None and (ids.is_floating_point() or ids.ndim != 2):
+        if ids is not None and (ids.is_floating_point() or ids.shape != (explanation.batch, relevance.shape[-1])):
             ids = None
-        if relevance.ndim == axes and (ids is not None or explanation.image_size is None):
-            fits = ids is not None and ids.shape[-1] == relevance.shape[-1]
-            yield name, relevance, ids if fits else None
+        if relevance.ndim == axes and name != pictured:
+            found[name] = relevance, ids
+    return found
 
 
-def _kept(explanation: Explanation, tokens: int, sample: int) -> Tensor:
-    """Which tokens an attention mask does not hide. [N]"""
-    for name, mask in explanation.inputs.items():
-        if "attention_mask" in name and mask.ndim == 2 and mask.shape[-1] == tokens:
-            return mask[sample].bool().cpu()
-    return torch.ones(tokens, dtype=torch.bool)
+def _sequences(explanation: Explanation) -> dict[str, Tensor]:
+    """Relevance by input, also where the tokens of several stand in one row: without those of the model itself."""
+    if not explanation.origins:
+        return dict(explanation.relevances) or {"": explanation.relevance}
+    origins = list(enumerate(explanation.origins))
+    return {
+        name: explanation.relevance[..., [i for i, origin in origins if origin == name]]
+        for name in dict.fromkeys(filter(None, explanation.origins))
+    }
 
 
 def explained_view(
@@ -177,7 +177,7 @@ def compare(
         raise OptionError("compare: expected at least one explanation, got none")
     noted = {name: found.annotated(**annotation) for name, found in explanations.items()}
     title = heading or f"{len(noted)} explanations"
-    pictured = [_has_map(found) and found.image_size is not None for found in noted.values()]
+    pictured = [found.has_image_map for found in noted.values()]
     if any(pictured) and not all(pictured):
         raise OptionError("compare: expected explanations of images or of texts, got both")
     texts = []

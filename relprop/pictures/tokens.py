@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from relprop.errors import OptionError, ShapeError
+from relprop.errors import OptionError, ShapeError, unknown_name
 
 _SPECIAL = re.compile(r"\[[A-Z]+\d*\]|<[^<>\s]+>")  # [CLS], <s>, <|endoftext|>
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # a byte that SentencePiece has no piece for
 _CLOSING, _OPENING, _JOINING = set(".,!?;:%)]}”"), set("([{“"), set("'’-")  # without a space before, after, at all
+_NO_IDS = "tokens: expected a list of strings for each sample, as the model was given no token ids"
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ def token_strings(source: Any, ids: Sequence[Sequence[int]] | None, samples: int
     """
     if source is None or hasattr(source, "convert_ids_to_tokens"):
         if ids is None:
-            raise OptionError("tokens: expected a list of strings for each sample, as the model was given no token ids")
+            raise OptionError(_NO_IDS)
         if source is None:
             return [[f"#{token}" for token in row] for row in ids], []
         return [list(source.convert_ids_to_tokens(list(row))) for row in ids], list(
@@ -139,3 +140,52 @@ def token_strings(source: Any, ids: Sequence[Sequence[int]] | None, samples: int
     if len(lists) != samples:
         raise ShapeError(f"tokens: expected strings for {samples} sample(s), got {len(lists)}")
     return lists, []
+
+
+def strings_by_input(
+    source: Any, texts: Mapping[str, tuple[Sequence[Sequence[int]] | None, int]], samples: int
+) -> dict[str, tuple[list[list[str]], list[str]]]:
+    """Token strings of every sample of several inputs; what has neither ids nor strings is numbered: "regions 3".
+
+    Args:
+        source: as `token_strings` takes it, or a mapping to that by input. A tokenizer alone is for all inputs with
+            ids, lists alone for the only one with ids, or the only one.
+        texts: ids [B][N] or None, and the number of tokens, by input.
+        samples: B
+    Returns:
+        as `token_strings`, by input.
+    Raises:
+        UnknownNameError: a mapping names another input. OptionError: it is not clear which input lists are of, or a
+            tokenizer has no ids to name. Others as `token_strings`.
+    """
+    given = _by_input(source, {name: ids is not None for name, (ids, _) in texts.items()})
+    found = {}
+    for name, (ids, tokens) in texts.items():
+        if ids is None and given.get(name) is None:
+            found[name] = ([[f"{name or 'token'} {i}" for i in range(tokens)]] * samples, list[str]())
+        else:
+            found[name] = token_strings(given.get(name), ids, samples)
+    return found
+
+
+def _by_input(source: Any, texts: Mapping[str, bool]) -> Mapping[str, Any]:
+    """Sources of token strings by input, of inputs that have ids or not."""
+    if source is None:
+        return {}
+    if isinstance(source, Mapping):
+        wrong = [name for name in source if name not in texts]
+        if wrong:
+            raise unknown_name("input with token strings", wrong[0], texts)
+        return source
+    named = [name for name, has_ids in texts.items() if has_ids]
+    if hasattr(source, "convert_ids_to_tokens"):
+        if not named:
+            raise OptionError(_NO_IDS)
+        return dict.fromkeys(named, source)
+    candidates = named or list(texts)
+    if len(candidates) > 1:
+        raise OptionError(
+            f"tokens: expected a tokenizer, or a mapping to strings by input, as there are {', '.join(candidates)}; got"
+            f" a {type(source).__name__}"
+        )
+    return {candidates[0]: source}

@@ -177,7 +177,7 @@ def test_images() -> None:
     assert len(usual(image(0))) == 2 and len(usual(image(0), top_k=3)) == 3
 
 
-def test_zero_shot(tokenizer: Any) -> None:
+def clip() -> Any:
     torch.manual_seed(0)
     tower = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
     config = transformers.CLIPConfig(
@@ -189,6 +189,11 @@ def test_zero_shot(tokenizer: Any) -> None:
     for parameter in model.parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def test_zero_shot(tokenizer: Any) -> None:
+    model = clip()
     given = {"tokenizer": tokenizer, "image_processor": transformers.CLIPImageProcessor(size=32, crop_size=32)}
     why = relprop.pipeline("zero-shot-image-classification", model=model, **given)
     theirs = transformers.pipeline("zero-shot-image-classification", model=model, **given)
@@ -217,6 +222,20 @@ def test_zero_shot(tokenizer: Any) -> None:
     assert len(why([image(0), image(1)], candidate_labels=labels)) == 2
     both = found[1].html()
     assert "data:image/png;base64," in both and "photo</span>" in both
+
+
+def test_zero_shot_of_patches(tokenizer: Any) -> None:
+    """A method that answers for patches: pixels all the same."""
+    given = {"tokenizer": tokenizer, "image_processor": transformers.CLIPImageProcessor(size=32, crop_size=32)}
+    why = relprop.pipeline("zero-shot-image-classification", model=clip(), method="generic_attention", **given)
+    for result in why(image(0), candidate_labels=["a cat", "dog"]):
+        assert result.explanation is not None
+        patches = result.explanation.relevances["pixel_values"][result.sample, 1:].reshape(1, 1, 4, 4)
+        large = torch.nn.functional.interpolate(patches, size=(32, 32), mode="bilinear", align_corners=False)
+        assert torch.equal(result.relevance, large[0, 0])
+        assert torch.equal(result.relevances["pixel_values"], result.relevance)
+        html = result.html()
+        assert "data:image/png;base64," in html and "photo</span>" in html
 
 
 def test_results_show_themselves(tokenizer: Any, tmp_path: Path) -> None:
