@@ -95,6 +95,7 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "softplus": lambda h: F.softplus(h.square() + 1),
     "relu in place": lambda h: F.relu(h.clone(), inplace=True),
     "silu in place": in_place_silu,
+    "square in place": lambda h: torch.Tensor.mul_(*[h.clone()] * 2),
     "quick gelu": lambda h: h * torch.sigmoid(1.702 * h),
     "spelled gelu": lambda h: 0.5 * h * (1 + torch.tanh(0.79788456 * (h + 0.044715 * torch.pow(h, 3.0)))),
     "sum of one value": lambda h: h + torch.relu(h),
