@@ -168,6 +168,33 @@ def scaled(x: Tensor, factor: float) -> Tensor:
     return _Scale.apply(x, factor)  # type: ignore[no-untyped-call, no-any-return]
 
 
+class _HeldSoftmax(torch.autograd.Function):
+    """A softmax that is a constant."""
+
+    @staticmethod
+    def forward(ctx: Any, f: Callable[[Tensor], Tensor], x: Tensor, dim: int) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.dim, y = dim, f(x)
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        (gradient,) = gradients
+        if gradient is None or not _derives_relevance():
+            return None, None, None
+        y = _recorded(ctx.saved_tensors[0])
+        with torch._C.DisableTorchFunction():  # type: ignore[attr-defined]
+            return None, y * (gradient - (gradient * y).sum(ctx.dim, keepdim=True)), None
+
+
+def held_softmax(f: Callable[[Tensor], Tensor], x: Tensor, dim: int | None) -> Tensor:
+    """A softmax f(x) over an axis, without a gradient."""
+    if dim is None:
+        dim = 0 if x.ndim in (0, 1, 3) else 1  # as torch chooses it
+    return _HeldSoftmax.apply(f, x, dim)  # type: ignore[no-untyped-call, no-any-return]
+
+
 class _Normalised(torch.autograd.Function):
     """x / spread, its mean removed first if `centred`, and 1 / spread, which the derivative holds constant."""
 

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from relprop.compat.lxt_functions import joint_slope, normalised, noted, scaled, slope
+from relprop.compat.lxt_functions import held_softmax, joint_slope, normalised, noted, scaled, slope
 from relprop.composites import Composite
 from relprop.errors import OptionError, UnsupportedOpError
 
@@ -330,7 +330,8 @@ class RelevanceMode(TorchFunctionMode):
 
     def _softmax(self, func: Any, args: Any, kwargs: Any, carrying: list[Tensor]) -> Any:
         if self.rules.softmax_detached:
-            return scaled(func(*args, **kwargs), 0.0)
+            f, _ = _of_one_value(func, args, kwargs)
+            return held_softmax(f, args[0], _arguments(args, kwargs, ("input", "dim"))[1])
         return self.mark(noted(func(*args, **kwargs)), _Origin(gate=True))
 
     def _batch_norm(self, func: Any, args: Any, kwargs: Any, carrying: list[Tensor]) -> Any:

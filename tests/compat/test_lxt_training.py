@@ -82,6 +82,12 @@ def in_place_silu(h: Tensor) -> Tensor:
     return h.mul_(h.sigmoid())
 
 
+def softmax_in_place(h: Tensor) -> Tensor:
+    weights = (h @ h.transpose(-2, -1)).softmax(-1)
+    weights *= 0.5
+    return weights @ h
+
+
 def gated(h: Tensor) -> Tensor:
     return F.silu(h) * h.roll(1, -1)
 
@@ -123,6 +129,16 @@ METHODS = [(name, lxt.attnlrp) for name in FUNCTIONS] + [
 def test_gradients_are_those_of_finite_differences(name: str, block: Any) -> None:
     x = torch.randn(2, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     check_gradients(block, Twice(FUNCTIONS[name]), x)
+
+
+def test_a_constant_that_the_model_writes_to() -> None:
+    """Relevance needs it no more; what it was is gone for gradients of relevance, and torch says so."""
+    x = torch.randn(2, 4, 5, dtype=torch.float64, requires_grad=True)
+    outside = Twice(lambda h: (h @ h.transpose(-2, -1)).softmax(-1) * 0.5 @ h)
+    expected = relevance(lxt.cp_lrp, outside, x, graph=False)
+    assert relative(relevance(lxt.cp_lrp, Twice(softmax_in_place), x, graph=False), expected) < 1e-12
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        relevance(lxt.cp_lrp, Twice(softmax_in_place), x).sum().backward()
 
 
 class Powers(nn.Module):
