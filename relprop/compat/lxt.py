@@ -10,8 +10,15 @@
 
 Inside the block this one model, in this thread, runs with AttnLRP's modified gradients. Nothing else changes: other
 models of the same class, other threads, and the model itself after the block. As it is plain autograd, hooks see
-relevance's gradients, parameters get theirs, and losses on relevance can be trained with `create_graph=True` (under
-`torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`: torch has no second derivative of fused attention).
+relevance's gradients, and parameters get theirs.
+
+Losses on relevance can be trained. With `create_graph=True` relevance is a differentiable function of inputs and
+parameters, to any order: slopes of activations, spreads of norms, attention and gates, which rules hold constant while
+relevance is passed down, have their own derivatives. A backward pass through recorded relevance takes plain derivatives
+of all that the model computed, for other losses in that pass too. At an activation's input of exactly 0 the slope is 0,
+and so is its derivative; what the model itself detaches stays constant. torch has no second derivative of fused
+attention: compute such relevance under `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`. (LXT saves slopes and spreads
+as constants: its gradients of such a loss lack their part.)
 
 Rules come from a composite of relprop: what `relprop.explain(model, x, method="attnlrp")` gives is the same, from
 compiled kernels; use that where nothing but the relevance is needed.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from relprop.compat.lxt_functions import held_softmax, joint_slope, normalised, noted, scaled, slope
 from relprop.composites import Composite
 from relprop.errors import OptionError, UnsupportedOpError
 
@@ -43,41 +44,6 @@ class Rules:
         self.gate_detached = names["mul"] == "detached_gate"
 
 
-class _Slope(torch.autograd.Function):
-    """f(x), with the slope f(x) / x for a derivative, 0 at 0."""
-
-    @staticmethod
-    def forward(ctx: Any, f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        with torch.no_grad():
-            y = f(x)
-            ctx.save_for_backward(torch.where(x == 0, 0.0, y / torch.where(x == 0, 1.0, x)).to(y.dtype))
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        (slope,) = ctx.saved_tensors
-        return None, gradients[0] * slope
-
-
-class _Scale(torch.autograd.Function):
-    """The identity, with its gradient times a factor."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
-        ctx.factor = factor
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        return gradients[0] * ctx.factor, None
-
-
-def _scaled(x: Tensor, factor: float) -> Tensor:
-    if factor == 0.0:
-        return x.detach()
-    return x if factor == 1.0 else _Scale.apply(x, factor)  # type: ignore[no-untyped-call, no-any-return]
-
-
 def _names(names: str) -> frozenset[str]:
     return frozenset(names.split())
 
@@ -88,6 +54,8 @@ _SLOPES = _names(
     " softsign tanhshrink exp log log1p erf abs square pow sqrt rsqrt reciprocal rdiv rtruediv sin cos clamp clip"
     " clamp_min clamp_max"
 )
+# Those whose derivative torch computes from their result: models may overwrite what they were given.
+_FROM_RESULTS = _names("relu sigmoid tanh exp sqrt rsqrt reciprocal rdiv rtruediv")
 _PRODUCTS = _names("mul rmul imul multiply")
 _QUOTIENTS = _names("div truediv itruediv true_divide divide")
 _SUMS = _names("add radd iadd sub rsub isub subtract")
@@ -282,8 +250,9 @@ class RelevanceMode(TorchFunctionMode):
         x = args[0]
         if len(carrying) > 1 or carrying[0] is not x or x.is_complex():
             raise _without_rule(f"{func.__name__.strip('_')!r} of more than one real value")
-        plain, given = _out_of_place(func), {k: v for k, v in kwargs.items() if k != "inplace"}
-        y = _Slope.apply(lambda t: plain(t, *args[1:], **given), x)  # type: ignore[no-untyped-call]
+        overwritten = _in_place(func, kwargs) or func.__name__.strip("_") in _FROM_RESULTS
+        f, others = _of_one_value(func, args, kwargs)
+        y = slope(f, x.clone() if overwritten else x, *others)
         origin = _Origin(x, x._version, spread=self.origins[x].spread, gate=True)
         return self._modified(func, args, kwargs, y, origin)
 
@@ -307,25 +276,28 @@ class RelevanceMode(TorchFunctionMode):
         a, b = args[:2]
         name = func.__name__.strip("_")
         if not (self.carries(a) and self.carries(b)):
-            return self._plain(func, args, kwargs, carrying)
+            y = self._plain(func, args, kwargs, carrying)
+            return noted(y) if self.rules.softmax_detached and name not in _SUMS else y
         common = self._common(a, b)
         if common is None and (self.origins[a].spread or self.origins[b].spread):
             raise _without_rule(f"{name!r} of a variance, deviation or norm and another value")
         if common is not None and any(common[1:]) and name not in _SUMS:
             self._check_once(name, common[0], [x for x, reduced in zip((a, b), common[1:], strict=True) if not reduced])
-        plain = _out_of_place(func)
+        plain, rest = _out_of_place(func), args[2:]
         if common is not None and not any(common[1:]) and a is not b:
             source = common[0]
             if torch.broadcast_shapes(a.shape, b.shape) == source.shape:
-                y = _Slope.apply(lambda _: plain(a, b, *args[2:], **kwargs), source)  # type: ignore[no-untyped-call]
+                f = functools.partial(_of_two_values, plain, rest, kwargs)
+                y = joint_slope(f, *_unwritten(func, args, kwargs, (source, a, b)))
                 return self._modified(func, args, kwargs, y, _Origin(source, source._version, gate=True))
         origin = _Origin() if common is None else _Origin(common[0], common[0]._version)
         if name in _SUMS:
-            y = plain(a, b, *args[2:], **kwargs)
-        else:
-            factors = self._factors(name, a, b) if common is None or a is b else [float(not c) for c in common[1:]]
-            a, b = (a.clone(), a if b is a else b) if _in_place(func, kwargs) else (a, b)
-            y = plain(_scaled(a, factors[0]), _scaled(b, factors[1]), *args[2:], **kwargs)
+            return self._modified(func, args, kwargs, plain(a, b, *rest, **kwargs), origin)
+        factors = self._factors(name, a, b) if common is None or a is b else [float(not c) for c in common[1:]]
+        a, b = _unwritten(func, args, kwargs, (a, b))
+        y = plain(scaled(a, factors[0]), scaled(b, factors[1]), *rest, **kwargs)
+        if not (any(factors) or _in_place(func, kwargs)):
+            return y  # of constants alone
         return self._modified(func, args, kwargs, y, origin)
 
     def _check_once(self, name: str, source: Tensor, operands: list[Tensor]) -> None:
@@ -348,18 +320,19 @@ class RelevanceMode(TorchFunctionMode):
     def _matmul(self, func: Any, args: Any, kwargs: Any, carrying: list[Tensor]) -> Any:
         operands = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if self.carries(leaf)]
         factor = 1.0 / len(operands)
-        args, kwargs = pytree.tree_map(lambda t: _scaled(t, factor) if self.carries(t) else t, (args, kwargs))
+        args, kwargs = pytree.tree_map(lambda t: scaled(t, factor) if self.carries(t) else t, (args, kwargs))
         return self.mark(func(*args, **kwargs))
 
     def _bilinear(self, factors: tuple[int, int], func: Any, args: Any, kwargs: Any, carrying: list[Tensor]) -> Any:
         if all(len(args) > at and self.carries(args[at]) for at in factors):
-            args = tuple(_scaled(value, 0.5) if at in factors else value for at, value in enumerate(args))
+            args = tuple(scaled(value, 0.5) if at in factors else value for at, value in enumerate(args))
         return self.mark(func(*args, **kwargs))
 
     def _softmax(self, func: Any, args: Any, kwargs: Any, carrying: list[Tensor]) -> Any:
         if self.rules.softmax_detached:
-            return func(*args, **kwargs).detach()
-        return self.mark(func(*args, **kwargs), _Origin(gate=True))
+            f, _ = _of_one_value(func, args, kwargs)
+            return held_softmax(f, args[0], _arguments(args, kwargs, ("input", "dim"))[1])
+        return self.mark(noted(func(*args, **kwargs)), _Origin(gate=True))
 
     def _batch_norm(self, func: Any, args: Any, kwargs: Any, carrying: list[Tensor]) -> Any:
         if kwargs.get("training", len(args) > 5 and args[5]):
@@ -372,42 +345,40 @@ class RelevanceMode(TorchFunctionMode):
         given = {**dict(zip(names, args, strict=False)), **{k: kwargs[k] for k in names if k in kwargs}}
         q, k, v = (given[name] for name in names)
         factors = (0.0, 0.0, 1.0) if self.rules.softmax_detached else (0.25, 0.25, 0.5)
-        q, k, v = (_scaled(t, f) if self.carries(t) else t for t, f in zip((q, k, v), factors, strict=True))
+        q, k, v = (scaled(t, f) if self.carries(t) else t for t, f in zip((q, k, v), factors, strict=True))
         kwargs = {k_: v_ for k_, v_ in kwargs.items() if k_ not in names}
         kwargs, args = _without_dropout(func, args, kwargs)
         return self.mark(func(q, k, v, *args[3:], **kwargs))
 
     def _layer_norm(self, func: Any, args: Any, kwargs: Any, carrying: list[Tensor]) -> Any:
         x, shape, weight, bias, eps = _arguments(args, kwargs, ("input", "normalized_shape", "weight", "bias", "eps"))
-        return self.mark(_normalised(x, _last(shape), weight, bias, 1e-5 if eps is None else eps, centred=True))
+        y = normalised(x, _last(shape), 1e-5 if eps is None else eps, centred=True)
+        return self.mark(_affine(y, weight, bias))
 
     def _rms_norm(self, func: Any, args: Any, kwargs: Any, carrying: list[Tensor]) -> Any:
         x, shape, weight, eps = _arguments(args, kwargs, ("input", "normalized_shape", "weight", "eps"))
         eps = torch.finfo(x.dtype).eps if eps is None else eps
-        return self.mark(_normalised(x, _last(shape), weight, None, eps, centred=False))
+        return self.mark(_affine(normalised(x, _last(shape), eps, centred=False), weight, None))
 
     def _group_norm(self, func: Any, args: Any, kwargs: Any, carrying: list[Tensor]) -> Any:
         x, groups, weight, bias, eps = _arguments(args, kwargs, ("input", "num_groups", "weight", "bias", "eps"))
         apart = x.unflatten(1, (groups, -1))
         axes = tuple(range(2, apart.ndim))
-        y = _normalised(apart, axes, None, None, 1e-5 if eps is None else eps, centred=True).flatten(1, 2)
+        y = normalised(apart, axes, 1e-5 if eps is None else eps, centred=True).flatten(1, 2)
         lead = (-1, *[1] * (x.ndim - 2))
-        y = y if weight is None else y * weight.view(lead)
-        return self.mark(y if bias is None else y + bias.view(lead))
+        weight, bias = (None if t is None else t.view(lead) for t in (weight, bias))
+        return self.mark(_affine(y, weight, bias))
 
     def _normalize(self, func: Any, args: Any, kwargs: Any, carrying: list[Tensor]) -> Any:
         x, p, dim, eps = _arguments(args, kwargs, ("input", "p", "dim", "eps"))
         p, dim, eps = 2.0 if p is None else p, 1 if dim is None else dim, 1e-12 if eps is None else eps
-        return self.mark(x / x.detach().norm(p, dim, keepdim=True).clamp_min(eps))
+        length = x.norm(p, dim, keepdim=True).clamp_min(eps)
+        return self.mark(scaled(x, 1.0) / scaled(length, 0.0))
 
 
-def _normalised(
-    x: Tensor, axes: tuple[int, ...], weight: Tensor | None, bias: Tensor | None, eps: float, centred: bool
-) -> Tensor:
-    """A layer norm, its mean following the input and its spread held constant."""
-    precise = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-    precise = precise - precise.mean(axes, keepdim=True) if centred else precise
-    y = (precise * torch.rsqrt(precise.square().mean(axes, keepdim=True) + eps).detach()).to(x.dtype)
+def _affine(y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    if weight is None and bias is None:
+        return y.clone()  # the model may write to it
     y = y if weight is None else y * weight
     return y if bias is None else y + bias
 
@@ -424,6 +395,32 @@ def _arguments(args: Any, kwargs: Any, names: tuple[str, ...]) -> list[Any]:
 def _in_place(func: Any, kwargs: dict[str, Any]) -> bool:
     name = func.__name__
     return bool(kwargs.get("inplace")) or name in _OPERATORS or (name.endswith("_") and not name.startswith("__"))
+
+
+def _of_one_value(func: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Callable[..., Tensor], list[Tensor]]:
+    """A function of its first argument and of the other tensors that it is given, out of place, and those."""
+    plain, given = _out_of_place(func), {name: value for name, value in kwargs.items() if name != "inplace"}
+    leaves, spec = pytree.tree_flatten((args[1:], given))
+    places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+
+    def f(x: Tensor, *others: Tensor) -> Tensor:
+        filled = dict(enumerate(leaves)) | dict(zip(places, others, strict=True))
+        rest, options = pytree.tree_unflatten([*filled.values()], spec)
+        return plain(x, *rest, **options)  # type: ignore[no-any-return]
+
+    return f, [leaves[place] for place in places]
+
+
+def _of_two_values(plain: Any, rest: Any, kwargs: dict[str, Any], a: Tensor, b: Tensor) -> Tensor:
+    return plain(a, b, *rest, **kwargs)  # type: ignore[no-any-return]
+
+
+def _unwritten(func: Any, args: Any, kwargs: Any, values: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Values as they are before an in-place function writes to its first argument."""
+    if not _in_place(func, kwargs):
+        return values
+    copy = args[0].clone()
+    return [copy if value is args[0] else value for value in values]
 
 
 def _out_of_place(func: Any) -> Any:
