@@ -109,7 +109,7 @@ def main(arguments: list[str] | None = None) -> int:
     asked_for = points(given)
     if not asked_for:
         sizes = ", ".join(f"--{name}" for name in ("batches", "tokens", "dtypes") if getattr(given, name))
-        raise SystemExit(f"{sizes}: expected sizes of the plan's points, got none of them; --all has more, --models any")
+        raise SystemExit(f"{sizes}: expected sizes of the plan's points, got others; --all has more, --models any")
     for point in asked_for:
         print(point, flush=True)
         asked = [{**dataclasses.asdict(point), "contender": name} for name in ("forward", *given.contenders)]

@@ -354,7 +354,7 @@ def test_points() -> None:
     assert {point.model for point in ALL} <= set(MODELS) and set(DEFAULT) < set(ALL)
     assert command.points(command.parsed([])) == list(DEFAULT)
     assert command.points(command.parsed(["--all", "--batches", "32"])) == [p for p in ALL if p.batch == 32]
-    with pytest.raises(SystemExit, match="--batches, --dtypes: expected sizes of the plan's points, got none of them"):
+    with pytest.raises(SystemExit, match="--batches, --dtypes: expected sizes of the plan's points, got others"):
         command.main(["--batches", "32", "--dtypes", "bfloat16"])
     case = case_of(SMALL)
     assert case.model(case.inputs).shape[0] == 2 and case.patches().unique().numel() == 16
