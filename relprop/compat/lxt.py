@@ -38,6 +38,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
+from torch.utils.hooks import RemovableHandle
 
 from relprop.compat.lxt_gradients import RelevanceMode, Rules
 from relprop.composites import Composite, find_composite
@@ -66,10 +67,7 @@ def modified_gradients(model: Model, composite: str | Composite = "attnlrp") -> 
     block = _Block(model, Rules(find_composite(composite)))
     for name, module in model.named_modules():
         _check_runs_as_written(name or type(model).__name__, module)
-    hooks = (
-        model.register_forward_pre_hook(_enter, with_kwargs=True),
-        model.register_forward_hook(_leave, prepend=True, always_call=True),
-    )
+    _hook(model)
     _ACTIVE.set(MappingProxyType({**_ACTIVE.get(), id(block): block}))
     try:
         yield model
@@ -82,8 +80,7 @@ def modified_gradients(model: Model, composite: str | Composite = "attnlrp") -> 
             )
     finally:
         _ACTIVE.set(MappingProxyType({key: one for key, one in _ACTIVE.get().items() if one is not block}))
-        for hook in hooks:
-            hook.remove()
+        _unhook(model)
         _THREAD.go_on([call for call in _THREAD.calls if call is not block])  # where an interrupt has skipped the hook
 
 
@@ -150,8 +147,38 @@ class _Thread(threading.local):
 _THREAD = _Thread()
 
 
+# By a model's id, how many blocks of all threads it is in, and the hooks that they share: these stay as they are while
+# any thread calls the model in a block, as torch adds and removes a hook in several steps.
+_HOOKS: dict[int, tuple[int, tuple[RemovableHandle, ...]]] = {}
+_HOOKS_LOCK = threading.Lock()
+
+
+def _hook(model: nn.Module) -> None:
+    with _HOOKS_LOCK:
+        blocks, hooks = _HOOKS.get(id(model), (0, ()))
+        _HOOKS[id(model)] = (
+            blocks + 1,
+            hooks
+            or (
+                model.register_forward_pre_hook(_enter, with_kwargs=True),
+                model.register_forward_hook(_leave, prepend=True, always_call=True),
+            ),
+        )
+
+
+def _unhook(model: nn.Module) -> None:
+    with _HOOKS_LOCK:
+        blocks, hooks = _HOOKS.pop(id(model))
+        if blocks > 1:
+            _HOOKS[id(model)] = blocks - 1, hooks
+            return
+        for hook in hooks:
+            hook.remove()
+
+
 # Hooks are functions of this module, so that a model copied or pickled inside a block takes along nothing of it.
-def _enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+def _enter(module: nn.Module, args: Any, kwargs: Any = None) -> None:
+    """Without kwargs it comes to threads that are in no block, from between two steps of another's."""
     if torch.compiler.is_dynamo_compiling():
         return
     block = next((block for block in reversed([*_ACTIVE.get().values()]) if block.model is module), None)

@@ -10,10 +10,6 @@ import pytest
 from benchmarks.numerics.rows import RESULTS, read_rows
 
 FILES = sorted(RESULTS.rglob("*.csv"))
-# Measured before commits were rewritten, and not anew since: by file, the commits that are gone.
-GONE = {
-    "families_cpu.csv": {"48b0ee7"},
-}
 
 
 def git(*arguments: str) -> str:
@@ -45,7 +41,7 @@ def unknown(stamps: set[str], history: list[str]) -> set[str]:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(RESULTS).as_posix())
 def test_rows_are_of_commits_in_history(path: Path, history: list[str]) -> None:
     stamps = {row["commit"] for row in read_rows(path)}
-    assert unknown(stamps, history) == GONE.get(path.name, set())
+    assert unknown(stamps, history) == set()
 
 
 def test_a_stamp_that_names_no_commit_is_found() -> None:

@@ -504,6 +504,31 @@ def test_threads() -> None:
     assert not model._forward_hooks
 
 
+def test_threads_that_open_and_close_at_any_time() -> None:
+    """Blocks of one model that begin and end while others call it, in a block or in none."""
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.GELU(), nn.Linear(4, 2)), torch.randn(2, 3)
+    before = relevance(lxt.attnlrp, model, x, target=1)
+    problems: list[Exception] = []
+
+    def run(block: Any) -> None:
+        try:
+            for _ in range(1500):
+                with block(model):
+                    model(x)
+        except Exception as problem:
+            problems.append(problem)
+
+    blocks = [contextlib.nullcontext, lxt.attnlrp, lxt.attnlrp, lxt.attnlrp]
+    threads = [threading.Thread(target=run, args=(block,)) for block in blocks]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not problems, problems
+    assert not model._forward_hooks and not model._forward_pre_hooks
+    assert torch.equal(relevance(lxt.attnlrp, model, x, target=1), before)
+
+
 def test_hooks_see_relevance() -> None:
     model, x = vit().double(), torch.randn(1, 3, 32, 32, dtype=torch.float64)
     block, seen = model.get_submodule("blocks.1"), {}
