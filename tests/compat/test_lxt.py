@@ -340,7 +340,7 @@ def test_reversible() -> None:
     own = [set(module.__dict__) for module in model.modules()]
     plain = relevance(contextlib.nullcontext, model, x)
     with pytest.raises(ZeroDivisionError), lxt.attnlrp(model), lxt.cp_lrp(model):
-        assert len(model._forward_hooks) == 2
+        assert len(model._forward_hooks) == 1  # that both blocks share
         raise ZeroDivisionError
     assert {type(module): type(module).forward for module in model.modules()} == classes
     assert [set(module.__dict__) for module in model.modules()] == own
